@@ -1,0 +1,102 @@
+"""The Triton road: custom ops around the launchers in kernels/, and the autograd Functions that call them.
+
+The public functions here are the twins of fastgpt.reference: same names, same signatures, arguments already checked.
+Launchers are custom ops so that torch.compile sees one opaque call with a known output, and opcheck can check it.
+"""
+
+import functools
+
+import torch
+import triton
+
+from fastgpt.kernels import layernorm
+
+INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    return LayerNorm.apply(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x, residual, weight, bias=None, eps=1e-5, *, x_bias=None, residual_dtype=None, dropout_p=0.0, seed=None
+):
+    seed = _seed_tensor(seed, dropout_p, x.device)
+    return AddLayerNorm.apply(x, residual, weight, bias, x_bias, seed, eps, residual_dtype or residual.dtype, dropout_p)
+
+
+def _custom_op(launcher, fake):
+    """`launcher` as the op fastgpt::<its name>, launched on the device and current stream of its first tensor."""
+
+    @functools.wraps(launcher)
+    def on_its_device(first, *args):
+        if not first.is_cuda:
+            return launcher(first, *args)
+        with torch.cuda.device(first.device):
+            return launcher(first, *args)
+
+    op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", on_its_device, mutates_args=())
+    op.register_fake(fake)
+    return op
+
+
+layer_norm_fwd = _custom_op(layernorm.layer_norm_fwd, layernorm.layer_norm_fwd_outputs)
+layer_norm_bwd = _custom_op(layernorm.layer_norm_bwd, layernorm.layer_norm_bwd_outputs)
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, _, stats = layer_norm_fwd(x, None, weight, bias, None, None, eps, 0.0, x.dtype)
+        ctx.save_for_backward(x, weight, bias, stats)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        _refuse_second_derivative("layer_norm")
+        x, weight, bias, stats = ctx.saved_tensors
+        dx, _, sums = layer_norm_bwd(dy, None, x, weight, stats, None, 0.0, x.dtype, False)
+        return dx, sums[0].to(weight.dtype), None if bias is None else sums[1].to(bias.dtype), None
+
+
+class AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, x_bias, seed, eps, residual_dtype, dropout_p):
+        y, s, stats = layer_norm_fwd(x, residual, weight, bias, x_bias, seed, eps, dropout_p, residual_dtype)
+        ctx.save_for_backward(s, weight, bias, x_bias, stats, seed)
+        ctx.set_materialize_grads(False)  # either output may go unused
+        ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype = dropout_p, x.dtype, residual.dtype
+        return y, s
+
+    @staticmethod
+    def backward(ctx, dy, dsum):
+        _refuse_second_derivative("add_layer_norm")
+        s, weight, bias, x_bias, stats, seed = ctx.saved_tensors
+        if dy is None:
+            dy = torch.zeros((), dtype=ctx.x_dtype, device=s.device).expand(s.shape)
+        needs_x_bias = x_bias is not None and ctx.needs_input_grad[4]
+        ds, dx, sums = layer_norm_bwd(dy, dsum, s, weight, stats, seed, ctx.dropout_p, ctx.x_dtype, needs_x_bias)
+        return (
+            dx if dx.numel() else ds,
+            ds.to(ctx.residual_dtype),
+            sums[0].to(weight.dtype),
+            None if bias is None else sums[1].to(bias.dtype),
+            sums[2].to(x_bias.dtype) if needs_x_bias else None,
+            *[None] * 4,
+        )
+
+
+def _seed_tensor(seed, dropout_p, device):
+    """The seed as the kernels read it, (1,) int64 on the device; drawn from torch's generator if None. No host sync."""
+    if dropout_p == 0:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        return seed.reshape(1)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def _refuse_second_derivative(name):
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # backward(create_graph=True)
+        raise RuntimeError(f"{name}: the Triton kernels have no second derivative; pass backend='torch' to get one")

@@ -1,0 +1,124 @@
+"""Checks of fastgpt.ops' arguments: a message names the function, the argument, what was given and what is needed."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def names(dtypes) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def every(name, dtypes, device, tensors):
+    for label, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+        if tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: {label} is {tensor.dtype}, not one of {names(dtypes)}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: {label} is on {tensor.device}, the others on {device}")
+
+
+def floats(name, **tensors):
+    """All floating-point tensors, on the device of the first; None is passed over."""
+    first = next(iter(tensors.values()))
+    every(name, FLOATS, getattr(first, "device", None), tensors)
+
+
+def integers(name, device, **tensors):
+    every(name, INTEGERS, device, tensors)
+
+
+def one_dtype(name, **tensors):
+    """One dtype for the operands of a matmul, unless autocast chooses it."""
+    (first_label, first), *others = ((label, t) for label, t in tensors.items() if t is not None)
+    if torch.is_autocast_enabled(first.device.type):
+        return
+    for label, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{name}: {first_label} is {first.dtype} but {label} is {tensor.dtype}")
+
+
+def shape(name, label, tensor, shape):
+    if tensor is not None and tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: {label} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+
+
+def columns(name, x):
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, not (…, C) with C at least 1")
+
+
+def norm(name, x, weight, bias, eps):
+    floats(name, x=x, weight=weight, bias=bias)
+    columns(name, x)
+    shape(name, "weight", weight, x.shape[-1:])
+    shape(name, "bias", bias, x.shape[-1:])
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{name}: eps is {eps}, not a positive number")
+
+
+def dropout(name, dropout_p, seed, device):
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{name}: dropout_p is {dropout_p}, not in [0, 1]")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{name}: seed is {seed.dtype}, not int64")
+        if seed.numel() != 1 or seed.device != device:
+            raise ValueError(f"{name}: seed has {seed.numel()} elements on {seed.device}, not one on {device}")
+    elif seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        kind = ValueError if isinstance(seed, int) else TypeError
+        raise kind(f"{name}: seed is {seed!r}, not a 64-bit integer, a tensor of one, or None")
+
+
+def attention_scale(name, scale):
+    if scale is not None and (not math.isfinite(scale) or scale == 0):
+        raise ValueError(f"{name}: scale is {scale}, not a finite number other than 0")
+
+
+def heads(name, **tensors):
+    """Queries (B, H, Tq, D), then keys and values of one shape (B, Hkv, Tk, D), all of one dtype; Hkv divides H."""
+    floats(name, **tensors)
+    one_dtype(name, **tensors)
+    for label, tensor in tensors.items():
+        if tensor.dim() != 4:
+            raise ValueError(f"{name}: {label} has shape {tuple(tensor.shape)}, not (B, H, T, D)")
+    (_, q), (_, k), (values, v) = tensors.items()
+    shape(name, values, v, k.shape)
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        shapes = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"{name}: queries and keys have shapes {shapes}, not (B, H, Tq, D) and (B, Hkv, Tk, D)")
+    if q.shape[3] == 0:
+        raise ValueError(f"{name}: the head dimension is 0")
+
+
+def attention_options(name, queries_shape, keys, device, scale, dropout_p, seed, key_mask, documents):
+    """queries_shape: (B, H, Tq, D)."""
+    attention_scale(name, scale)
+    dropout(name, dropout_p, seed, device)
+    if key_mask is not None:
+        every(name, (torch.bool,), device, {"key_mask": key_mask})
+        shape(name, "key_mask", key_mask, (queries_shape[0], keys))
+    if documents is not None:
+        integers(name, device, documents=documents)
+        shape(name, "documents", documents, (queries_shape[0], keys))
+        if queries_shape[2] != keys:
+            raise ValueError(f"{name}: documents need as many queries as keys, not {queries_shape[2]} and {keys}")
+
+
+def in_range(name, what, values, limit, place, ignored=None):
+    """0 <= value < limit, on a CPU: on a GPU the check would make the host wait, and a compiler can't branch on it."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
+        return
+    outside = (values < 0) | (values >= limit)
+    if ignored is not None:
+        outside &= values != ignored
+    if outside.any():
+        where = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(f"{name}: {what} {values[where].item()} at {where} is outside {place}")

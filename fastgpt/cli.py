@@ -1,0 +1,139 @@
+"""The command `fastgpt`: train and generate. Errors a person can mend are one line and exit code 2; Ctrl-C is 130."""
+
+import argparse
+import codecs
+import dataclasses
+import sys
+import types
+import typing
+
+import torch
+
+from fastgpt.generation import generate
+from fastgpt.model import PRESETS, GPTConfig
+from fastgpt.tokenizer import END_OF_TEXT, encoding
+from fastgpt.train import TrainConfig, fit
+from fastgpt.weights import load_model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"fastgpt {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without the usage above it."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="fastgpt", description=__doc__.splitlines()[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | generate")
+
+    train = commands.add_parser("train", help="train a GPT and save it", allow_abbrev=False)
+    train.set_defaults(run=_train)
+    train.add_argument("--data", metavar="PATH", help="a text file, a folder or a .bin of uint16 tokens")
+    train.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: out)")
+    train.add_argument("--overwrite", action="store_true", help="replace a model that is in --out already")
+    train.add_argument("--preset", default="byte-0.8M", help=f"one of {', '.join(PRESETS)} (default: byte-0.8M)")
+    train.add_argument("--encoding", help="byte, gpt2, … (default: the preset's)")
+    _add_fields(train, "the model, over its preset", GPTConfig)
+    _add_fields(train, "the training", TrainConfig)
+
+    write = commands.add_parser("generate", help="write text with a trained GPT", allow_abbrev=False)
+    write.set_defaults(run=_generate)
+    write.add_argument("--prompt", default="", help="what to continue (default: a new document)")
+    write.add_argument("--checkpoint", default="out", metavar="DIR", help="the trained model (default: out)")
+    write.add_argument("--max_new_tokens", type=int, default=400, metavar="N")
+    write.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    write.add_argument("--top_k", type=int, metavar="K", help="sample among the K likeliest")
+    write.add_argument("--seed", type=int, help="makes the text repeatable")
+    return parser
+
+
+def _add_fields(parser: argparse.ArgumentParser, title: str, config: type) -> None:
+    """An option for each field of a configuration; one that is not given stays out of the namespace."""
+    group = parser.add_argument_group(title)
+    hints = typing.get_type_hints(config)
+    for field in dataclasses.fields(config):
+        hint = hints[field.name]
+        if isinstance(hint, types.UnionType):  # int | None
+            hint = typing.get_args(hint)[0]
+        choices = typing.get_args(hint) or None  # Literal
+        kind = _boolean if hint is bool else hint if choices is None else str
+        group.add_argument(
+            f"--{field.name}",
+            type=kind,
+            choices=choices,
+            default=argparse.SUPPRESS,
+            metavar=None if choices else kind.__name__.strip("_").upper(),
+            help=f"default: {field.default}",
+        )
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() == "true"
+
+
+def _fields(options: argparse.Namespace, config: type) -> dict:
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def _train(options: argparse.Namespace) -> None:
+    model_config = GPTConfig.preset(options.preset, **_fields(options, GPTConfig))
+    tokens = encoding(options.encoding or ("byte" if options.preset.startswith("byte") else "gpt2"))
+    train_config = TrainConfig(**_fields(options, TrainConfig))
+    model = fit(model_config, train_config, tokens, options.data, options.out, options.overwrite)
+    print(f"\nsaved in {options.out}; a sample:\n")
+    _write(model, tokens, "", 300, 0.8, None, train_config.seed)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    model, config = load_model(options.checkpoint)
+    _write(
+        model,
+        encoding(config["encoding"]),
+        options.prompt,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.seed,
+    )
+
+
+def _write(model, tokens, prompt, max_new_tokens, temperature, top_k, seed) -> None:
+    """Stream the prompt and its continuation; a character of several bytes appears once it is whole."""
+    device = next(model.parameters()).device
+    end = tokens.encode_single_token(END_OF_TEXT)
+    ids = torch.tensor([tokens.encode(prompt, disallowed_special=()) or [end]], device=device)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    stream = generate(
+        model,
+        ids,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        vocab_size=tokens.n_vocab,
+        overflow="slide",
+    )
+    print(prompt, end="", flush=True)
+    for next_ids in stream:
+        if next_ids.item() == end:
+            break
+        print(decoder.decode(tokens.decode_single_token_bytes(next_ids.item())), end="", flush=True)
+    print(decoder.decode(b"", final=True))

@@ -1,0 +1,224 @@
+"""GPT-2 from fastgpt's functions, with GPT-2's own parameter names: wte, wpe, h.N.ln_1, attn.c_attn, …, ln_f.
+
+Small parts first, the whole last. `B` batch, `T` time, `C` = n_embd channels, `V` vocabulary.
+
+A residual add is never a pass of its own: a block hands on its stream x and the branch that is still to be added, and
+the next LayerNorm adds it, with the bias of the linear layer that made it and with dropout, in one go.
+"""
+
+import dataclasses
+import difflib
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT, in nanoGPT's names. ValueError for a shape that can't be."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # the context: the most tokens one pass may see
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int | None = None  # hidden units of the MLP; None is 4 * n_embd
+    dropout: float = 0.0  # GPT-2's four places: embedding, attention, and both branches of a block
+    bias: bool = True  # in the linear layers and the norms
+    gelu: Literal["tanh", "none"] = "tanh"  # "tanh" is GPT-2's, "none" the exact one, as in torch's `approximate`
+    layer_norm_eps: float = 1e-5
+    backend: ops.Backend = "auto"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"GPTConfig: {name} is {value!r}, not a whole number of at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
+        if self.n_inner is not None and (not isinstance(self.n_inner, int) or self.n_inner < 1):
+            raise ValueError(f"GPTConfig: n_inner is {self.n_inner!r}, not a whole number of at least 1 or None")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"GPTConfig: dropout is {self.dropout}, not in [0, 1]")
+        if not 0 < self.layer_norm_eps < math.inf:
+            raise ValueError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps}, not a positive number")
+        if self.gelu not in ("tanh", "none"):
+            raise ValueError(f"GPTConfig: gelu is {self.gelu!r}, not 'tanh' or 'none'")
+        if self.backend not in ("auto", "triton", "torch"):
+            raise ValueError(f"GPTConfig: backend is {self.backend!r}, not 'auto', 'triton' or 'torch'")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "GPTConfig":
+        """A named shape of PRESETS, with fields changed as given. ValueError for a name or field that is not there."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **changes})
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> "GPTConfig":
+        """As GPTConfig(**fields), but an unknown field is a ValueError that names the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"GPTConfig has no field {name!r}{_nearest(name, known)}")
+        return cls(**fields)
+
+
+# gpt2-*: the four released sizes (Radford et al., 2019), by their number of parameters. byte-*: for a CPU.
+PRESETS: dict[str, dict] = {
+    "gpt2-124M": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-355M": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-774M": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-1558M": dict(n_layer=48, n_head=25, n_embd=1600),
+    "byte-0.1M": dict(vocab_size=257, block_size=64, n_layer=2, n_head=2, n_embd=64),
+    "byte-0.8M": dict(vocab_size=257, block_size=128, n_layer=4, n_head=4, n_embd=128),
+    "byte-10M": dict(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=384),
+}
+
+
+def _nearest(name: str, known) -> str:
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm over (…, C), with or without the residual add before it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.eps, self.dropout, self.backend = config.layer_norm_eps, config.dropout, config.backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+
+    def add(self, branch: Tensor | None, x: Tensor, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The stream x with dropout(branch + branch_bias) added: returns (its norm, itself), both (…, C)."""
+        if branch is None:  # before the first block
+            return self(x), x
+        return ops.add_layer_norm(
+            branch,
+            x,
+            self.weight,
+            self.bias,
+            self.eps,
+            x_bias=branch_bias,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.n_head, self.dropout, self.backend = config.n_head, config.dropout, config.backend
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
+        qkv = self.c_attn(x)  # (B, T, 3C)
+        dropout = self.dropout if self.training else 0.0
+        y = ops.causal_attention_qkv(qkv, self.n_head, dropout_p=dropout, backend=self.backend)  # (B, T, C)
+        return F.linear(y, self.c_proj.weight, self.c_proj.bias if add_bias else None)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        hidden = 4 * config.n_embd if config.n_inner is None else config.n_inner
+        self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.gelu, self.backend = config.gelu, config.backend
+
+    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+        """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
+        return ops.gelu_mlp(
+            x,
+            self.c_fc.weight,
+            self.c_fc.bias,
+            self.c_proj.weight,
+            self.c_proj.bias if add_bias else None,
+            approximate=self.gelu,
+            backend=self.backend,
+        )
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = LayerNorm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The stream x (B, T, C), the branch (B, T, C) not yet added to it, and the bias (C,) that branch still lacks:
+        the same three again, for the next norm to add."""
+        normed, x = self.ln_1.add(branch, x, branch_bias)
+        normed, x = self.ln_2.add(self.attn(normed, add_bias=False), x, self.attn.c_proj.bias)
+        return x, self.mlp(normed, add_bias=False), self.mlp.c_proj.bias
+
+
+class GPT(nn.Module):
+    """GPT-2. The head's weight is the token embedding's, so a state dict holds it once, as wte.weight.
+
+    model(idx) -> logits (B, T, V); model(idx, targets) -> the mean loss in nats, without ever holding all logits.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """GPT-2's: normal with deviation 0.02, the residual branches' last layers scaled by 1 / sqrt(2 n_layer)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.constant_(parameter, 1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+            else:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def features(self, idx: Tensor) -> Tensor:
+        """Token ids (B, T) -> what the head sees, (B, T, C). ValueError for more tokens than the context holds."""
+        config = self.config
+        x = ops.embedding(
+            idx,
+            self.wte.weight,
+            self.wpe.weight,
+            dropout_p=config.dropout if self.training else 0.0,
+            backend=config.backend,
+        )
+        branch, branch_bias = None, None
+        for block in self.h:
+            x, branch, branch_bias = block(x, branch, branch_bias)
+        normed, _ = self.ln_f.add(branch, x, branch_bias)
+        return normed
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """idx, targets: (B, T) integers; a target of -100 is ignored."""
+        x = self.features(idx)
+        if targets is None:
+            return self.head(x)
+        return ops.linear_cross_entropy(x, self.wte.weight, targets, backend=self.config.backend)
+
+    def head(self, x: Tensor) -> Tensor:
+        """(…, C) -> logits (…, V)."""
+        return F.linear(x, self.wte.weight)

@@ -1,0 +1,329 @@
+"""The public functions: each checks its arguments once, chooses Triton or PyTorch, and calls its twin there.
+
+`B` batch, `T` time, `C` channels, `H` heads, `D` head dim, `F` MLP hidden, `V` vocabulary; (…) is any leading shape.
+Wrong dtypes raise TypeError, wrong shapes and values ValueError, the same on both roads and before any work is done.
+
+Every function takes `backend`: "auto" runs the Triton kernels where they can serve and PyTorch elsewhere, "torch" is
+always PyTorch, "triton" raises a ValueError that names what the kernels can't do. `explain` tells which and why.
+
+Dropout takes p in [0, 1]. With an explicit `seed` (an int, or an int64 tensor of one element on the same device, so
+that a CUDA graph can advance it) both roads drop the same elements; with None, torch.manual_seed repeats each road.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastgpt import checks, reference
+
+Backend = Literal["auto", "triton", "torch"]
+
+autograd: ModuleType | None = None  # the Triton road, where there is a Triton to import
+_NO_TRITON = "Triton is not installed"
+if find_spec("triton") is not None:
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        _NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
+    else:
+        from fastgpt import autograd
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, *, backend: Backend = "auto"
+) -> Tensor:
+    """LayerNorm over the last axis: (…, C) -> (…, C) in x's dtype, statistics in float32.
+
+    weight, bias: (C,), in any floating dtype. Source: Ba, Kiros, Hinton, "Layer Normalization", 2016, section 3.
+    """
+    checks.norm("layer_norm", x, weight, bias, eps)
+    return _road("layer_norm", backend, x).layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    x_bias: Tensor | None = None,
+    residual_dtype: torch.dtype | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """new_residual = residual + dropout(x + x_bias), then LayerNorm of it: returns (normed, new_residual).
+
+    x, residual: (…, C), the branch and the stream it is added to. x_bias: (C,), the bias that the linear layer
+    before left out. normed has x's dtype; new_residual has residual_dtype, or residual's own, and is rounded to it
+    before it is normalised.
+    """
+    name = "add_layer_norm"
+    checks.norm(name, x, weight, bias, eps)
+    checks.floats(name, x=x, residual=residual, x_bias=x_bias)
+    checks.shape(name, "residual", residual, x.shape)
+    checks.shape(name, "x_bias", x_bias, x.shape[-1:])
+    if residual_dtype is not None and residual_dtype not in checks.FLOATS:
+        raise TypeError(f"{name}: residual_dtype is {residual_dtype}, not one of {checks.names(checks.FLOATS)}")
+    checks.dropout(name, dropout_p, seed, x.device)
+    return _road(name, backend, x).add_layer_norm(
+        x, residual, weight, bias, eps, x_bias=x_bias, residual_dtype=residual_dtype, dropout_p=dropout_p, seed=seed
+    )
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax(scale q kᵀ) v, each query over the keys up to its own place: (B, H, Tq, D) -> (B, H, Tq, D).
+
+    k, v: (B, Hkv, Tk, D), where Hkv divides H (grouped heads) and Tq <= Tk: the last query sits at the last key.
+    scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding). documents: (B, T) integers, a
+    query sees only keys of its own document. A query that sees no key gives zeros and zero gradients.
+    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
+    """
+    name = "causal_attention"
+    checks.heads(name, q=q, k=k, v=v)
+    if q.shape[2] > k.shape[2]:
+        raise ValueError(
+            f"{name}: {q.shape[2]} queries but only {k.shape[2]} keys; the last query sits at the last key"
+        )
+    checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
+    return _road(name, backend, q).causal_attention(
+        q, k, v, scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents
+    )
+
+
+def causal_attention_qkv(
+    qkv: Tensor,
+    heads: int,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    documents: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """causal_attention of a packed projection: queries, keys, values (B, T, 3C) -> heads merged again, (B, T, C)."""
+    name = "causal_attention_qkv"
+    checks.floats(name, qkv=qkv)
+    if qkv.dim() != 3 or qkv.shape[2] % 3:
+        raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}, not (B, T, 3C)")
+    batch, time, packed = qkv.shape
+    if not isinstance(heads, int) or heads < 1 or (packed // 3) % heads or packed == 0:
+        raise ValueError(f"{name}: {packed // 3} channels do not divide into {heads} heads")
+    shape = (batch, heads, time, packed // 3 // heads)
+    checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
+    return _road(name, backend, qkv).causal_attention_qkv(
+        qkv, heads, scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents
+    )
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of the newest 1 to 16 tokens over a preallocated cache: (B, H, Tq, D) -> (B, H, Tq, D).
+
+    k_cache, v_cache: (B, Hkv, Tmax, D), where Hkv divides H. lengths: (B,) int32 or int64, the filled slots of each
+    row with q's own tokens, which are the last Tq of them, counted in. Slots past a row's length are never read into
+    the result, whatever they hold. No derivative is meant, though PyTorch's road has one.
+    """
+    name = "decode_attention"
+    checks.heads(name, q=q, k_cache=k_cache, v_cache=v_cache)
+    if not 1 <= q.shape[2] <= 16:
+        raise ValueError(f"{name}: {q.shape[2]} new tokens; from 1 to 16 are decoded at once")
+    checks.attention_scale(name, scale)
+    checks.integers(name, q.device, lengths=lengths)
+    checks.shape(name, "lengths", lengths, q.shape[:1])
+    checks.in_range(name, "length", lengths, k_cache.shape[2] + 1, f"a cache of {k_cache.shape[2]} slots")
+    return _road(name, backend, q).decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+
+
+def gelu_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None = None,
+    *,
+    approximate: Literal["tanh", "none"] = "tanh",
+    recompute: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """gelu(x w_inᵀ + b_in) w_outᵀ + b_out: (…, C) -> (…, C) through F hidden units.
+
+    w_in: (F, C) and b_in: (F,); w_out: (C, F) and b_out: (C,); strides are free, so a transposed Conv1D weight needs
+    no copy. approximate: "tanh" is GPT-2's GELU, "none" the exact one. recompute saves only what goes into the GELU
+    and computes it again in the backward. Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.
+    """
+    name = "gelu_mlp"
+    checks.floats(name, x=x, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
+    checks.one_dtype(name, x=x, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out)
+    checks.columns(name, x)
+    if w_in.dim() != 2 or w_in.shape[1] != x.shape[-1]:
+        raise ValueError(f"{name}: w_in has shape {tuple(w_in.shape)}, not (F, {x.shape[-1]})")
+    checks.shape(name, "b_in", b_in, w_in.shape[:1])
+    checks.shape(name, "w_out", w_out, (x.shape[-1], w_in.shape[0]))
+    checks.shape(name, "b_out", b_out, x.shape[-1:])
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"{name}: approximate is {approximate!r}, not 'tanh' or 'none'")
+    return _road(name, backend, x).gelu_mlp(x, w_in, b_in, w_out, b_out, approximate=approximate, recompute=recompute)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Cross entropy of the logits x weightᵀ, in nats, without ever holding all of them; the loss is float32.
+
+    x: (…, C), weight: (V, C), targets: (…) int32 or int64 -> a scalar, or (…) for reduction "none", which computes
+    logits a second time in the backward. z_loss adds z_loss · logsumexp² a row. Beside the gradients it takes about a
+    twelfth of the memory of the logits (64 rows of them at least). A target out of range is a ValueError on a CPU;
+    elsewhere, where a check would wait for the device, its loss is NaN. The mean over no target is NaN,
+    its gradients are 0.
+    """
+    name = "linear_cross_entropy"
+    checks.floats(name, x=x, weight=weight)
+    checks.one_dtype(name, x=x, weight=weight)
+    checks.columns(name, x)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, not (V, {x.shape[-1]}) with V at least 1")
+    checks.integers(name, x.device, targets=targets)
+    checks.shape(name, "targets", targets, x.shape[:-1])
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction is {reduction!r}, not 'mean', 'sum' or 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}, not in [0, 1]")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{name}: z_loss is {z_loss}, not a finite number of at least 0")
+    checks.in_range(name, "target", targets, weight.shape[0], f"a vocabulary of {weight.shape[0]}", ignore_index)
+    return _road(name, backend, x).linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+
+
+def embedding(
+    ids: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    positions: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """dropout(token_weight[ids] + position_weight[positions]): (B, T) -> (B, T, C).
+
+    ids, positions: int32 or int64; positions is (B, T) or (T,), and 0, 1, …, T-1 if None. token_weight: (V, C),
+    position_weight: (Tmax, C). Ids out of range are a ValueError on a CPU.
+    """
+    name = "embedding"
+    checks.integers(name, token_weight.device, ids=ids, positions=positions)
+    checks.floats(name, token_weight=token_weight, position_weight=position_weight)
+    checks.one_dtype(name, token_weight=token_weight, position_weight=position_weight)
+    if ids.dim() != 2:
+        raise ValueError(f"{name}: ids has shape {tuple(ids.shape)}, not (B, T)")
+    if token_weight.dim() != 2 or position_weight.dim() != 2 or token_weight.shape[1] != position_weight.shape[1]:
+        shapes = f"{tuple(token_weight.shape)} and {tuple(position_weight.shape)}"
+        raise ValueError(f"{name}: token_weight and position_weight have shapes {shapes}, not (V, C) and (Tmax, C)")
+    context = position_weight.shape[0]
+    if positions is None and ids.shape[1] > context:
+        raise ValueError(f"{name}: {ids.shape[1]} tokens are more than the context of {context}")
+    if positions is not None and positions.shape not in (ids.shape, ids.shape[1:]):
+        raise ValueError(f"{name}: positions has shape {tuple(positions.shape)}, ids {tuple(ids.shape)}")
+    checks.dropout(name, dropout_p, seed, token_weight.device)
+    checks.in_range(name, "token", ids, token_weight.shape[0], f"a vocabulary of {token_weight.shape[0]}")
+    if positions is not None:
+        checks.in_range(name, "position", positions, context, f"a context of {context}")
+    return _road(name, backend, token_weight).embedding(
+        ids, token_weight, position_weight, positions, dropout_p=dropout_p, seed=seed
+    )
+
+
+def explain(function: Callable, *args, **kwargs) -> str:
+    """Which road `function` (one of this module) would take for these arguments, and why, in a sentence.
+
+    explain(layer_norm, x, weight) -> "layer_norm runs on PyTorch: the tensors are on cpu, …"
+    """
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    operand = next(a for a in bound.arguments.values() if isinstance(a, Tensor) and a.is_floating_point())
+    _, sentence = _choose(function.__name__, bound.arguments["backend"], operand)
+    return sentence
+
+
+# The choice: the one place that decides between Triton and PyTorch.
+
+
+def _road(name: str, backend: Backend, operand: Tensor) -> ModuleType:
+    return _choose(name, backend, operand)[0]
+
+
+def _choose(name: str, backend: Backend, operand: Tensor) -> tuple[ModuleType, str]:
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
+    if backend == "torch":
+        return reference, f"{name} runs on PyTorch: backend='torch' was asked for"
+    obstacle = _obstacle(name, operand)
+    if autograd is not None and obstacle is None:
+        where = "Triton's interpreter" if autograd.INTERPRETED else f"its Triton kernel on {operand.device}"
+        return autograd, f"{name} runs on {where}"
+    if backend == "triton":
+        raise ValueError(f"{name}: backend='triton' can't be had: {obstacle}")
+    return reference, f"{name} runs on PyTorch: {obstacle}"
+
+
+def _obstacle(name: str, operand: Tensor) -> str | None:
+    """What keeps the Triton kernel from serving this call, or None. `operand` is the first floating-point argument."""
+    if autograd is None:
+        return _NO_TRITON
+    if not hasattr(autograd, name):
+        return "fastgpt has no kernel for it yet"
+    if not autograd.INTERPRETED:
+        if operand.device.type != "cuda" or torch.version.hip:
+            kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device
+            return f"the tensors are on {kind}, the kernels run on NVIDIA GPUs"
+        capability = torch.cuda.get_device_capability(operand.device)
+        if capability < (8, 0):
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+        if operand.dtype == torch.float64:
+            return "the kernels compute in float32 at most, the operand is torch.float64"
+    columns = operand.shape[-1]
+    if name in ("layer_norm", "add_layer_norm") and columns > autograd.layernorm.MAX_COLUMNS:
+        return f"rows of {columns} channels are wider than the kernel's {autograd.layernorm.MAX_COLUMNS}"
+    return None

@@ -1,0 +1,174 @@
+"""Every function of fastgpt.ops in plain PyTorch: what runs where Triton can't, and the oracle of every test.
+
+Arguments have been checked by fastgpt.ops. `B` batch, `T` time, `C` channels, `H` heads, `D` head dim, `F` hidden,
+`V` vocabulary. Whatever PyTorch has is PyTorch's own; in float64 these functions are what the kernels are judged by.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fastgpt.loss import LinearCrossEntropy, LossSettings
+
+# The site of the dropout counter: equal seeds in two functions must not give equal masks. As in kernels/.
+ATTENTION_SITE, RESIDUAL_SITE, EMBEDDING_SITE = 0, 1, 2
+
+
+def layer_norm(x, weight, bias=None, eps=1e-5):
+    """(..., C) -> (..., C) in x's dtype."""
+    dtype = x.dtype
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):  # not every device mixes dtypes
+        dtype = torch.promote_types(dtype, weight.dtype)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    wide = x.to(dtype)
+    if wide.dtype in (torch.float32, torch.float64):
+        # PyTorch's kernels lose |mean| / sigma digits; a constant taken off first changes neither value nor derivative.
+        wide = wide - wide.detach().mean(-1, keepdim=True)
+    return F.layer_norm(wide, (x.shape[-1],), weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm(
+    x, residual, weight, bias=None, eps=1e-5, *, x_bias=None, residual_dtype=None, dropout_p=0.0, seed=None
+):
+    """s = residual + dropout(x + x_bias) -> LayerNorm(s) in x's dtype, s in residual_dtype; both (..., C)."""
+    branch = x if x_bias is None else x + x_bias.to(x.dtype)
+    total = residual + _dropout_rows(branch, dropout_p, seed, RESIDUAL_SITE)
+    total = total.to(residual.dtype if residual_dtype is None else residual_dtype)
+    return layer_norm(total, weight, bias, eps).to(x.dtype), total
+
+
+def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+    """(B, H, T, D) -> (B, H, T, D): softmax(scale q kᵀ) v, each query over the keys up to its own place.
+
+    Without masks and explicit seeds this is scaled_dot_product_attention's own causal road; with them a (Tq, Tk) mask
+    is built, and with a seed the probabilities too.
+    """
+    queries, keys = q.shape[-2], k.shape[-2]
+    grouped = q.shape[1] != k.shape[1]
+    explicit_dropout = dropout_p > 0 and seed is not None
+    if queries == keys and key_mask is None and documents is None and not explicit_dropout:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+        )
+
+    offset = keys - queries  # causal is aligned at the end: the last query sees every key
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(offset)
+    if key_mask is not None:
+        k = k.masked_fill(~key_mask[:, None, :, None], 0)  # 0 times NaN would be NaN
+        v = v.masked_fill(~key_mask[:, None, :, None], 0)
+        allowed = allowed & key_mask[:, None, None, :]
+    if documents is not None:
+        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+    return _masked_attention(q, k, v, allowed, scale, dropout_p, seed)
+
+
+def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+    """The packed projection (B, T, 3C), queries then keys then values, -> heads merged again, (B, T, C)."""
+    batch, time, packed = qkv.shape
+    q, k, v = qkv.view(batch, time, 3, heads, packed // 3 // heads).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    out = causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents)
+    return out.transpose(1, 2).reshape(batch, time, packed // 3)
+
+
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
+    """q (B, H, Tq, D) over the first lengths[b] slots of the caches (B, Hkv, Tmax, D), q's own the last Tq of them."""
+    slots = torch.arange(k_cache.shape[-2], device=q.device)
+    steps = torch.arange(q.shape[-2], device=q.device)
+    filled = slots < lengths[:, None]  # (B, Tmax)
+    visible_to = lengths[:, None] - q.shape[-2] + steps  # (B, Tq): the last slot that each query sees
+    allowed = (slots <= visible_to[..., None])[:, None]  # (B, 1, Tq, Tmax)
+    k = k_cache.masked_fill(~filled[:, None, :, None], 0)
+    v = v_cache.masked_fill(~filled[:, None, :, None], 0)
+    return _masked_attention(q, k, v, allowed, scale, 0.0, None)
+
+
+def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
+    """allowed broadcasts to (B, H, Tq, Tk). A query that may see nothing gives zeros, and zero gradients."""
+    sees_something = allowed.any(-1, keepdim=True)
+    allowed = allowed | ~sees_something  # softmax needs a key; the row is zeroed below
+    grouped = q.shape[1] != k.shape[1]
+    if dropout_p == 0 or seed is None:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+        )
+    else:
+        if grouped:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        probabilities = scores.masked_fill(~allowed, -math.inf).softmax(-1)
+        keep = dropout_mask(seed, dropout_p, scores.shape, ATTENTION_SITE, q.device)
+        out = _apply_mask(probabilities, keep, dropout_p) @ v
+    return torch.where(sees_something, out, 0)
+
+
+def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
+    """(..., C) -> (..., C) through the hidden (..., F). recompute keeps only the pre-activation for the backward."""
+
+    def second_half(hidden):
+        return F.linear(F.gelu(hidden, approximate=approximate), w_out, b_out)
+
+    hidden = F.linear(x, w_in, b_in)
+    return checkpoint(second_half, hidden, use_reentrant=False) if recompute else second_half(hidden)
+
+
+def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None):
+    """ids (B, T) -> token_weight[ids] + position_weight[positions], (B, T, C); positions count from 0 if not given."""
+    places = position_weight[: ids.shape[-1]] if positions is None else F.embedding(positions, position_weight)
+    return _dropout_rows(F.embedding(ids, token_weight) + places, dropout_p, seed, EMBEDDING_SITE)
+
+
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):
+    """Cross entropy of x @ weightᵀ against targets without ever holding all of the logits.
+
+    x (..., C), weight (V, C), targets (...) -> a scalar, or (...) for reduction "none". A target out of range makes
+    its loss NaN and reads nothing. The mean over no target at all is NaN, as PyTorch's, with zero gradients.
+    """
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
+    losses = LinearCrossEntropy.apply(rows, weight, flat, reduction, settings)
+    return losses.view(targets.shape) if reduction == "none" else losses
+
+
+def _dropout_rows(x, p, seed, site):
+    """Dropout of x (..., C), whose rows are numbered in order: torch's own without a seed."""
+    if p == 0 or seed is None:
+        return F.dropout(x, p)
+    return _apply_mask(
+        x, dropout_mask(seed, p, (1, 1, x.numel() // x.shape[-1], x.shape[-1]), site, x.device).view(x.shape), p
+    )
+
+
+def _apply_mask(x, keep, p):
+    return torch.where(keep, x * (0.0 if p == 1 else 1 / (1 - p)), 0.0)
+
+
+def dropout_mask(seed, p, shape, site, device):
+    """True where dropout with this seed keeps an element of (B, H, rows, cols); the twin of kernels/philox.py.
+
+    seed: an int, or an int64 tensor of one element (never read by the host). Element (b, h, row, col) takes word
+    col % 4 of the counter (col // 4, row, b * H + h, site) and is kept where that word reaches floor(p * 2**32).
+    """
+    batch, heads, rows, cols = shape
+    words = _philox(
+        torch.arange((cols + 3) // 4, device=device),
+        torch.arange(rows, device=device)[:, None],
+        torch.arange(batch * heads, device=device)[:, None, None],
+        torch.tensor(site, device=device),
+        torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(()),
+    )
+    return torch.stack(words, dim=-1).flatten(-2)[..., :cols].view(shape) >= int(p * 2**32)
+
+
+def _philox(c0, c1, c2, c3, seed):
+    """Four tensors of 32-bit words, held in int64: products wrap at 2**64, whose upper word a masked shift recovers."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
+    k0, k1 = seed & low, (seed >> 32) & low
+    for _ in range(10):
+        p0, p2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p2 >> 32) & low) ^ c1 ^ k0, p2 & low, ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3

