@@ -136,4 +136,4 @@ def _write(model, tokens, prompt, max_new_tokens, temperature, top_k, seed) -> N
         if next_ids.item() == end:
             break
         print(decoder.decode(tokens.decode_single_token_bytes(next_ids.item())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    print(decoder.decode(b"", final=True), flush=True)

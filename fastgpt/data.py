@@ -35,15 +35,14 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
         train, val = (_encode(documents, encoding) for documents in builtin_documents())
         corpus = Corpus(train, val, "the standard library's source")
     elif (path := Path(source)).is_dir() and (path / "train.bin").is_file() and (path / "val.bin").is_file():
-        corpus = Corpus(_map(path / "train.bin"), _map(path / "val.bin"), str(path))
+        corpus = Corpus(_map(path / "train.bin", encoding), _map(path / "val.bin", encoding), str(path))
     elif path.is_dir() or path.suffix != ".bin":
         corpus = Corpus(*_split(_encode(_read_documents(path), encoding)), str(path))
     else:
-        corpus = Corpus(*_split(_map(path)), str(path))
+        corpus = Corpus(*_split(_map(path, encoding)), str(path))
     for part, tokens in (("training", corpus.train), ("validation", corpus.val)):
         if len(tokens) <= window:
             raise ValueError(f"{corpus.name}: {len(tokens)} {part} tokens are too few for a window of {window} + 1")
-        _check_ids(tokens, encoding, f"{corpus.name} ({part})")
     return corpus
 
 
@@ -77,7 +76,7 @@ def windows(tokens: np.ndarray, starts: np.ndarray, length: int, device: torch.d
 
 def _read_documents(path: Path) -> list[str]:
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and not any(p.startswith(".") for p in f.parts))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
         texts = [text for file in files if (text := _utf8(file)) is not None]
         if not texts:
             raise FileNotFoundError(f"{path} holds no text: none of its {len(files)} files is UTF-8")
@@ -88,6 +87,10 @@ def _read_documents(path: Path) -> list[str]:
         return [path.read_bytes().decode("utf-8")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _utf8(path: Path) -> str | None:
@@ -104,13 +107,15 @@ def _encode(documents: list[str], encoding: tiktoken.Encoding) -> np.ndarray:
     return np.concatenate(pieces).astype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
 
 
-def _map(path: Path) -> np.ndarray:
+def _map(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}")
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise ValueError(f"{path} has {size} bytes; a file of uint16 tokens has an even number, more than 0")
-    return np.memmap(path, dtype=np.uint16, mode="r")
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    _check_ids(tokens, encoding, path)
+    return tokens
 
 
 def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +123,7 @@ def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tokens[:cut], tokens[cut:]
 
 
-def _check_ids(tokens: np.ndarray, encoding: tiktoken.Encoding, name: str) -> None:
+def _check_ids(tokens: np.ndarray, encoding: tiktoken.Encoding, path: Path) -> None:
     """ValueError for the first id that the encoding does not have; in pieces, so that a mapped file stays on disk."""
     piece = 1 << 24
     for start in range(0, len(tokens), piece):
@@ -126,6 +131,6 @@ def _check_ids(tokens: np.ndarray, encoding: tiktoken.Encoding, name: str) -> No
         if outside.any():
             offset = start + int(outside.argmax())
             raise ValueError(
-                f"{name}: token {tokens[offset]} at offset {offset} is outside the {encoding.n_vocab} ids of the "
+                f"{path}: token {tokens[offset]} at offset {offset} is outside the {encoding.n_vocab} ids of the "
                 f"encoding {encoding.name!r}"
             )

@@ -39,6 +39,8 @@ def generate(
         raise ValueError(f"generate: top_k is {top_k}, not at least 1")
     if vocab_size is not None and not 1 <= vocab_size <= size:
         raise ValueError(f"generate: vocab_size is {vocab_size}, not from 1 to the model's {size}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"generate: seed is {seed}, not a 64-bit integer")
     if overflow not in ("error", "slide"):
         raise ValueError(f"generate: overflow is {overflow!r}, not 'error' or 'slide'")
     if overflow == "error" and ids.shape[1] + max_new_tokens > context + 1:  # the last token is never fed back
@@ -69,9 +71,10 @@ def _continue(model, ids, max_new_tokens, temperature, top_k, generator, vocab_s
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:  # 0, as far as float32 can tell
         return logits.argmax(-1)
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
+    logits = logits - logits.amax(-1, keepdim=True)  # or a small temperature would make them infinite
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]

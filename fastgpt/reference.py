@@ -127,6 +127,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     """
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    if not torch.is_grad_enabled():  # a Function can't tell, and would make gradients that nobody asks for
+        rows, weight = rows.detach(), weight.detach()
     settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
     losses = LinearCrossEntropy.apply(rows, weight, flat, reduction, settings)
     return losses.view(targets.shape) if reduction == "none" else losses

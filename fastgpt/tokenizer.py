@@ -1,7 +1,6 @@
 """Text to token ids and back, by tiktoken: "byte" is built here, "gpt2" and the others are tiktoken's own."""
 
 import functools
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,11 +63,10 @@ def _gpt2_folder() -> Path | None:
 def _gpt2_from(folder: Path) -> tiktoken.Encoding:
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    for file, digest, _ in GPT2_FILES:
-        if hashlib.sha256((folder / file).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{folder / file} is not GPT-2's {file}: its SHA-256 is not {digest}")
-    merges, encoder = (str(folder / file) for file, _, _ in GPT2_FILES)
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(merges, encoder)
+    (merges, merges_digest, _), (encoder, encoder_digest, _) = GPT2_FILES
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(  # ValueError for files of another SHA-256
+        str(folder / merges), str(folder / encoder), merges_digest, encoder_digest
+    )
     return tiktoken.Encoding(
         "gpt2",
         explicit_n_vocab=50257,

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -47,6 +48,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not in [0, 1)")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"TrainConfig: seed is {self.seed}, not in [0, 2**63)")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warmup, then half a cosine from learning_rate to min_lr at the last step."""
@@ -141,6 +144,7 @@ class _Run:
                         f"step {row['step']}: train {row['train_loss']:.3f}, validation {row['val_loss']:.3f} nats a "
                         f"token, {speed:,.0f} tokens/s"
                     )
+                    sys.stdout.flush()  # into a pipe or a file too
 
     def step(self) -> float:
         """One optimizer step on a batch of random windows; its loss."""
@@ -229,7 +233,7 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch's CPU builds assert
         raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
     return device

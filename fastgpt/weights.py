@@ -33,6 +33,8 @@ def load_model(folder: str | Path, **changes) -> tuple[GPT, dict]:
             raise FileNotFoundError(f"no {file} in {folder}: train a model first, or name the folder that holds one")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config["encoding"], str):
+            raise TypeError(f"encoding is {config['encoding']!r}")
         model = GPT(GPTConfig.from_dict({**config["model"], **changes}))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG} is not a fastgpt configuration: {error!r}") from error

@@ -1,0 +1,1 @@
+"""What fastgpt is measured with: `python -m bench compile` so far."""

@@ -1,0 +1,145 @@
+"""Compile every kernel as it is launched for real GPUs, with no GPU at hand: registers, spills, shared memory.
+
+The launchers are called on CPU tensors while Triton's own launch is replaced by a note of its arguments; each note is
+then compiled for each target as Triton would specialise it. ptxas and cuobjdump come with Triton's wheel.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fastgpt.kernels import layernorm
+
+# Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
+# and technical specifications); Triton itself does not check.
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+CAPABILITIES = tuple(SHARED_LIMIT)
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    arguments: dict
+    options: dict  # num_warps, num_stages
+
+
+class Row(NamedTuple):
+    kernel: str
+    case: str
+    capability: int
+    registers: int
+    spilled: int  # bytes of stack and local memory a thread
+    shared: int
+
+    @property
+    def passes(self) -> bool:
+        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability]
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """A call of a launcher for each kernel, width, dtype and option that is shipped."""
+    return {
+        f"C {columns} {str(dtype).removeprefix('torch.')}{' dropout' if p else ''}": lambda c=columns, d=dtype, p=p: (
+            _layer_norm(c, d, p)
+        )
+        for columns in (64, 768, 1600, layernorm.MAX_COLUMNS)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for p in (0.0, 0.1)
+    }
+
+
+def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
+    x, weight = torch.empty(4096, columns, dtype=dtype), torch.empty(columns, dtype=dtype)
+    seed = torch.empty(1, dtype=torch.int64)
+    y, s, stats = layernorm.layer_norm_fwd(x, x, weight, weight, weight, seed, 1e-5, p, dtype)
+    layernorm.layer_norm_bwd(y, y, s, weight, stats, seed, p, dtype, True)
+
+
+def launches(call: Callable[[], object]) -> list[Launch]:
+    """What `call` would launch."""
+    noted = []
+
+    def note(kernel, *args, grid, warmup, **kwargs):
+        named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        arguments = {name: named.pop(name) for name in kernel.arg_names}
+        noted.append(Launch(kernel, arguments, named))
+
+    with mock.patch.object(JITFunction, "run", note):
+        call()
+    return noted
+
+
+def compile_for(launch: Launch, capability: int) -> triton.compiler.CompiledKernel:
+    """The kernel as Triton specialises it: the int 1 is a constant, multiples of 16 and tensors are marked as such."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+
+
+def measure(case: str, launch: Launch, capability: int) -> Row:
+    compiled = compile_for(launch, capability)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump's report is not understood: {usage}")
+    registers, stack, local = map(int, found.groups())
+    return Row(launch.kernel.__name__.strip("_"), case, capability, registers, stack + local, compiled.metadata.shared)
+
+
+def rows(capabilities=CAPABILITIES, only: Callable[[str], bool] = lambda case: True) -> Iterator[Row]:
+    for case, call in cases().items():
+        if only(case):
+            for launch in launches(call):
+                for capability in capabilities:
+                    yield measure(case, launch, capability)
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def main(capabilities) -> int:
+    """Print the table; 1 if a row spills or needs more shared memory than its card has."""
+    print(f"Triton {triton.__version__}")
+    print(f"{'kernel':28}{'case':28}{'cc':>5}{'registers':>11}{'spilled B':>11}{'shared B':>10}")
+    failed = 0
+    for row in rows(capabilities):
+        failed += not row.passes
+        mark = "" if row.passes else "  FAILS"
+        print(f"{row.kernel:28}{row.case:28}{row.capability:5}{row.registers:11}{row.spilled:11}{row.shared:10}{mark}")
+    return int(failed > 0)

@@ -1,0 +1,54 @@
+"""The roads a test can take. `pytest` alone takes all that the machine has.
+
+A test that asks for `device` runs Triton kernels. It is made twice: marked `interpreter`, on CPU tensors, which runs
+only under TRITON_INTERPRET=1, in the process that test_roads.py spawns; and marked `gpu`, which runs where there is a
+GPU. Everything else runs in the main process alone. What a process can't run is deselected there, never skipped.
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastgpt import ops
+
+INTERPRETED = ops.autograd is not None and ops.autograd.INTERPRETED
+HAS_GPU = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter"),
+        pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
+    ]
+)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """The same draws in every test, and memory that a kernel forgot to write is NaN."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure(config):
+    # cuBLAS is deterministic only with a workspace of a fixed size; set before the first handle is made
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_modifyitems(config, items):
+    def runs_here(item):
+        if item.get_closest_marker("interpreter"):
+            return INTERPRETED
+        if item.get_closest_marker("gpu"):
+            return HAS_GPU and not INTERPRETED
+        return not INTERPRETED
+
+    dropped = [item for item in items if not runs_here(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if runs_here(item)]

@@ -1,0 +1,182 @@
+"""The custom ops and Functions of the Triton road: what autograd, the compiler and autocast ask of them."""
+
+import itertools
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+
+from fastgpt import GPT, GPTConfig, autograd, ops
+
+
+def rows(device, dtype=torch.float32):
+    """x, residual (5, 3, 20), weight, bias, x_bias (20,)."""
+    shapes = ((5, 3, 20), (5, 3, 20), (20,), (20,), (20,))
+    return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def test_opcheck_of_the_forward(device):
+    x, residual, weight, bias, x_bias = rows(device)
+    seed = torch.tensor([5], device=device)
+    for dropout_p, stream in itertools.product((0.0, 0.5), (torch.float32, torch.float64)):
+        args = (x.transpose(0, 1), residual.transpose(0, 1), weight, bias, x_bias, seed, 1e-5, dropout_p, stream)
+        torch.library.opcheck(autograd.layer_norm_fwd, args)
+    torch.library.opcheck(autograd.layer_norm_fwd, (x, None, weight, None, None, None, 1e-5, 0.0, x.dtype))
+    torch.library.opcheck(autograd.layer_norm_fwd, (x[:0], None, weight, None, None, None, 1e-5, 0.0, x.dtype))
+
+
+def test_opcheck_of_the_backward(device):
+    dy, s, weight, *_ = rows(device)
+    stats = torch.rand(3, 15, device=device)
+    seed = torch.tensor([5], device=device)
+    for dsum, dropout_p, x_bias in itertools.product((None, dy.transpose(0, 1)), (0.0, 0.5), (False, True)):
+        args = (dy.transpose(0, 1), dsum, s.transpose(0, 1), weight, stats, seed, dropout_p, torch.float16, x_bias)
+        torch.library.opcheck(autograd.layer_norm_bwd, args)
+
+
+@pytest.mark.interpreter
+def test_gradcheck_in_float64():
+    """Accumulators are float64 for float64, so finite differences are sharp; on a GPU the kernels refuse float64."""
+    x, residual, weight, bias, x_bias = (t.requires_grad_() for t in rows("cpu", torch.float64))
+
+    def both(x, residual, weight, bias, x_bias):
+        return ops.add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=0.3, seed=9, backend="triton")
+
+    assert torch.autograd.gradcheck(both, (x, residual, weight, bias, x_bias), fast_mode=True)
+    plain = lambda x, weight, bias: ops.layer_norm(x, weight, bias, backend="triton")  # noqa: E731
+    assert torch.autograd.gradcheck(plain, (x, weight, bias), fast_mode=True)
+
+
+def gradients(function, tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y, s = function(*leaves)
+    ((y * y).sum() + (s * y).sum()).backward()
+    return [y.detach(), s.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def test_compiled_in_one_graph_it_equals_eager(device):
+    def function(x, residual, weight, bias, x_bias):
+        return ops.add_layer_norm(x, residual, weight, bias, x_bias=x_bias, dropout_p=0.25, seed=11, backend="triton")
+
+    tensors = rows(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(gradients(compiled, tensors), gradients(function, tensors), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_whole_gpt_compiles_in_one_graph(device):
+    model = GPT(GPTConfig.preset("byte-0.1M", n_layer=1, n_embd=16, block_size=8)).to(device)
+    idx = torch.randint(0, 257, (2, 8), device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (model, compiled):
+        model.zero_grad()
+        loss = call(idx, idx)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
+def test_a_second_derivative_is_refused_by_name(name, device):
+    x, residual, weight, *_ = (t.requires_grad_() for t in rows(device))
+    y = (
+        ops.layer_norm(x, weight, backend="triton")
+        if name == "layer_norm"
+        else (ops.add_layer_norm(x, residual, weight, backend="triton")[0])
+    )
+    with pytest.raises(RuntimeError, match=rf"^{name}: .*backend='torch'"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_the_same_mask(reentrant, device):
+    x, residual, weight, bias, _ = rows(device)
+
+    def drop(x, residual):
+        return ops.add_layer_norm(x, residual, weight, bias, dropout_p=0.5, backend="triton")
+
+    results = []
+    for call in (drop, lambda *args: checkpoint(drop, *args, use_reentrant=reentrant)):
+        torch.manual_seed(3)
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        y, s = call(*leaves)
+        (y.square().sum() + s.sum()).backward()
+        results.append([y, s, *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_inputs_are_left_alone_and_outputs_are_new(device):
+    tensors = rows(device)
+    before = [t.clone() for t in tensors]
+    outputs = gradients(lambda *t: ops.add_layer_norm(*t[:4], x_bias=t[4], backend="triton"), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert not {t.data_ptr() for t in outputs} & {t.data_ptr() for t in tensors}
+
+
+def test_under_autocast_the_float32_weights_serve_half_precision(device):
+    x, residual, weight, bias, _ = rows(device)
+    leaves = [t.clone().requires_grad_() for t in (weight, bias)]
+    with torch.autocast(device.type, torch.bfloat16):
+        y, s = ops.add_layer_norm(x.half(), residual, *leaves, backend="triton")
+    assert y.dtype == torch.float16 and s.dtype == torch.float32
+    y.float().sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.float32, torch.float32]
+
+
+def test_inference_mode(device):
+    x, residual, weight, *_ = rows(device)
+    with torch.inference_mode():
+        inferred = ops.add_layer_norm(x, residual, weight, backend="triton")
+    expected = ops.add_layer_norm(x, residual, weight, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(inferred, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_draw_new_masks():
+    x, residual, weight, *_ = (t.cuda() for t in rows("cpu"))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # compiles before the capture
+        ops.add_layer_norm(x, residual, weight, dropout_p=0.5, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, s = ops.add_layer_norm(x, residual, weight, dropout_p=0.5, backend="triton")
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(s.clone())
+    assert not torch.equal(*replays)
+
+
+def test_launches_on_the_device_of_the_tensors():
+    """No second GPU is needed: the launcher is a stub, the guard is noted."""
+    guarded = []
+
+    class OnGPU:
+        is_cuda, device = True, "cuda:3"
+
+    def launcher(x: torch.Tensor) -> torch.Tensor:
+        guarded.append("launched")
+        return x
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            guarded.append(self.device)
+
+        def __exit__(self, *_):
+            guarded.append("left")
+
+    with mock.patch.object(torch.cuda, "device", Guard), mock.patch.object(torch.library, "custom_op") as register:
+        autograd._custom_op(launcher, launcher)
+    _, on_its_device = register.call_args.args
+    with mock.patch.object(torch.cuda, "device", Guard):
+        on_its_device(OnGPU())
+    assert guarded == ["cuda:3", "launched", "left"]

@@ -1,0 +1,287 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastgpt
+from fastgpt import GPTConfig, cli
+from fastgpt.tokenizer import END_OF_TEXT, encoding
+from fastgpt.train import TrainConfig
+from fastgpt.weights import load_model
+
+ROOT = Path(fastgpt.__file__).parents[1]
+SHAPE = ["--preset=byte-0.1M", "--block_size=16", "--n_layer=1", "--n_embd=16"]
+TINY = [*SHAPE, "--batch_size=4", "--max_iters=3", "--eval_iters=2", "--device=cpu"]
+BYTE = encoding("byte")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(text, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("trained"))
+    assert cli.main(["train", "--data", text, "--out", folder, *TINY]) == 0
+    return folder
+
+
+def start(*arguments):
+    """`python -m fastgpt` with these arguments, as a shell starts it in the foreground."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastgpt", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def finish(process):
+    """Exit code, standard output, standard error."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out.decode(), err.decode()
+
+
+def main(capsys, *arguments):
+    capsys.readouterr()
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as exit:  # argparse's
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """Makes `generate` yield what it is given; the arguments that it got are in `stream.arguments`."""
+
+    def stream(ids):
+        def generate(model, prompt, count, **options):
+            stream.arguments = dict(prompt=prompt.tolist(), count=count, **options)
+            return (torch.tensor([token]) for token in ids)
+
+        monkeypatch.setattr(cli, "generate", generate)
+
+    return stream
+
+
+def test_train_then_generate(text, tmp_path):
+    code, out, err = finish(start("train", "--data", text, "--out", str(tmp_path / "out"), *TINY))
+    assert (code, err) == (0, "")
+    assert "step 3: train 5." in out
+    assert f"saved in {tmp_path / 'out'}; a sample:" in out
+
+    process = start("generate", "--checkpoint", str(tmp_path / "out"), "--prompt", "the fox", "--seed", "1")
+    code, out, err = finish(process)
+    assert (code, err) == (0, "")
+    assert out.startswith("the fox")
+    assert len(out) > len("the fox\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --preset byte-0.8m", "unknown preset 'byte-0.8m' (did you mean 'byte-0.8M'?)"),
+        ("train --n_heads 4", "unrecognized arguments: --n_heads 4"),
+        ("train --block_size 0", "block_size is 0, not a whole number of at least 1"),
+        ("train --n_head 3", "n_embd = 128 does not divide into n_head = 3 heads"),
+        ("train --bias maybe", "argument --bias: 'maybe' is not true or false"),
+        ("train --gelu relu", "argument --gelu: invalid choice: 'relu'"),
+        ("train --max_iters many", "argument --max_iters: invalid int value: 'many'"),
+        ("train --learning_rate nan", "learning_rate is nan, not a finite number"),
+        ("train --vocab_size 256", "vocab_size = 256, the encoding 'byte' has 257 ids"),
+        ("train --encoding gtp2", "unknown encoding 'gtp2'"),
+        ("train --data gone.txt", "no file or folder gone.txt"),
+        ("train --data empty.txt", "empty.txt: 1 training tokens are too few"),
+        ("train --data short.txt", "short.txt: 27 training tokens are too few for a window of 128 + 1"),
+        ("train --data ids.bin --block_size 8", "ids.bin: token 257 at offset 98 is outside the 257 ids"),
+        ("train --data text.txt --out short.txt/out", "short.txt/out"),
+        ("train --data text.txt --out short.txt", "short.txt"),
+        ("train --data text.txt --device abacus", "no device 'abacus' here"),
+        ("generate --checkpoint .", "no model.safetensors in .: train a model first"),
+        ("generate --temperature warm", "argument --temperature: invalid float value: 'warm'"),
+        ("generate --len 4", "unrecognized arguments: --len 4"),
+        ("talk", "invalid choice: 'talk'"),
+        ("", "the following arguments are required: train | generate"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some words " * 500)
+    (tmp_path / "short.txt").write_text("not enough for one window, no")
+    (tmp_path / "empty.txt").write_text("")
+    np.array([*range(98), 257, 0], dtype=np.uint16).tofile(tmp_path / "ids.bin")
+    before = sorted(os.listdir())
+    code, out, err = main(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("fastgpt") and err.count("\n") == 1 and err.endswith("\n")
+    assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--max_new_tokens 0", "max_new_tokens is 0, not at least 1"),
+        ("--temperature -1", "temperature is -1.0, not a finite number of at least 0"),
+        ("--top_k 0", "top_k is 0, not at least 1"),
+        ("--seed 99999999999999999999", "seed is 99999999999999999999, not a 64-bit integer"),
+    ],
+)
+def test_a_bad_number_for_generate(capsys, checkpoint, arguments, message):
+    code, _, err = main(capsys, "generate", "--checkpoint", checkpoint, *arguments.split())
+    assert code == 2
+    assert err == f"fastgpt generate: generate: {message}\n"
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    code, out, err = finish(start("train", "--preset", "byte-1M"))
+    assert (code, out) == (2, "")
+    assert err.startswith("fastgpt train: unknown preset 'byte-1M' (did you mean ") and err.count("\n") == 1
+
+
+def test_a_folder_that_holds_a_model_is_kept(capsys, text, checkpoint):
+    weights = Path(checkpoint, "model.safetensors").read_bytes()
+    code, _, err = main(capsys, "train", "--data", text, "--out", checkpoint, *TINY)
+    assert code == 2
+    assert "holds a trained model: choose another --out, or pass --overwrite" in err
+    assert Path(checkpoint, "model.safetensors").read_bytes() == weights
+
+
+def test_a_model_of_another_encoding(capsys, checkpoint, tmp_path):
+    for file in Path(checkpoint).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "encoding": "gpt2"}))
+    code, _, err = main(capsys, "generate", "--checkpoint", str(tmp_path))
+    assert code == 2
+    assert "vocab_size is 50257, not from 1 to the model's 257" in err
+
+
+def test_options_reach_both_configurations(capsys, monkeypatch):
+    got = []
+    monkeypatch.setattr(cli, "fit", lambda *arguments: got.extend(arguments))
+    monkeypatch.setattr(cli, "_write", lambda *arguments: None)
+    options = (
+        "--preset byte-10M --n_layer 3 --n_inner 24 --bias false --gelu none --dropout 0.1 --max_iters 7 --beta1 0.5"
+    )
+    code, _, _ = main(capsys, "train", "--data", "a", "--out", "b", "--overwrite", *options.split())
+    assert code == 0
+    assert got == [
+        GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1),
+        TrainConfig(max_iters=7, beta1=0.5),
+        BYTE,
+        "a",
+        "b",
+        True,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [("", "byte"), ("--preset gpt2-124M", "gpt2"), ("--preset gpt2-124M --encoding byte", "byte")],
+)
+def test_the_encoding_is_the_presets(capsys, monkeypatch, arguments, name):
+    got = []
+    monkeypatch.setattr(cli, "fit", lambda *arguments: got.extend(arguments))
+    monkeypatch.setattr(cli, "_write", lambda *arguments: None)
+    assert main(capsys, "train", *arguments.split())[0] == 0
+    assert got[2].name == name
+    assert got[3] is None, "no --data is the built-in corpus"
+
+
+def test_generate_is_repeatable_with_a_seed(capsys, checkpoint):
+    command = ["generate", "--checkpoint", checkpoint, "--max_new_tokens", "30", "--seed"]
+    first, again, other = (main(capsys, *command, seed)[1] for seed in ("7", "7", "8"))
+    assert first == again != other
+
+
+def test_the_prompt_may_pass_the_context(capsys, checkpoint):
+    code, out, _ = main(
+        capsys, "generate", "--checkpoint", checkpoint, "--prompt", "x" * 99, "--max_new_tokens", "30", "--seed", "7"
+    )
+    assert code == 0
+    assert out.startswith("x" * 99)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [("", [256]), ("fox", [*b"fox"]), (END_OF_TEXT, [*END_OF_TEXT.encode()]), ("é🙂", [*"é🙂".encode()])],
+    ids=["empty", "text", "special", "multi-byte"],
+)
+def test_the_prompt_is_text(capsys, checkpoint, stream, prompt, ids):
+    stream(b"!")
+    assert main(capsys, "generate", "--checkpoint", checkpoint, "--prompt", prompt) == (0, f"{prompt}!\n", "")
+    assert stream.arguments["prompt"] == [ids]
+
+
+def test_options_reach_generate(capsys, checkpoint, stream):
+    stream(b"")
+    options = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --seed 4"
+    assert main(capsys, "generate", "--checkpoint", checkpoint, *options.split())[0] == 0
+    expected = dict(count=9, temperature=0.5, top_k=3, seed=4, vocab_size=257, overflow="slide")
+    assert {name: stream.arguments[name] for name in expected} == expected
+
+
+def test_text_ends_with_the_document(capsys, checkpoint, stream):
+    stream([*b"end", 256, *b"of another"])
+    assert main(capsys, "generate", "--checkpoint", checkpoint)[1] == "end\n"
+
+
+def test_characters_are_streamed_whole(monkeypatch, checkpoint, stream):
+    class Terminal(io.StringIO):
+        """What it showed at each flush."""
+
+        def flush(self):
+            shown.append(self.getvalue())
+
+    shown = []
+    stream([*"aé🙂z".encode(), 0xC3])
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert cli.main(["generate", "--checkpoint", checkpoint, "--prompt", "> "]) == 0
+    whole = ["> ", "> a", "> aé", "> aé🙂", "> aé🙂z"]
+    assert list(dict.fromkeys(shown)) == [*whole, "> aé🙂z\ufffd\n"]  # the model stopped in the middle of a character
+
+
+def test_ctrl_c_in_generate(capsys, checkpoint, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "generate", interrupted)
+    assert main(capsys, "generate", "--checkpoint", checkpoint) == (130, "", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process can't be sent Ctrl-C on Windows")
+def test_ctrl_c_in_training_leaves_a_model(text, tmp_path):
+    endless = [*TINY, "--max_iters=1000000", "--eval_interval=50"]
+    process = start("train", "--data", text, "--out", str(tmp_path), *endless)
+    lines = iter(process.stdout.readline, b"")
+    assert any(line.startswith(b"step 50:") for line in lines)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert (code, err) == (130, "")
+    steps = int(out.partition("interrupted after ")[2].split()[0])
+    model, config = load_model(tmp_path)
+    assert config["step"] == steps >= 50
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_a_reader_that_goes_away(checkpoint):
+    """As in `fastgpt generate | head -c 5`."""
+    process = start("generate", "--checkpoint", checkpoint, "--prompt", "the fox", "--max_new_tokens", "1000000")
+    assert process.stdout.read(5) == b"the f"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=120) == 0

@@ -1,0 +1,282 @@
+import csv
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig, data, train
+from fastgpt.tokenizer import encoding
+from fastgpt.train import TrainConfig, fit
+from fastgpt.weights import load_model
+
+BYTE = encoding("byte")
+MODEL = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)
+FEW = TrainConfig(max_iters=4, batch_size=4, eval_interval=100, eval_iters=2, device="cpu")
+STEADY = dict(learning_rate=0.01, min_lr=0.01, warmup_iters=0)
+COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "tokens_per_second", "seconds"]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    return path
+
+
+@pytest.fixture
+def run(text, tmp_path):
+    """Trains on `text` with FEW as changed; the folder is `out`."""
+
+    def run(out="out", source=text, model=MODEL, overwrite=False, **changes):
+        return fit(model, dataclasses.replace(FEW, **changes), BYTE, source, tmp_path / out, overwrite)
+
+    run.out = tmp_path / "out"
+    return run
+
+
+@pytest.fixture
+def no_step(monkeypatch):
+    def step(self):
+        raise AssertionError("a step ran")
+
+    monkeypatch.setattr(train._Run, "step", step)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def equal(a: GPT, b: GPT) -> bool:
+    b = b.state_dict()
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
+
+
+def after(steps, error, monkeypatch):
+    """Let the step after so many raise `error`."""
+    step = train._Run.step
+
+    def limited(self):
+        if self.steps_done == steps:
+            raise error
+        return step(self)
+
+    monkeypatch.setattr(train._Run, "step", limited)
+
+
+def metrics(folder):
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_lowers_the_loss_and_leaves_four_files(run):
+    model = run(max_iters=60, batch_size=8, eval_interval=20, warmup_iters=5, learning_rate=0.01)
+    rows = metrics(run.out)
+    assert abs(float(rows[0]["train_loss"]) - math.log(257)) < 1.5
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 0.5
+    assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.5
+
+    assert sorted(contents(run.out)) == ["config.json", "loss.png", "metrics.csv", "model.safetensors"]
+    assert (run.out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    loaded, config = load_model(run.out)
+    assert equal(loaded, model)
+    assert (config["encoding"], config["step"], config["val_loss"]) == ("byte", 60, float(rows[-1]["val_loss"]))
+    assert config["train"]["learning_rate"] == 0.01
+
+
+def test_metrics_have_a_row_for_each_evaluation(run):
+    run(max_iters=5, eval_interval=2, warmup_iters=2)
+    rows = metrics(run.out)
+    assert list(rows[0]) == COLUMNS
+    assert [int(row["step"]) for row in rows] == [2, 4, 5]
+    config = dataclasses.replace(FEW, max_iters=5, warmup_iters=2)
+    assert [float(row["learning_rate"]) for row in rows] == [config.learning_rate_at(step) for step in (1, 3, 4)]
+
+
+def test_the_same_seed_gives_the_same_bits(run):
+    first, again, other = run("a", seed=3), run("b", seed=3), run("c", seed=4)
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+def test_evaluations_leave_the_training_alone(run):
+    model = dataclasses.replace(MODEL, dropout=0.3)
+    assert equal(run("often", model=model, eval_interval=1), run("once", model=model))
+
+
+def test_evaluations_repeat(run):
+    """The windows are the same ones each time, and dropout is off: where nothing is learned, nothing changes."""
+    run(model=dataclasses.replace(MODEL, dropout=0.3), learning_rate=0.0, min_lr=0.0, eval_interval=1)
+    assert len({row["val_loss"] for row in metrics(run.out)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "step", "rate"),
+    [
+        (dict(warmup_iters=10), 0, 0.1),
+        (dict(warmup_iters=10), 9, 1.0),
+        (dict(warmup_iters=10), 10, 1.0),
+        (dict(warmup_iters=0), 0, 1.0),
+        (dict(warmup_iters=0), 50, 0.6),
+        (dict(warmup_iters=50), 75, 0.6),
+        (dict(warmup_iters=10), 100, 0.2),
+        (dict(warmup_iters=10), 1000, 0.2),
+        (dict(warmup_iters=1000), 100, 0.101),
+        (dict(warmup_iters=0, max_iters=1), 0, 1.0),
+    ],
+    ids=[
+        "first",
+        "warmed",
+        "cosine",
+        "no-warmup",
+        "half",
+        "half-after-warmup",
+        "last",
+        "past-last",
+        "all-warmup",
+        "one-step",
+    ],
+)
+def test_learning_rate_at(fields, step, rate):
+    config = TrainConfig(**{"learning_rate": 1.0, "min_lr": 0.2, "max_iters": 101, **fields})
+    assert config.learning_rate_at(step) == pytest.approx(rate)
+
+
+def test_the_optimizer_follows_the_learning_rate(run):
+    frozen = run(learning_rate=1.0, warmup_iters=10**12)  # a rate of 1e-12
+    torch.manual_seed(FEW.seed)
+    assert all(
+        torch.allclose(a, b, atol=1e-9) for a, b in zip(frozen.parameters(), GPT(MODEL).parameters(), strict=True)
+    )
+
+
+def test_grad_clip_bounds_the_gradient(run):
+    """AdamW divides by the gradient's size plus 1e-8, so a gradient far below that moves nothing."""
+    clipped = run(grad_clip=1e-16, weight_decay=0.0)
+    torch.manual_seed(FEW.seed)
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(clipped.parameters(), GPT(MODEL).parameters(), strict=True)
+    )
+
+
+def test_only_matrices_decay():
+    decayed, others = train._optimizer(GPT(MODEL), FEW).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (FEW.weight_decay, 0.0)
+    assert {parameter.dim() for parameter in decayed["params"]} == {2}
+    assert {parameter.dim() for parameter in others["params"]} == {1}
+
+
+def test_without_data_the_builtin_corpus_is_used(run, monkeypatch, capsys):
+    monkeypatch.setattr(data, "builtin_documents", lambda: (["x" * 999_999], ["y" * 199_999]))
+    run(source=None)
+    assert "the standard library's source: 1.0M tokens to train on, 0.2M to validate" in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_a_model_is_refused_and_left_alone(run):
+    run()
+    before = contents(run.out)
+    with pytest.raises(FileExistsError, match=r"model.safetensors holds a trained model"):
+        run(seed=4)
+    assert contents(run.out) == before
+
+
+def test_overwrite_replaces_the_model(run):
+    run()
+    model = run(seed=4, overwrite=True)
+    assert equal(load_model(run.out)[0], model)
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_an_unwritable_folder_is_found_before_the_first_step(run, no_step, tmp_path, out):
+    (tmp_path / "file").write_text("content")
+    with pytest.raises(OSError, match="file"):
+        run(out)
+    assert (tmp_path / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(source="gone.txt"), "no file or folder gone.txt"),
+        (dict(device="abacus"), "no device 'abacus' here: "),
+        (dict(device="cuda:99"), "no device 'cuda:99' here: "),
+        (dict(device="meta"), "no device 'meta' here: "),
+        (dict(model=dataclasses.replace(MODEL, vocab_size=256)), "vocab_size = 256, the encoding 'byte' has 257 ids"),
+        (
+            dict(model=dataclasses.replace(MODEL, block_size=999)),
+            "225 validation tokens are too few for a window of 999",
+        ),
+    ],
+    ids=["data", "device", "gpu", "meta", "vocabulary", "window"],
+)
+def test_what_would_stop_a_later_step_stops_before_the_first(run, no_step, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run(**changes)
+    assert not run.out.exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad):
+    seen = []
+
+    class Diverging(GPT):
+        def forward(self, idx, targets=None):
+            loss = super().forward(idx, targets)
+            seen.append((self, {name: tensor.clone() for name, tensor in self.state_dict().items()}))
+            return loss * bad if len(seen) == 3 else loss
+
+    monkeypatch.setattr(train, "GPT", Diverging)
+    with pytest.raises(FloatingPointError, match=f"loss of step 2 is {bad}"):
+        run()
+    model, before = seen[-1]
+    assert len(seen) == 3
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_ctrl_c_saves_the_model_so_far(run, monkeypatch, capsys):
+    expected = run("two-steps", max_iters=2, **STEADY)
+    after(2, KeyboardInterrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        run(max_iters=10, **STEADY)
+    model, config = load_model(run.out)
+    assert equal(model, expected)
+    assert (config["step"], config["val_loss"]) == (2, None)
+    assert f"interrupted after 2 of 10 steps; the model so far is in {run.out}" in capsys.readouterr().out
+
+
+def test_every_evaluation_saves_the_model(run, monkeypatch):
+    expected = run("two-steps", max_iters=2, **STEADY)
+    after(3, RuntimeError("the power is gone"), monkeypatch)
+    with pytest.raises(RuntimeError, match="power"):
+        run(max_iters=10, eval_interval=2, **STEADY)
+    assert equal(load_model(run.out)[0], expected)
+    assert json.loads((run.out / "config.json").read_text())["step"] == 2
+    assert len(metrics(run.out)) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        *((name, 0, "0, not at least 1") for name in ("max_iters", "batch_size", "eval_interval", "eval_iters")),
+        ("learning_rate", math.nan, "nan, not a finite number of at least 0"),
+        ("min_lr", -1e-4, "-0.0001, not a finite number of at least 0"),
+        ("warmup_iters", -3, "-3, not a finite number of at least 0"),
+        ("weight_decay", math.inf, "inf, not a finite number of at least 0"),
+        ("grad_clip", -1.0, "-1.0, not a finite number of at least 0"),
+        ("beta1", 1.0, r"1.0, not in \[0, 1\)"),
+        ("beta2", -0.1, r"-0.1, not in \[0, 1\)"),
+        ("seed", -1, r"-1, not in \[0, 2\*\*63\)"),
+        ("seed", 2**63, r"9223372036854775808, not in \[0, 2\*\*63\)"),
+    ],
+)
+def test_bad_field(field, value, message):
+    with pytest.raises(ValueError, match=f"TrainConfig: {field} is {message}"):
+        TrainConfig(**{field: value})
+
+
+def test_matplotlib_is_no_need(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run()
+    assert sorted(contents(run.out)) == ["config.json", "metrics.csv", "model.safetensors"]
