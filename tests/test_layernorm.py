@@ -238,6 +238,17 @@ def test_dropout_drops_what_the_fallback_drops(p, device):
         assert all(torch.equal(a, b) for a, b in zip(kernel, again, strict=True))
 
 
+def test_a_word_at_the_threshold_is_kept(device):
+    """p is chosen so that floor(p * 2**32) is the very word that decides about the element (0, 0)."""
+    site, seed = torch.tensor(reference.RESIDUAL_SITE), torch.tensor(7)
+    zero = torch.zeros((), dtype=torch.int64)
+    p = reference._philox(zero, zero, zero, site, seed)[0].item() / 2**32
+    x, weight = torch.ones(1, 20, device=device), torch.ones(20, device=device)
+    for backend in ("triton", "torch"):
+        _, s = ops.add_layer_norm(x, torch.zeros_like(x), weight, dropout_p=p, seed=7, backend=backend)
+        assert s[0, 0] > 0
+
+
 def test_dropout_within_the_limits(device):
     for dtype in dtypes(device):
         check(operands((5, 3), 300, dtype, device), dropout_p=0.25, seed=12345)

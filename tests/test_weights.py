@@ -81,7 +81,7 @@ def test_truncated_weights(folder, keep):
     [
         b"",
         b'{"model": {',
-        b"\xff\xfe",
+        b"\xff" * 10_000,
         b"[1, 2]",
         b"null",
         b'{"encoding": "byte"}',
@@ -105,8 +105,9 @@ def test_truncated_weights(folder, keep):
 )
 def test_bad_config(folder, content):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json is not a fastgpt configuration: "):
+    with pytest.raises(ValueError, match=r"config.json is not a fastgpt configuration: \w+Error: ") as error:
         load_model(folder)
+    assert len(str(error.value)) < 500, "the content is not part of the message"
 
 
 def test_unknown_field_in_config(folder):
