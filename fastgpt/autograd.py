@@ -5,11 +5,12 @@ Launchers are custom ops so that torch.compile sees one opaque call with a known
 """
 
 import functools
+import math
 
 import torch
 import triton
 
-from fastgpt.kernels import layernorm
+from fastgpt.kernels import attention, layernorm
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 
@@ -23,6 +24,15 @@ def add_layer_norm(
 ):
     seed = _seed_tensor(seed, dropout_p, x.device)
     return AddLayerNorm.apply(x, residual, weight, bias, x_bias, seed, eps, residual_dtype or residual.dtype, dropout_p)
+
+
+def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+    return CausalAttention.apply(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+    head_dim = qkv.shape[-1] // 3 // heads
+    return CausalAttentionQKV.apply(qkv, heads, 1 / math.sqrt(head_dim) if scale is None else scale)
 
 
 def _custom_op(launcher, fake):
@@ -42,6 +52,10 @@ def _custom_op(launcher, fake):
 
 layer_norm_fwd = _custom_op(layernorm.layer_norm_fwd, layernorm.layer_norm_fwd_outputs)
 layer_norm_bwd = _custom_op(layernorm.layer_norm_bwd, layernorm.layer_norm_bwd_outputs)
+attention_fwd = _custom_op(attention.attention_fwd, attention.attention_fwd_outputs)
+attention_bwd = _custom_op(attention.attention_bwd, attention.attention_bwd_outputs)
+attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
+attention_qkv_bwd = _custom_op(attention.attention_qkv_bwd, attention.attention_qkv_bwd_outputs)
 
 
 class LayerNorm(torch.autograd.Function):
@@ -84,6 +98,34 @@ class AddLayerNorm(torch.autograd.Function):
             sums[2].to(x_bias.dtype) if needs_x_bias else None,
             *[None] * 4,
         )
+
+
+class CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale):
+        o, lse = attention_fwd(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        _refuse_second_derivative("causal_attention")
+        return *attention_bwd(do, *ctx.saved_tensors, ctx.scale), None
+
+
+class CausalAttentionQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, heads, scale):
+        out, lse = attention_qkv_fwd(qkv, heads, scale)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.heads, ctx.scale = heads, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        _refuse_second_derivative("causal_attention_qkv")
+        return attention_qkv_bwd(dout, *ctx.saved_tensors, ctx.heads, ctx.scale), None, None
 
 
 def _seed_tensor(seed, dropout_p, device):

@@ -78,8 +78,8 @@ def dropout(name, dropout_p, seed, device):
 
 
 def attention_scale(name, scale):
-    if scale is not None and (not math.isfinite(scale) or scale == 0):
-        raise ValueError(f"{name}: scale is {scale}, not a finite number other than 0")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"{name}: scale is {scale}, not a positive number")
 
 
 def heads(name, **tensors):

@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import dataclasses
+import io
 import sys
 import types
 import typing
@@ -18,6 +19,8 @@ from fastgpt.weights import load_model
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal can't show must not end the text
+        sys.stdout.reconfigure(errors="replace")
     try:
         options.run(options)
     except KeyboardInterrupt:

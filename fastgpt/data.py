@@ -34,7 +34,7 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
     if source is None:
         train, val = (_encode(documents, encoding) for documents in builtin_documents())
         corpus = Corpus(train, val, "the standard library's source")
-    elif (path := Path(source)).is_dir() and (path / "train.bin").is_file() and (path / "val.bin").is_file():
+    elif (path := Path(source)).is_dir() and any((path / name).exists() for name in ("train.bin", "val.bin")):
         corpus = Corpus(_map(path / "train.bin", encoding), _map(path / "val.bin", encoding), str(path))
     elif path.is_dir() or path.suffix != ".bin":
         corpus = Corpus(*_split(_encode(_read_documents(path), encoding)), str(path))
@@ -83,6 +83,8 @@ def _read_documents(path: Path) -> list[str]:
         return texts
     if not path.is_file():
         raise FileNotFoundError(f"no file or folder {path}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: 0 bytes")
     try:
         return [path.read_bytes().decode("utf-8")]
     except UnicodeDecodeError as error:

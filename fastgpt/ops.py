@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fastgpt import checks, reference
 
 Backend = Literal["auto", "triton", "torch"]
 
-autograd: ModuleType | None = None  # the Triton road, where there is a Triton to import
+autograd: Any = None  # the Triton road, where there is a Triton to import
 _NO_TRITON = "Triton is not installed"
 if find_spec("triton") is not None:
     import triton
@@ -104,9 +104,8 @@ def causal_attention(
             f"{name}: {q.shape[2]} queries but only {k.shape[2]} keys; the last query sits at the last key"
         )
     checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
-    return _road(name, backend, q).causal_attention(
-        q, k, v, scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents
-    )
+    options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
+    return _road(name, backend, q, k=k, **options).causal_attention(q, k, v, seed=seed, **options)
 
 
 def causal_attention_qkv(
@@ -130,9 +129,8 @@ def causal_attention_qkv(
         raise ValueError(f"{name}: {packed // 3} channels do not divide into {heads} heads")
     shape = (batch, heads, time, packed // 3 // heads)
     checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
-    return _road(name, backend, qkv).causal_attention_qkv(
-        qkv, heads, scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents
-    )
+    options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
+    return _road(name, backend, qkv, heads=heads, **options).causal_attention_qkv(qkv, heads, seed=seed, **options)
 
 
 def decode_attention(
@@ -282,24 +280,28 @@ def explain(function: Callable, *args, **kwargs) -> str:
     """
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    operand = next(a for a in bound.arguments.values() if isinstance(a, Tensor) and a.is_floating_point())
-    _, sentence = _choose(function.__name__, bound.arguments["backend"], operand)
+    arguments = dict(bound.arguments)
+    backend = arguments.pop("backend")
+    label = next(name for name, a in arguments.items() if isinstance(a, Tensor) and a.is_floating_point())
+    operand = arguments.pop(label)
+    _, sentence = _choose(function.__name__, backend, operand, arguments)
     return sentence
 
 
-# The choice: the one place that decides between Triton and PyTorch.
+# The choice: the one place that decides between Triton and PyTorch. `operand` is a call's first floating-point
+# tensor, `arguments` what else the kernel's limits ask about.
 
 
-def _road(name: str, backend: Backend, operand: Tensor) -> ModuleType:
-    return _choose(name, backend, operand)[0]
+def _road(name: str, backend: Backend, operand: Tensor, **arguments) -> ModuleType:
+    return _choose(name, backend, operand, arguments)[0]
 
 
-def _choose(name: str, backend: Backend, operand: Tensor) -> tuple[ModuleType, str]:
+def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tuple[ModuleType, str]:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
     if backend == "torch":
         return reference, f"{name} runs on PyTorch: backend='torch' was asked for"
-    obstacle = _obstacle(name, operand)
+    obstacle = _obstacle(name, operand, arguments)
     if autograd is not None and obstacle is None:
         where = "Triton's interpreter" if autograd.INTERPRETED else f"its Triton kernel on {operand.device}"
         return autograd, f"{name} runs on {where}"
@@ -308,11 +310,11 @@ def _choose(name: str, backend: Backend, operand: Tensor) -> tuple[ModuleType, s
     return reference, f"{name} runs on PyTorch: {obstacle}"
 
 
-def _obstacle(name: str, operand: Tensor) -> str | None:
-    """What keeps the Triton kernel from serving this call, or None. `operand` is the first floating-point argument."""
+def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
+    """What keeps the Triton kernel from serving this call, or None."""
     if autograd is None:
         return _NO_TRITON
-    if not hasattr(autograd, name):
+    if name not in _LIMITS:
         return "fastgpt has no kernel for it yet"
     if not autograd.INTERPRETED:
         if operand.device.type != "cuda" or torch.version.hip:
@@ -323,7 +325,32 @@ def _obstacle(name: str, operand: Tensor) -> str | None:
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
         if operand.dtype == torch.float64:
             return "the kernels compute in float32 at most, the operand is torch.float64"
-    columns = operand.shape[-1]
-    if name in ("layer_norm", "add_layer_norm") and columns > autograd.layernorm.MAX_COLUMNS:
-        return f"rows of {columns} channels are wider than the kernel's {autograd.layernorm.MAX_COLUMNS}"
+    return _LIMITS[name](operand, **arguments)
+
+
+def _row_limit(x, **_):
+    if x.shape[-1] > autograd.layernorm.MAX_COLUMNS:
+        return f"rows of {x.shape[-1]} channels are wider than the kernel's {autograd.layernorm.MAX_COLUMNS}"
     return None
+
+
+def _attention_limit(q, *, k=None, heads=None, dropout_p, key_mask, documents, **_):
+    """q (B, H, T, D) with its k, or a packed qkv with its heads."""
+    head_dim = q.shape[-1] if heads is None else q.shape[-1] // 3 // heads
+    if dropout_p > 0:
+        return f"the attention kernel has no dropout yet, dropout_p is {dropout_p}"
+    if key_mask is not None or documents is not None:
+        return f"the attention kernel has no {'documents' if key_mask is None else 'key_mask'} yet"
+    if k is not None and k.shape[1] != q.shape[1]:
+        return f"the attention kernel has no grouped heads yet, there are {q.shape[1]} and {k.shape[1]}"
+    if head_dim > autograd.attention.MAX_HEAD_DIM:
+        return f"heads of {head_dim} channels are wider than the kernel's {autograd.attention.MAX_HEAD_DIM}"
+    return None
+
+
+_LIMITS: dict[str, Callable[..., str | None]] = {
+    "layer_norm": _row_limit,
+    "add_layer_norm": _row_limit,
+    "causal_attention": _attention_limit,
+    "causal_attention_qkv": _attention_limit,
+}

@@ -20,9 +20,10 @@ def assert_accurate(
 
     same_dtype: PyTorch's result in actual's dtype; None allows no more than the floor. magnitude: the oracle's formula
     on absolute values, which tells how much rounding its cancellations may show; |oracle| if None. logit_max: the
-    largest |score| of an attention, whose exponentials are that much less certain in float32. Rows are the last axis.
+    largest |score| under an exponential, which rounding of the score and of its scale makes less certain by as many
+    units. Rows are the last axis.
 
-    With u the unit roundoff, K from _ALLOWED and a floor c of u / 2 · (1 + logit_max / 4), u / 4 in half precision:
+    With u the unit roundoff, K from _ALLOWED and a floor c of u / 2 · (1 + logit_max / 2), u / 4 in half precision:
         whole    |actual - oracle|  <=    K max(|same_dtype - oracle|, c |magnitude|)
         rows     the same norms     <=   4K (c |magnitude| + e |oracle|),  e PyTorch's relative error as a whole
         elements the same, in place <=  16K (c m + e r),                   m, r the element's own + its row's rms
@@ -33,7 +34,7 @@ def assert_accurate(
         raise ValueError(f"{name}: {tuple(actual.shape)} against {tuple(oracle.shape)} {oracle.dtype}")
     allowed, half = _ALLOWED[actual.dtype], actual.dtype in (torch.bfloat16, torch.float16)
     unit = torch.finfo(actual.dtype).eps / 2
-    floor = unit / 4 if half else unit / 2 * (1 + logit_max / 4)
+    floor = unit / 4 if half else unit / 2 * (1 + logit_max / 2)
     got, expected = _rows(actual), _rows(oracle)
     size = expected.abs() if magnitude is None else _rows(magnitude)
     theirs = expected if same_dtype is None else _rows(same_dtype)

@@ -27,7 +27,7 @@ class TrainConfig:
     max_iters: int = 1200
     batch_size: int = 16  # windows of block_size tokens a step
     learning_rate: float = 3e-3
-    min_lr: float = 3e-4  # where the cosine ends
+    min_lr: float | None = None  # where the cosine ends; None is a tenth of learning_rate
     warmup_iters: int = 50
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -43,11 +43,14 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not at least 1")
         for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not a finite number of at least 0")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"TrainConfig: {name} is {value}, not a finite number of at least 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not in [0, 1)")
+        if self.min_lr is not None and self.min_lr > self.learning_rate:
+            raise ValueError(f"TrainConfig: min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"TrainConfig: seed is {self.seed}, not in [0, 2**63)")
 
@@ -56,7 +59,8 @@ class TrainConfig:
         if step < self.warmup_iters:
             return self.learning_rate * (step + 1) / self.warmup_iters
         progress = (step - self.warmup_iters) / max(1, self.max_iters - 1 - self.warmup_iters)
-        return self.min_lr + (self.learning_rate - self.min_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        return lowest + (self.learning_rate - lowest) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def fit(
@@ -75,7 +79,9 @@ def fit(
     """
     folder = Path(out)
     if (folder / WEIGHTS).exists() and not overwrite:
-        raise FileExistsError(f"{folder / WEIGHTS} holds a trained model: choose another --out, or pass --overwrite")
+        raise FileExistsError(
+            f"{folder / WEIGHTS} holds a trained model: choose another folder (--out) or --overwrite it"
+        )
     if model_config.vocab_size < encoding.n_vocab:
         sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r} has {encoding.n_vocab} ids"
         raise ValueError(f"the model can't hold every token: {sizes}")
@@ -112,9 +118,9 @@ class _Run:
         x = torch.empty(1, self.model.config.n_embd, device=self.device)
         norm = ops.explain(ops.layer_norm, x, self.model.ln_f.weight, backend=self.model.config.backend)
         return (
-            f"{self.model.num_parameters() / 1e6:.1f}M parameters, {self.config.max_iters} steps of "
+            f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "
             f"{self.config.batch_size} x {block} tokens on {self.device}; {norm}\n"
-            f"{self.corpus.name}: {len(train) / 1e6:.1f}M tokens to train on, {len(val) / 1e6:.1f}M to validate"
+            f"{self.corpus.name}: {len(train):,} tokens to train on, {len(val):,} to validate"
         )
 
     def loop(self) -> None:
@@ -157,7 +163,7 @@ class _Run:
             loss = self.model(*data.windows(self.corpus.train, starts, block, self.device))
         value = loss.item()
         if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {self.steps_done} is {value}; nothing was updated from it")
+            raise FloatingPointError(f"the loss of step {self.steps_done + 1} is {value}; nothing was updated from it")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.grad_clip:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -35,8 +36,9 @@ def load_model(folder: str | Path, **changes) -> tuple[GPT, dict]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config["encoding"], str):
             raise TypeError(f"encoding is {config['encoding']!r}")
-        model = GPT(GPTConfig.from_dict({**config["model"], **changes}))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        with torch.device("meta"):  # no memory before the shapes are known to agree
+            model = GPT(GPTConfig.from_dict({**config["model"], **changes}))
+    except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder / CONFIG} is not a fastgpt configuration: {reason}") from error
     try:
@@ -50,5 +52,5 @@ def load_model(folder: str | Path, **changes) -> tuple[GPT, dict]:
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, {CONFIG} says {tuple(expected[name].shape)}"
             raise ValueError(f"{folder / WEIGHTS}: {name} has shape {shapes}")
-    model.load_state_dict(tensors)
+    model.load_state_dict(tensors, assign=True)
     return model.eval(), config

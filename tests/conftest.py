@@ -30,6 +30,7 @@ def device(request):
 def _deterministic():
     """The same draws in every test, and memory that a kernel forgot to write is NaN."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tensors are small, and two busy threads wait for each other on a busy machine
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -17,8 +17,8 @@ from fastgpt.train import TrainConfig
 from fastgpt.weights import load_model
 
 ROOT = Path(fastgpt.__file__).parents[1]
-SHAPE = ["--preset=byte-0.1M", "--block_size=16", "--n_layer=1", "--n_embd=16"]
-TINY = [*SHAPE, "--batch_size=4", "--max_iters=3", "--eval_iters=2", "--device=cpu"]
+TINY = ["--preset=byte-0.1M", "--block_size=16", "--n_layer=1", "--n_embd=16", "--device=cpu"]
+TINY += ["--batch_size=4", "--max_iters=3", "--eval_iters=2"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_train_then_generate(text, tmp_path):
         ("train --vocab_size 256", "vocab_size = 256, the encoding 'byte' has 257 ids"),
         ("train --encoding gtp2", "unknown encoding 'gtp2'"),
         ("train --data gone.txt", "no file or folder gone.txt"),
-        ("train --data empty.txt", "empty.txt: 1 training tokens are too few"),
+        ("train --data empty.txt", "empty.txt is empty: 0 bytes"),
         ("train --data short.txt", "short.txt: 27 training tokens are too few for a window of 128 + 1"),
         ("train --data ids.bin --block_size 8", "ids.bin: token 257 at offset 98 is outside the 257 ids"),
         ("train --data text.txt --out short.txt/out", "short.txt/out"),
@@ -155,7 +155,7 @@ def test_a_folder_that_holds_a_model_is_kept(capsys, text, checkpoint):
     weights = Path(checkpoint, "model.safetensors").read_bytes()
     code, _, err = main(capsys, "train", "--data", text, "--out", checkpoint, *TINY)
     assert code == 2
-    assert "holds a trained model: choose another --out, or pass --overwrite" in err
+    assert "holds a trained model: choose another folder (--out) or --overwrite it" in err
     assert Path(checkpoint, "model.safetensors").read_bytes() == weights
 
 

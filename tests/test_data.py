@@ -156,7 +156,7 @@ def test_missing_source(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "window", "message"),
     [
-        ("empty.txt", b"", 8, "empty.txt: 1 training tokens are too few for a window of 8 + 1"),
+        ("empty.txt", b"", 8, "empty.txt is empty: 0 bytes"),
         ("short.txt", b"x" * 20, 64, "short.txt: 19 training tokens are too few for a window of 64 + 1"),
         ("short.txt", b"x" * 99, 10, "short.txt: 10 validation tokens are too few for a window of 10 + 1"),
         ("short.bin", bytes(20), 9, "short.bin: 9 training tokens are too few for a window of 9 + 1"),
@@ -206,3 +206,11 @@ def test_token_outside_the_encoding_in_a_folder_of_token_files(tmp_path, part):
     np.array([*range(40), 50256], dtype=np.uint16).tofile(tmp_path / f"{part}.bin")
     with pytest.raises(ValueError, match=f"{part}.bin: token 50256 at offset 40 "):
         load_corpus(tmp_path, BYTE, 4)
+
+
+@pytest.mark.parametrize("alone", ["train.bin", "val.bin"])
+def test_half_of_a_pair_of_token_files_is_no_text(tmp_path, alone):
+    (tmp_path / alone).write_bytes(b"abcd" * 100)
+    missing = {"train.bin": "val.bin", "val.bin": "train.bin"}[alone]
+    with pytest.raises(FileNotFoundError, match=f"no file or folder .*{missing}"):
+        load_corpus(tmp_path, encoding("byte"), 8)

@@ -84,6 +84,7 @@ BAD = {
         "5 queries but only 3 keys",
     ),
     "scale zero": (lambda: ops.causal_attention(Q, Q, Q, scale=0.0), ValueError, "scale is 0.0"),
+    "scale negative": (lambda: ops.causal_attention(Q, Q, Q, scale=-1.0), ValueError, "scale is -1.0"),
     "scale infinite": (lambda: ops.causal_attention(Q, Q, Q, scale=float("inf")), ValueError, "scale is inf"),
     "key_mask of floats": (
         lambda: ops.causal_attention(Q, Q, Q, key_mask=t(2, 5)),

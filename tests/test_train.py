@@ -1,9 +1,11 @@
 import csv
 import dataclasses
+import io
 import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +97,36 @@ def test_metrics_have_a_row_for_each_evaluation(run):
     assert [float(row["learning_rate"]) for row in rows] == [config.learning_rate_at(step) for step in (1, 3, 4)]
 
 
+def test_train_loss_is_the_mean_since_the_row_before(run, monkeypatch):
+    def step(self):
+        self.steps_done += 1
+        return float(self.steps_done)
+
+    monkeypatch.setattr(train._Run, "step", step)
+    run(max_iters=5, eval_interval=2)
+    assert [float(row["train_loss"]) for row in metrics(run.out)] == [1.5, 3.5, 5.0]
+
+
+def test_val_loss_is_the_mean_over_all_windows(run, text):
+    """14 windows are as many as the validation tokens hold, and no whole number of batches."""
+    model = run(eval_iters=100)
+    tokens = data.load_corpus(text, BYTE, 16).val
+    assert (len(tokens) - 1) // 16 == 14
+    starts = np.linspace(0, len(tokens) - 17, 14).astype(int)
+    with torch.no_grad():
+        expected = model(*data.windows(tokens, starts, 16, torch.device("cpu"))).item()
+    assert float(metrics(run.out)[-1]["val_loss"]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_progress_reaches_a_pipe_at_once(run, monkeypatch):
+    pipe = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(pipe))
+    after(2, RuntimeError, monkeypatch)
+    with pytest.raises(RuntimeError):
+        run(eval_interval=2)
+    assert b"step 2: train 5." in pipe.getvalue()
+
+
 def test_the_same_seed_gives_the_same_bits(run):
     first, again, other = run("a", seed=3), run("b", seed=3), run("c", seed=4)
     assert equal(first, again)
@@ -122,7 +154,7 @@ def test_evaluations_repeat(run):
         (dict(warmup_iters=0), 50, 0.6),
         (dict(warmup_iters=50), 75, 0.6),
         (dict(warmup_iters=10), 100, 0.2),
-        (dict(warmup_iters=10), 1000, 0.2),
+        (dict(warmup_iters=10), 150, 0.2),
         (dict(warmup_iters=1000), 100, 0.101),
         (dict(warmup_iters=0, max_iters=1), 0, 1.0),
     ],
@@ -171,7 +203,7 @@ def test_only_matrices_decay():
 def test_without_data_the_builtin_corpus_is_used(run, monkeypatch, capsys):
     monkeypatch.setattr(data, "builtin_documents", lambda: (["x" * 999_999], ["y" * 199_999]))
     run(source=None)
-    assert "the standard library's source: 1.0M tokens to train on, 0.2M to validate" in capsys.readouterr().out
+    assert "the standard library's source: 1,000,000 tokens to train on, 200,000 to validate" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_a_model_is_refused_and_left_alone(run):
@@ -228,7 +260,7 @@ def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad
             return loss * bad if len(seen) == 3 else loss
 
     monkeypatch.setattr(train, "GPT", Diverging)
-    with pytest.raises(FloatingPointError, match=f"loss of step 2 is {bad}"):
+    with pytest.raises(FloatingPointError, match=f"loss of step 3 is {bad}"):
         run()
     model, before = seen[-1]
     assert len(seen) == 3
@@ -280,3 +312,9 @@ def test_matplotlib_is_no_need(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run()
     assert sorted(contents(run.out)) == ["config.json", "metrics.csv", "model.safetensors"]
+
+
+def test_min_lr_is_a_tenth_unless_said_and_never_above(run):
+    assert TrainConfig(learning_rate=1e-4).learning_rate_at(10**9) == pytest.approx(1e-5)
+    with pytest.raises(ValueError, match=r"min_lr = 0.1 is above learning_rate = 0.001"):
+        TrainConfig(learning_rate=1e-3, min_lr=0.1)

@@ -1,0 +1,291 @@
+"""kernels/attention.py against float64: values and every gradient, at odd lengths, head dims and strides."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastgpt import ops, reference
+from fastgpt.testing import assert_accurate
+
+pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+
+from fastgpt.kernels import attention
+
+ON_GPU = [torch.float32, torch.float16, torch.bfloat16]
+NAMES = ("o", "dq", "dk", "dv")
+
+
+def dtypes(device):
+    return ON_GPU if device.type == "cuda" else ON_GPU[:2]  # the interpreter gets products of bfloat16 wrong
+
+
+def operands(batch, heads, queries, keys, dim, dtype, device, scale=1.0):
+    """q, k, v and the gradient of o."""
+    lengths = (queries, keys, keys, queries)
+    tensors = [torch.randn(batch, heads, length, dim, dtype=torch.float64) for length in lengths]
+    return [(t * s).to(device, dtype) for t, s in zip(tensors, (scale, scale, 1.0, 1.0), strict=True)]
+
+
+def run(q, k, v, do, **options):
+    """o and the gradients of q, k, v, for leaves of these values and strides."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    o = ops.causal_attention(*leaves, **options)
+    o.backward(do)
+    return [o, *(leaf.grad for leaf in leaves)]
+
+
+def magnitudes(q, k, v, do, scale, dtype):
+    """The formulas on absolute values, and the largest score. Probabilities too small for float32 are lost whole, those
+    too small for float16 in part."""
+    queries, keys = q.shape[2], k.shape[2]
+    hidden = ~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    scores = q @ k.mT * scale
+    p = scores.masked_fill(hidden, -math.inf).softmax(-1)
+    p = p + torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps + torch.finfo(dtype).tiny
+    o = p @ v.abs()
+    ds = p * (do.abs() @ v.abs().mT + (do.abs() * o).sum(-1, keepdim=True))
+    sizes = [o, scale * ds @ k.abs(), scale * ds.mT @ q.abs(), p.mT @ do.abs()]
+    return sizes, scores.abs().max().item()
+
+
+def composed(q, k, v, do, scale):
+    """PyTorch's own error: the plain composition in the operands' dtype."""
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    o = (leaves[0] @ leaves[1].mT * scale).masked_fill(~allowed, -math.inf).softmax(-1) @ leaves[2]
+    o.backward(do)
+    return [o, *(leaf.grad for leaf in leaves)]
+
+
+def check(tensors, scale=None):
+    """The kernels' four results for these operands, each within assert_accurate's limits. Returns them."""
+    real_scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
+    kernel = run(*tensors, scale=scale, backend="triton")
+    wide = [t.double().cpu() for t in tensors]
+    oracle = run(*wide, scale=scale, backend="torch")
+    sizes, largest = magnitudes(*wide, real_scale, tensors[0].dtype)
+    theirs = composed(*tensors, real_scale)
+    for name, got, expected, their, size in zip(NAMES, kernel, oracle, theirs, sizes, strict=True):
+        assert_accurate(got, expected, their, size, logit_max=largest, name=name)
+    return kernel
+
+
+@pytest.mark.parametrize("time", [1, 2, 3, 7, 15, 17, 63, 64, 65, 127])
+def test_lengths(time, device):
+    for dtype in dtypes(device):
+        check(operands(1, 2, time, time, 16, dtype, device))
+
+
+@pytest.mark.parametrize("dim", [1, 16, 20, 25, 32, 64, 80, 128, 256])
+def test_head_dims(dim, device):
+    for dtype in dtypes(device):
+        check(operands(1, 1, 37, 37, dim, dtype, device))
+
+
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (2, 3), (1, 12), (1, 25)])
+def test_heads_and_batches(batch, heads, device):
+    check(operands(batch, heads, 20, 20, 16, torch.float32, device))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 40), (5, 40), (17, 18), (33, 70), (16, 48)])
+def test_fewer_queries_than_keys_sit_at_the_end(queries, keys, device):
+    check(operands(1, 2, queries, keys, 16, torch.float32, device))
+
+
+@pytest.mark.parametrize("amplitude", [1e-3, 6.0])
+def test_small_and_large_scores(amplitude, device):
+    """At 6 the scores reach some 200, so that a sum without its running maximum overflows."""
+    check(operands(1, 2, 50, 50, 32, torch.float32, device, scale=amplitude))
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.7])
+def test_scale_is_heard(scale, device):
+    check(operands(1, 2, 50, 50, 16, torch.float32, device), scale=scale)
+
+
+TILES = [(16, 16), (16, 64), (64, 16), (32, 32)]
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), TILES)
+def test_every_ratio_of_tiles(block_m, block_n, device, monkeypatch):
+    """How many tiles are masked, whole and skipped depends on it, in each of the three kernels."""
+    tiles = attention.Tiles(block_m, block_n, 4, 1)
+    monkeypatch.setattr(attention, "_tiles", lambda *args: tiles)
+    for queries, keys in ((70, 70), (64, 64), (33, 90)):
+        check(operands(1, 1, queries, keys, 16, torch.float32, device))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("time", [200, 257, 1000, 1024, 4096])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_the_sizes_that_people_train(time, dim):
+    for dtype in ON_GPU:
+        check(operands(2, 3, time, time, dim, dtype, "cuda"))
+
+
+def packed(batch, time, heads, dim, dtype, device):
+    return [torch.randn(batch, time, n * heads * dim).to(device, dtype) for n in (3, 1)]
+
+
+def run_packed(qkv, dout, heads, **options):
+    leaf = qkv.detach().requires_grad_()
+    out = ops.causal_attention_qkv(leaf, heads, **options)
+    out.backward(dout)
+    return out, leaf.grad
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(1, 16), (3, 20), (5, 64)])
+def test_packed_attention_has_the_bits_of_the_unpacked(heads, dim, device):
+    qkv, dout = packed(2, 37, heads, dim, torch.float32, device)
+    out, dqkv = run_packed(qkv, dout, heads, backend="triton")
+    parts = [t.unflatten(-1, (heads, dim)).transpose(1, 2) for t in (*qkv.chunk(3, -1), dout)]
+    expected = [t.transpose(1, 2).flatten(-2) for t in run(*parts, backend="triton")]
+    assert torch.equal(out, expected[0])
+    assert torch.equal(dqkv, torch.cat(expected[1:], -1))
+
+
+def test_the_output_lies_ready_for_merging_heads(device):
+    q, k, v, _ = operands(2, 3, 20, 20, 16, torch.float32, device)
+    o = ops.causal_attention(q, k, v, backend="triton")
+    assert o.transpose(1, 2).is_contiguous()
+
+
+STRIDES = {
+    "batch and heads swapped": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "time inside": lambda t: t.mT.contiguous().mT,
+    "every other channel": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "every other token": lambda t: t.repeat_interleave(2, 2)[:, :, ::2],
+    "one head for all": lambda t: t[:, :1].expand_as(t),
+    "one number": lambda t: t[:1, :1, :1, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+def test_strides_change_no_bit(strides, device):
+    for which in ((0, 1, 2), (3,)):
+        tensors = operands(2, 3, 21, 21, 16, torch.float32, device)
+        for i in which:
+            tensors[i] = STRIDES[strides](tensors[i])
+        got = run(*tensors, backend="triton")
+        expected = run(*(t.contiguous() for t in tensors), backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_strided_packed_projection(device):
+    qkv, dout = packed(2, 21, 3, 16, torch.float32, device)
+    expected = run_packed(qkv, dout, 3, backend="triton")
+    wide = qkv.repeat_interleave(2, -1)[..., ::2]
+    turned = dout.transpose(0, 1).contiguous().transpose(0, 1)
+    got = run_packed(wide, turned, 3, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    got = run_packed(qkv, dout[:1, :1, :1].expand_as(dout), 3, backend="triton")
+    expected = run_packed(qkv, dout[:1, :1, :1].expand_as(dout).contiguous(), 3, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_rows_too_far_apart_for_an_offset_are_copied(device, monkeypatch):
+    tensors = operands(1, 2, 21, 21, 16, torch.float32, device)
+    expected = run(*tensors, backend="triton")
+    monkeypatch.setattr(attention, "MAX_ROW_STRIDE", 16)
+    assert attention._addressable(tensors[0]).data_ptr() == tensors[0].contiguous().data_ptr()
+    far = [t.repeat_interleave(2, -1)[..., ::2] for t in tensors]
+    assert attention._addressable(far[0]).stride() == tensors[0].stride()
+    assert all(torch.equal(a, b) for a, b in zip(run(*far, backend="triton"), expected, strict=True))
+
+
+def test_any_subset_of_gradients_equals_the_whole(device):
+    tensors = operands(1, 2, 21, 21, 16, torch.float32, device)
+    whole = run(*tensors, backend="triton")[1:]
+    for wanted in itertools.product([True, False], repeat=3):
+        if not any(wanted):
+            continue
+        leaves = [t.clone().requires_grad_(want) for t, want in zip(tensors[:3], wanted, strict=True)]
+        ops.causal_attention(*leaves, backend="triton").backward(tensors[3])
+        for leaf, want, expected in zip(leaves, wanted, whole, strict=True):
+            assert torch.equal(leaf.grad, expected) if want else leaf.grad is None
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 3, 0, 0), (2, 3, 0, 5)])
+def test_nothing_to_attend(shape, device):
+    tensors = operands(*shape, 16, torch.float32, device)
+    o, *grads = run(*tensors, backend="triton")
+    assert o.shape == tensors[0].shape
+    for grad, leaf in zip(grads, tensors[:3], strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+def test_later_tokens_change_no_bit(device):
+    q, k, v, _ = operands(1, 2, 50, 50, 16, torch.float32, device)
+    expected = ops.causal_attention(q, k, v, backend="triton")[:, :, :23]
+    k[:, :, 23:], v[:, :, 23:] = 1e4, -1e4
+    assert torch.equal(ops.causal_attention(q, k, v, backend="triton")[:, :, :23], expected)
+
+
+def test_a_row_of_the_batch_does_not_depend_on_the_others(device):
+    tensors = operands(3, 2, 40, 40, 16, torch.float32, device)
+    whole = run(*tensors, backend="triton")
+    alone = run(*(t[1:2] for t in tensors), backend="triton")
+    assert all(torch.equal(a[1:2], b) for a, b in zip(whole, alone, strict=True))
+
+
+def test_the_same_input_gives_the_same_bits(device):
+    tensors = operands(2, 2, 70, 70, 32, torch.float32, device)
+    first, second = run(*tensors, backend="triton"), run(*tensors, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_in_a_query_stays_in_its_row(device):
+    q, k, v, _ = operands(1, 1, 40, 40, 16, torch.float32, device)
+    q[0, 0, 7, 3] = math.nan
+    o = ops.causal_attention(q, k, v, backend="triton")[0, 0]
+    assert o[7].isnan().all() and o[torch.arange(40) != 7].isfinite().all()
+
+
+def test_lse_is_the_log_of_the_row_sum_in_base_2(device):
+    q, k, v, _ = operands(1, 2, 37, 37, 16, torch.float32, device)
+    _, lse = attention.attention_fwd(q, k, v, 0.25)
+    hidden = ~torch.ones(37, 37, dtype=torch.bool, device=device).tril()
+    expected = (q.double() @ k.double().mT * 0.25).masked_fill(hidden, -math.inf).logsumexp(-1) / math.log(2)
+    assert_accurate(lse, expected.cpu(), magnitude=expected.cpu().abs() + 4)
+
+
+@pytest.mark.gpu
+def test_tf32_only_where_the_user_allowed_it():
+    tensors = operands(1, 2, 256, 256, 64, torch.float32, "cuda")
+    exact, wide = run(*tensors, backend="triton"), run(*(t.double() for t in tensors), backend="torch")
+    torch.set_float32_matmul_precision("high")
+    try:
+        loose = run(*tensors, backend="triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for a, b, oracle in zip(exact, loose, wide, strict=True):
+        assert (a - oracle).norm() < 1e-6 * oracle.norm() < 1e-2 * (b - oracle).norm()
+
+
+def test_tf32_follows_torchs_setting(device):
+    q = torch.zeros(1, 1, 2, 16, device=device)
+    tiles = attention.Tiles(16, 16, 4, 1)
+    assert attention._constants(q, tiles)["PRECISION"] == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert attention._constants(q, tiles)["PRECISION"] == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_fallback_takes_what_the_kernel_does_not_know_yet(device):
+    q, k, v, _ = operands(2, 4, 20, 20, 16, torch.float32, device)
+    mask = torch.ones(2, 20, dtype=torch.bool, device=device)
+    for words, args, options in (
+        ("dropout_p is 0.5", (q, k, v), dict(dropout_p=0.5, seed=3)),
+        ("no key_mask yet", (q, k, v), dict(key_mask=mask)),
+        ("no documents yet", (q, k, v), dict(documents=mask.int())),
+        ("no grouped heads yet, there are 4 and 2", (q, k[:, :2], v[:, :2]), {}),
+        ("heads of 300 channels", (torch.randn(1, 1, 2, 300, device=device),) * 3, {}),
+    ):
+        assert words in ops.explain(ops.causal_attention, *args, **options)
+        with pytest.raises(ValueError, match=words):
+            ops.causal_attention(*args, **options, backend="triton")
+        assert torch.equal(ops.causal_attention(*args, **options), reference.causal_attention(*args, **options))
