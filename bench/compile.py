@@ -1,4 +1,5 @@
-"""Compile every kernel as it is launched for real GPUs, with no GPU at hand: registers, spills, shared memory.
+"""Compile every kernel as it is launched for real GPUs, with no GPU at hand: registers, spills, shared memory, and
+which matrix instructions came out.
 
 The launchers are called on CPU tensors while Triton's own launch is replaced by a note of its arguments; each note is
 then compiled for each target as Triton would specialise it. ptxas and cuobjdump come with Triton's wheel.
@@ -18,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import layernorm
+from fastgpt.kernels import attention, layernorm
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -47,22 +48,34 @@ class Row(NamedTuple):
     registers: int
     spilled: int  # bytes of stack and local memory a thread
     shared: int
+    matrix: str  # the matrix instructions of its PTX
 
     @property
     def passes(self) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability]
+        """No spill, no more shared memory than the card has, no TF32 (the cases never allow it), and on 9.0 nothing but
+        wgmma where it is expected: products of half-precision tiles for heads of up to 128."""
+        within = self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability]
+        wgmma_only = self.capability == 90 and "float32" not in self.case and "D 256" not in self.case
+        return within and "tf32" not in self.matrix and not (wgmma_only and "mma.sync" in self.matrix)
 
 
 def cases() -> dict[str, Callable[[], object]]:
     """A call of a launcher for each kernel, width, dtype and option that is shipped."""
-    return {
+    halves_and_full = (torch.bfloat16, torch.float16, torch.float32)
+    norms = {
         f"C {columns} {str(dtype).removeprefix('torch.')}{' dropout' if p else ''}": lambda c=columns, d=dtype, p=p: (
             _layer_norm(c, d, p)
         )
         for columns in (64, 768, 1600, layernorm.MAX_COLUMNS)
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for dtype in halves_and_full
         for p in (0.0, 0.1)
     }
+    heads = {
+        f"D {dim} {str(dtype).removeprefix('torch.')}": lambda dim=dim, dtype=dtype: _attention(dim, dtype)
+        for dim in (64, 80, 128, 256)
+        for dtype in (halves_and_full if dim == 64 else (torch.bfloat16, torch.float32))
+    }
+    return {**norms, **heads}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -72,8 +85,14 @@ def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
     layernorm.layer_norm_bwd(y, y, s, weight, stats, seed, p, dtype, True)
 
 
-def launches(call: Callable[[], object]) -> list[Launch]:
-    """What `call` would launch."""
+def _attention(dim: int, dtype: torch.dtype) -> None:
+    qkv = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype)
+    out, lse = attention.attention_qkv_fwd(qkv, 12, 0.125)
+    attention.attention_qkv_bwd(out, qkv, out, lse, 12, 0.125)
+
+
+def launches(call: Callable[[], object], capability: int) -> list[Launch]:
+    """What `call` would launch on a card of this compute capability (90 is 9.0)."""
     noted = []
 
     def note(kernel, *args, grid, warmup, **kwargs):
@@ -81,7 +100,10 @@ def launches(call: Callable[[], object]) -> list[Launch]:
         arguments = {name: named.pop(name) for name in kernel.arg_names}
         noted.append(Launch(kernel, arguments, named))
 
-    with mock.patch.object(JITFunction, "run", note):
+    with (
+        mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(attention, "_capability", lambda tensor: capability),
+    ):
         call()
     return noted
 
@@ -118,14 +140,16 @@ def measure(case: str, launch: Launch, capability: int) -> Row:
     if found is None:
         raise RuntimeError(f"cuobjdump's report is not understood: {usage}")
     registers, stack, local = map(int, found.groups())
-    return Row(launch.kernel.__name__.strip("_"), case, capability, registers, stack + local, compiled.metadata.shared)
+    found = sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|tf32", compiled.asm["ptx"])))
+    name, shared = launch.kernel.__name__.strip("_"), compiled.metadata.shared
+    return Row(name, case, capability, registers, stack + local, shared, " ".join(found))
 
 
 def rows(capabilities=CAPABILITIES, only: Callable[[str], bool] = lambda case: True) -> Iterator[Row]:
     for case, call in cases().items():
-        if only(case):
-            for launch in launches(call):
-                for capability in capabilities:
+        for capability in capabilities:
+            if only(case):
+                for launch in launches(call, capability):
                     yield measure(case, launch, capability)
 
 
@@ -136,10 +160,11 @@ def _tool(name: str) -> str:
 def main(capabilities) -> int:
     """Print the table; 1 if a row spills or needs more shared memory than its card has."""
     print(f"Triton {triton.__version__}")
-    print(f"{'kernel':28}{'case':28}{'cc':>5}{'registers':>11}{'spilled B':>11}{'shared B':>10}")
+    print(f"{'kernel':28}{'case':28}{'cc':>5}{'registers':>11}{'spilled B':>11}{'shared B':>10}  matrix")
     failed = 0
     for row in rows(capabilities):
         failed += not row.passes
         mark = "" if row.passes else "  FAILS"
-        print(f"{row.kernel:28}{row.case:28}{row.capability:5}{row.registers:11}{row.spilled:11}{row.shared:10}{mark}")
+        numbers = f"{row.capability:5}{row.registers:11}{row.spilled:11}{row.shared:10}"
+        print(f"{row.kernel:28}{row.case:28}{numbers}  {row.matrix}{mark}")
     return int(failed > 0)

@@ -1,6 +1,7 @@
 """The kernels compile for every target without a GPU, without spills, within each card's shared memory."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
@@ -10,8 +11,10 @@ from bench import compile as gate
 @pytest.mark.parametrize("capability", gate.CAPABILITIES)
 def test_no_kernel_spills_or_asks_for_too_much(capability):
     """All that is shipped for 9.0, one width for the others."""
-    table = list(gate.rows([capability], lambda case: capability == 90 or case.startswith("C 768 ")))
-    assert {row.kernel for row in table} == {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"}
+    table = list(gate.rows([capability], lambda case: capability == 90 or case in ("C 768 bfloat16", "D 64 bfloat16")))
+    norms = {f"layer_norm_{kind}_kernel" for kind in ("fwd", "bwd")}
+    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "delta", "dq", "dkdv")}
+    assert {row.kernel for row in table} == norms | heads
     assert [row for row in table if not row.passes] == []
 
 
@@ -19,6 +22,25 @@ def test_the_gate_sees_a_spill():
     """A row of 32768 channels does not fit the registers that the tiles give it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gate.layernorm, "_tiles", lambda columns, backward: (1, columns, 4))
-        _, backward = gate.launches(lambda: gate._layer_norm(32768, gate.torch.bfloat16, 0.1))
+        _, backward = gate.launches(lambda: gate._layer_norm(32768, torch.bfloat16, 0.1), 90)
     row = gate.measure("too wide", backward, 90)
     assert row.spilled > 0 and not row.passes
+
+
+def test_the_gate_sees_tf32_where_ieee_was_promised():
+    torch.set_float32_matmul_precision("high")
+    try:
+        forward = gate.launches(lambda: gate._attention(64, torch.float32), 90)[0]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    row = gate.measure("D 64 float32", forward, 90)
+    assert "tf32" in row.matrix and not row.passes
+
+
+def test_the_gate_sees_a_product_that_is_no_wgmma():
+    """Tiles of 32 queries are too small for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gate.attention, "_tiles", lambda *args: gate.attention.Tiles(32, 32, 4, 1))
+        forward = gate.launches(lambda: gate._attention(64, torch.bfloat16), 90)[0]
+    row = gate.measure("D 64 bfloat16", forward, 90)
+    assert row.matrix == "mma.sync" and not row.passes

@@ -210,7 +210,7 @@ def test_token_outside_the_encoding_in_a_folder_of_token_files(tmp_path, part):
 
 @pytest.mark.parametrize("alone", ["train.bin", "val.bin"])
 def test_half_of_a_pair_of_token_files_is_no_text(tmp_path, alone):
-    (tmp_path / alone).write_bytes(b"abcd" * 100)
+    (tmp_path / alone).write_bytes(bytes(400))
     missing = {"train.bin": "val.bin", "val.bin": "train.bin"}[alone]
     with pytest.raises(FileNotFoundError, match=f"no file or folder .*{missing}"):
         load_corpus(tmp_path, encoding("byte"), 8)
