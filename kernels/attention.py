@@ -49,7 +49,7 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: int | Non
     if capability is None:  # small and unequal, so that few tokens make several tiles of each kind
         return Tiles(16, 32, 4, 1) if kernel == "dkdv" else Tiles(32, 16, 4, 1)
     if dtype == torch.float32:
-        return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(32, 32, 8 if kernel == "dkdv" else 4, 1)
+        return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(32, 32, 8, 1)
     hopper = 90 <= capability < 120  # and its successor for data centers: accumulators are spread over four warps each
     if kernel == "fwd":
         if head_dim <= 64:
@@ -462,6 +462,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, scale):
         heads,
         queries,
         **{name: constants[name] for name in ("D", "ACC", "BLOCK_M", "BLOCK_D")},
+        num_warps=8,
     )
     operands = (q, k, v, do, lse, delta)
     strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
@@ -486,6 +487,8 @@ def _constants(q, tiles):
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
+        # left alone, ptxas aims at 64 registers for float32 on capability 8.0 and spills 16 bytes for it
+        "maxnreg": 192 if q.dtype == torch.float32 else None,
     }
 
 

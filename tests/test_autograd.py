@@ -37,6 +37,31 @@ def test_opcheck_of_the_backward(device):
         torch.library.opcheck(autograd.layer_norm_bwd, args)
 
 
+def heads(device, dtype=torch.float32):
+    """q, k, v (2, 3, 9, 4) that are views of one packed projection, which comes last."""
+    qkv = torch.randn(2, 9, 36, dtype=dtype, device=device)
+    return [*(t.unflatten(-1, (3, 4)).transpose(1, 2) for t in qkv.chunk(3, -1)), qkv]
+
+
+def test_opcheck_of_attention(device):
+    q, k, v, qkv = heads(device)
+    torch.library.opcheck(autograd.attention_fwd, (q[:, :, 3:], k, v, 0.5))
+    o, lse = autograd.attention_fwd(q, k, v, 0.5)
+    torch.library.opcheck(autograd.attention_bwd, (torch.randn_like(o), q, k, v, o, lse, 0.5))
+    torch.library.opcheck(autograd.attention_qkv_fwd, (qkv, 3, 0.5))
+    out, lse = autograd.attention_qkv_fwd(qkv, 3, 0.5)
+    torch.library.opcheck(autograd.attention_qkv_bwd, (torch.randn_like(out), qkv, out, lse, 3, 0.5))
+
+
+@pytest.mark.interpreter
+def test_gradcheck_of_attention_in_float64():
+    q, k, v, qkv = (t.detach().requires_grad_() for t in heads("cpu", torch.float64))
+    unpacked = lambda q, k, v: ops.causal_attention(q, k, v, backend="triton")  # noqa: E731
+    assert torch.autograd.gradcheck(unpacked, (q, k, v), fast_mode=True)
+    packed = lambda qkv: ops.causal_attention_qkv(qkv, 3, backend="triton")  # noqa: E731
+    assert torch.autograd.gradcheck(packed, (qkv,), fast_mode=True)
+
+
 @pytest.mark.interpreter
 def test_gradcheck_in_float64():
     """Accumulators are float64 for float64, so finite differences are sharp; on a GPU the kernels refuse float64."""
@@ -81,16 +106,20 @@ def test_a_whole_gpt_compiles_in_one_graph(device):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "causal_attention", "causal_attention_qkv"])
 def test_a_second_derivative_is_refused_by_name(name, device):
-    x, residual, weight, *_ = (t.requires_grad_() for t in rows(device))
-    y = (
-        ops.layer_norm(x, weight, backend="triton")
-        if name == "layer_norm"
-        else (ops.add_layer_norm(x, residual, weight, backend="triton")[0])
-    )
+    x, residual, weight, *_ = rows(device)
+    q, k, v, qkv = heads(device)
+    calls = {
+        "layer_norm": (x, lambda x: ops.layer_norm(x, weight, backend="triton")),
+        "add_layer_norm": (x, lambda x: ops.add_layer_norm(x, residual, weight, backend="triton")[0]),
+        "causal_attention": (q, lambda q: ops.causal_attention(q, k, v, backend="triton")),
+        "causal_attention_qkv": (qkv, lambda qkv: ops.causal_attention_qkv(qkv, 3, backend="triton")),
+    }
+    leaf, call = calls[name]
+    leaf.requires_grad_()
     with pytest.raises(RuntimeError, match=rf"^{name}: .*backend='torch'"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.autograd.grad(call(leaf).sum(), leaf, create_graph=True)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
