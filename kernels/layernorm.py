@@ -27,9 +27,9 @@ from .philox import keep_mask
 
 MAX_COLUMNS = 4096  # a row is held in registers; with dropout the backward of 8192 columns spills on capability 12.0
 
-# The backward's registers a thread, five blocks of 128 threads to a multiprocessor. Left alone, ptxas aims at fewer on
-# capabilities 10.0 and 12.0 and spills 8 bytes for it.
-_BACKWARD_REGISTERS = 96
+# Registers a thread: six and five blocks of 128 threads to a multiprocessor. Left alone, ptxas aims at fewer for some
+# widths and capabilities and spills 8 bytes for it.
+_FORWARD_REGISTERS, _BACKWARD_REGISTERS = 80, 96
 
 _SITE = tl.constexpr(1)  # this file's dropout, in the counter of philox.keep_mask
 
@@ -225,6 +225,7 @@ def layer_norm_fwd(
             BLOCK_M=block_m,
             BLOCK_C=block_c,
             num_warps=num_warps,
+            maxnreg=_FORWARD_REGISTERS,
         )
     return y, s, stats
 
