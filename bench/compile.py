@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import attention, layernorm
+from fastgpt.kernels import attention, cross_entropy, layernorm
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -75,7 +75,11 @@ def cases() -> dict[str, Callable[[], object]]:
         for dim in (64, 80, 128, 256)
         for dtype in (halves_and_full if dim == 64 else (torch.bfloat16, torch.float32))
     }
-    return {**norms, **heads}
+    losses = {
+        f"V 50257 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _cross_entropy(50257, dtype)
+        for dtype in halves_and_full
+    }
+    return {**norms, **heads, **losses}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -89,6 +93,12 @@ def _attention(dim: int, dtype: torch.dtype) -> None:
     qkv = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype)
     out, lse = attention.attention_qkv_fwd(qkv, 12, 0.125)
     attention.attention_qkv_bwd(out, qkv, out, lse, 12, 0.125)
+
+
+def _cross_entropy(vocab: int, dtype: torch.dtype) -> None:
+    buffer = torch.empty(2, -(-vocab // 64) * 64, dtype=dtype)
+    targets, numbers = torch.empty(2, dtype=torch.int64), torch.empty(2)
+    cross_entropy.cross_entropy_rows(buffer[:, :vocab], targets, numbers, -100, 0.0, 0.0, numbers)
 
 
 def launches(call: Callable[[], object], capability: int) -> list[Launch]:

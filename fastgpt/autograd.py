@@ -10,7 +10,8 @@ import math
 import torch
 import triton
 
-from fastgpt.kernels import attention, layernorm
+from fastgpt import loss
+from fastgpt.kernels import attention, cross_entropy, layernorm
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 
@@ -35,17 +36,35 @@ def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, ke
     return CausalAttentionQKV.apply(qkv, heads, 1 / math.sqrt(head_dim) if scale is None else scale)
 
 
-def _custom_op(launcher, fake):
-    """`launcher` as the op fastgpt::<its name>, launched on the device and current stream of its first tensor."""
+def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):
+    return loss.linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunked_losses=chunked_losses,
+    )
+
+
+def _on_its_device(launcher):
+    """`launcher` on the device and current stream of its first tensor."""
 
     @functools.wraps(launcher)
-    def on_its_device(first, *args):
+    def launch(first, *args):
         if not first.is_cuda:
             return launcher(first, *args)
         with torch.cuda.device(first.device):
             return launcher(first, *args)
 
-    op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", on_its_device, mutates_args=())
+    return launch
+
+
+def _custom_op(launcher, fake):
+    """`launcher` as the op fastgpt::<its name>."""
+    op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", _on_its_device(launcher), mutates_args=())
     op.register_fake(fake)
     return op
 
@@ -56,6 +75,9 @@ attention_fwd = _custom_op(attention.attention_fwd, attention.attention_fwd_outp
 attention_bwd = _custom_op(attention.attention_bwd, attention.attention_bwd_outputs)
 attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
 attention_qkv_bwd = _custom_op(attention.attention_qkv_bwd, attention.attention_qkv_bwd_outputs)
+chunked_losses = loss.chunked_op(
+    "chunked_losses_triton", _on_its_device(cross_entropy.cross_entropy_rows), copies_half_precision=False
+)
 
 
 class LayerNorm(torch.autograd.Function):

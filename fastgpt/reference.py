@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt.loss import LinearCrossEntropy, LossSettings
+from fastgpt import loss
 
 # The site of the dropout counter: equal seeds in two functions must not give equal masks. As in kernels/.
 ATTENTION_SITE, RESIDUAL_SITE, EMBEDDING_SITE = 0, 1, 2
@@ -125,13 +125,16 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     x (..., C), weight (V, C), targets (...) -> a scalar, or (...) for reduction "none". A target out of range makes
     its loss NaN and reads nothing. The mean over no target at all is NaN, as PyTorch's, with zero gradients.
     """
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    if not torch.is_grad_enabled():  # a Function can't tell, and would make gradients that nobody asks for
-        rows, weight = rows.detach(), weight.detach()
-    settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
-    losses = LinearCrossEntropy.apply(rows, weight, flat, reduction, settings)
-    return losses.view(targets.shape) if reduction == "none" else losses
+    return loss.linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunked_losses=loss.chunked_losses,
+    )
 
 
 def _dropout_rows(x, p, seed, site):

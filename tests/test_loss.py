@@ -11,13 +11,13 @@ from fastgpt import ops
 from fastgpt.testing import assert_accurate
 
 
-def head(rows, channels, vocab, dtype, ignored=7, scale=1.0):
-    x = (scale * torch.randn(rows, channels)).to(dtype).requires_grad_()
-    weight = torch.randn(vocab, channels).to(dtype).requires_grad_()
+def head(rows, channels, vocab, dtype, ignored=7, scale=1.0, device="cpu"):
+    x = (scale * torch.randn(rows, channels)).to(device, dtype).requires_grad_()
+    weight = torch.randn(vocab, channels).to(device, dtype).requires_grad_()
     targets = torch.randint(0, vocab, (rows,))
     targets[:2] = torch.tensor([0, vocab - 1])
     targets[ignored::5] = -100
-    return x, weight, targets
+    return x, weight, targets.to(device)
 
 
 def plain(x, weight, targets, reduction, label_smoothing=0.0, z_loss=0.0):
@@ -34,13 +34,13 @@ def gradients(loss, x, weight, upstream):
     return torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), (x, weight))
 
 
-def check(x, weight, targets, upstream, reduction, **options):
+def check(x, weight, targets, upstream, reduction, backend="torch", **options):
     """Loss and both gradients against float64, by PyTorch's own error in the same dtype."""
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
-    got = ops.linear_cross_entropy(x, weight, targets, reduction=reduction, **options)
+    got = ops.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend, **options)
     oracle, theirs = plain(*wide, targets, reduction, **options), plain(x, weight, targets, reduction, **options)
-    rows = (t.reshape(-1, 1) for t in (got, oracle, theirs))
-    assert_accurate(*rows, magnitude=oracle.abs().reshape(-1, 1) + 10, name="loss")  # logits reach some 10
+    rows = (t.reshape(-1, 1).cpu() for t in (got, oracle, theirs))
+    assert_accurate(*rows, magnitude=oracle.abs().reshape(-1, 1).cpu() + 10, name="loss")  # logits reach some 10
 
     logits = F.linear(*wide).detach()
     shares = logits.softmax(-1) + F.one_hot(targets.clamp(min=0), len(weight))  # no cancellation
@@ -57,7 +57,7 @@ def check(x, weight, targets, upstream, reduction, **options):
         strict=True,
     ):
         assert a.dtype == x.dtype
-        assert_accurate(a, b, c, size, logit_max=logits.abs().max().item(), name=name)
+        assert_accurate(a, b.cpu(), c, size, logit_max=logits.abs().max().item(), name=name)
 
 
 @pytest.mark.parametrize("vocab", [65, 257, 2049])
