@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import attention, cross_entropy, layernorm
+from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -79,7 +79,14 @@ def cases() -> dict[str, Callable[[], object]]:
         f"V 50257 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _cross_entropy(50257, dtype)
         for dtype in halves_and_full
     }
-    return {**norms, **heads, **losses}
+    mlps = {
+        f"F 3072 {approximate} {str(dtype).removeprefix('torch.')}": lambda dtype=dtype, tanh=approximate == "tanh": (
+            _gelu_mlp(dtype, tanh)
+        )
+        for approximate in ("tanh", "none")
+        for dtype in halves_and_full
+    }
+    return {**norms, **heads, **losses, **mlps}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -99,6 +106,12 @@ def _cross_entropy(vocab: int, dtype: torch.dtype) -> None:
     buffer = torch.empty(2, -(-vocab // 64) * 64, dtype=dtype)
     targets, numbers = torch.empty(2, dtype=torch.int64), torch.empty(2)
     cross_entropy.cross_entropy_rows(buffer[:, :vocab], targets, numbers, -100, 0.0, 0.0, numbers)
+
+
+def _gelu_mlp(dtype: torch.dtype, tanh: bool) -> None:
+    x, w_in, bias = (torch.empty(shape, dtype=dtype) for shape in ((64, 16), (3072, 16), (3072,)))
+    y, pre, _ = mlp.gelu_mlp_fwd(x, w_in, bias, w_in.t(), None, tanh, False)
+    mlp.gelu_mlp_bwd(y, x, w_in, w_in.t(), pre, pre[:0], tanh, [True, True, True, True, False])
 
 
 def launches(call: Callable[[], object], capability: int) -> list[Launch]:

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from fastgpt import loss
-from fastgpt.kernels import attention, cross_entropy, layernorm
+from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 
@@ -34,6 +34,14 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
 def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
     head_dim = qkv.shape[-1] // 3 // heads
     return CausalAttentionQKV.apply(qkv, heads, 1 / math.sqrt(head_dim) if scale is None else scale)
+
+
+def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
+    operands = [x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out]
+    if torch.is_autocast_enabled(x.device.type):  # as autocast would cast for F.linear
+        dtype = torch.get_autocast_dtype(x.device.type)
+        operands = [None if t is None else t.to(dtype) for t in operands]
+    return GeluMLP.apply(*operands, approximate == "tanh", recompute).view(x.shape)
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):
@@ -75,6 +83,8 @@ attention_fwd = _custom_op(attention.attention_fwd, attention.attention_fwd_outp
 attention_bwd = _custom_op(attention.attention_bwd, attention.attention_bwd_outputs)
 attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
 attention_qkv_bwd = _custom_op(attention.attention_qkv_bwd, attention.attention_qkv_bwd_outputs)
+gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
+gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
 chunked_losses = loss.chunked_op(
     "chunked_losses_triton", _on_its_device(cross_entropy.cross_entropy_rows), copies_half_precision=False
 )
@@ -148,6 +158,22 @@ class CausalAttentionQKV(torch.autograd.Function):
     def backward(ctx, dout):
         _refuse_second_derivative("causal_attention_qkv")
         return attention_qkv_bwd(dout, *ctx.saved_tensors, ctx.heads, ctx.scale), None, None
+
+
+class GeluMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_in, b_in, w_out, b_out, tanh, recompute):
+        y, pre, act = gelu_mlp_fwd(x, w_in, b_in, w_out, b_out, tanh, recompute)
+        ctx.save_for_backward(x, w_in, w_out, pre, act)
+        ctx.tanh = tanh
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        _refuse_second_derivative("gelu_mlp")
+        needs = list(ctx.needs_input_grad[:5])
+        grads = gelu_mlp_bwd(dy, *ctx.saved_tensors, ctx.tanh, needs)
+        return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
 
 
 def _seed_tensor(seed, dropout_p, device):

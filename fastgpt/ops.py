@@ -353,5 +353,6 @@ _LIMITS: dict[str, Callable[..., str | None]] = {
     "add_layer_norm": _row_limit,
     "causal_attention": _attention_limit,
     "causal_attention_qkv": _attention_limit,
-    "linear_cross_entropy": lambda x, **_: None,  # any
+    "gelu_mlp": lambda x, **_: None,  # none
+    "linear_cross_entropy": lambda x, **_: None,
 }
