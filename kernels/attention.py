@@ -99,10 +99,10 @@ def _load(
 
 @triton.jit
 def _seen(first_query, first_key, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which keys each query sees, [BLOCK_M, BLOCK_N]; no query sees past the last key."""
+    """Which keys each query sees, [BLOCK_M, BLOCK_N]. The last query sees the last key, so none sees past it."""
     rows = first_query + tl.arange(0, BLOCK_M)
     cols = first_key + tl.arange(0, BLOCK_N)
-    return (cols[None, :] <= rows[:, None] + (keys - queries)) & (cols[None, :] < keys)
+    return cols[None, :] <= rows[:, None] + (keys - queries)
 
 
 @triton.jit
@@ -258,7 +258,7 @@ def _attention_dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     begin = tl.maximum(first - (keys - queries), 0) // BLOCK_M * BLOCK_M  # the first tile with a query that sees a key
     below = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (keys - queries), 0), BLOCK_M) * BLOCK_M  # all see all from here
-    below = tl.minimum(tl.where(first + BLOCK_N > keys, queries, below), queries)
+    below = tl.minimum(below, queries)
     for start in range(begin, below, BLOCK_M):
         dk, dv = _dkdv_step(
             k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_qd, stride_gt, stride_gd, first, start,

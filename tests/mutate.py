@@ -1,0 +1,171 @@
+"""Seeded bugs, to prove that the tests of the kernels can fail: `python -m tests.mutate [NAME …]`.
+
+Each mutant changes one place of a copy of the tree and names the test that must kill it. It is killed only by an
+assertion of that test or a finding of the sanitizer: a crash, an import error or another test's failure is no kill, and
+a mutant whose text is no longer there is an error. All named tests must pass without a mutation.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str  # below tests/, as pytest selects it; every parameter of it may kill
+
+
+NORM, HEAD, LOSS, MLP = "kernels/layernorm.py", "kernels/attention.py", "kernels/cross_entropy.py", "kernels/mlp.py"
+WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
+NORM_STRIDES, HEAD_STRIDES = (
+    "test_layernorm.py::test_strides_change_no_bit",
+    "test_attention.py::test_strides_change_no_bit",
+)
+RATIOS, DROPS = (
+    "test_attention.py::test_every_ratio_of_tiles",
+    "test_layernorm.py::test_dropout_drops_what_the_fallback_drops",
+)
+LARGE_MEAN, ENTROPY = (
+    "test_layernorm.py::test_a_large_mean_costs_no_digits",
+    "test_cross_entropy.py::test_loss_and_gradients",
+)
+MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
+
+MUTANTS = [
+    # LayerNorm
+    Mutant("eps outside the root", NORM, "/ tl.sqrt(tl.sum(centred * centred, axis=1) / C + eps)", "/ (tl.sqrt(tl.sum(centred * centred, axis=1) / C) + eps)", "test_layernorm.py::test_eps_is_heard"),
+    Mutant("eps fixed", NORM, "/ C + eps)", "/ C + 1e-5)", "test_layernorm.py::test_eps_is_heard"),
+    Mutant("unbiased variance", NORM, "centred, axis=1) / C + eps", "centred, axis=1) / (C - 0.999) + eps", WIDTHS),
+    Mutant("variance over the block", NORM, "centred, axis=1) / C + eps", "centred, axis=1) / BLOCK_C + eps", WIDTHS),
+    Mutant("mean over the block", NORM, "mean = tl.sum(s, axis=1) / C", "mean = tl.sum(s, axis=1) / BLOCK_C", LARGE_MEAN),
+    Mutant("tail left in the variance", NORM, "centred = tl.where(in_cols[None, :], centred - correction[:, None], 0.0)", "centred = centred - correction[:, None] - tl.where(in_cols[None, :], 0.0, 1.0)", WIDTHS),
+    Mutant("no correction of the mean", NORM, "correction = tl.sum(centred, axis=1) / C", "correction = tl.sum(centred, axis=1) * 0.0", LARGE_MEAN),
+    Mutant("no correction in the backward", NORM, "((s - mean[:, None]) - correction[:, None])", "(s - mean[:, None])", LARGE_MEAN),
+    Mutant("mean and correction joined", NORM, "((s - mean[:, None]) - correction[:, None])", "(s - (mean + correction)[:, None])", LARGE_MEAN),
+    Mutant("avg(g n) dropped", NORM, "- n * avg_gn[:, None]", "", WIDTHS),
+    Mutant("avg(g) dropped", NORM, "(g - avg_g[:, None])", "g", WIDTHS),
+    Mutant("rstd dropped from ds", NORM, "ds = rstd[:, None] * (", "ds = (", WIDTHS),
+    Mutant("weight dropped from g", NORM, "g = dy * tl.load(weight_ptr + cols, in_cols, 0.0).to(ACC)[None, :]", "g = dy", WIDTHS),
+    Mutant("dsum not added", NORM, "if HAS_DSUM:", "if False:", WIDTHS),
+    Mutant("residual not added", NORM, "s += tl.load(residual_ptr", "s += 0 * tl.load(residual_ptr", WIDTHS),
+    Mutant("x_bias not added", NORM, "s += tl.load(x_bias_ptr", "s += 0 * tl.load(x_bias_ptr", WIDTHS),
+    Mutant("s normalised before it is rounded", NORM, "s = rounded.to(ACC)", "s = s", WIDTHS),
+    Mutant("last rows skipped", NORM, "range(program * BLOCK_M, M,", "range(program * BLOCK_M, M - BLOCK_M,", "test_layernorm.py::test_row_counts"),
+    Mutant("rows walked twice as fast", NORM, "programs * BLOCK_M):", "2 * programs * BLOCK_M):", "test_layernorm.py::test_row_counts"),
+    Mutant("dy read as if contiguous", NORM, "rows64[:, None] * stride_gm", "rows64[:, None] * C", NORM_STRIDES),
+    Mutant("dsum read with dy's strides", NORM, "rows64[:, None] * stride_dm", "rows64[:, None] * stride_gm", "test_layernorm.py::test_a_gradient_for_one_output_alone"),
+    Mutant("y stored past the row", NORM, "y.to(y_ptr.dtype.element_ty), mask)", "y.to(y_ptr.dtype.element_ty), in_rows[:, None])", WIDTHS),
+    Mutant("partials shared", NORM, "offsets = program * C + cols", "offsets = cols", "test_layernorm.py::test_row_counts"),
+    Mutant("dx not dropped", NORM, "dx = tl.where(keep, ds * keep_scale, 0.0)", "dx = ds * keep_scale", DROPS),
+    Mutant("kept not scaled", NORM, "s = tl.where(keep, s * keep_scale, 0.0)", "s = tl.where(keep, s, 0.0)", DROPS),
+    Mutant("words in another order", "kernels/philox.py", "tl.interleave(w0, w2), tl.interleave(w1, w3)", "tl.interleave(w0, w1), tl.interleave(w2, w3)", DROPS),
+    Mutant("seed ignored", "kernels/philox.py", "tl.philox(seed,", "tl.philox(0,", DROPS),
+    Mutant("threshold itself dropped", "kernels/philox.py", "tl.int64) >= threshold", "tl.int64) > threshold", "test_layernorm.py::test_a_word_at_the_threshold_is_kept"),
+    # attention
+    Mutant("no scale", HEAD, "        scale * math.log2(math.e),\n        **_constants(q, tiles),", "        math.log2(math.e),\n        **_constants(q, tiles),", LENGTHS),
+    Mutant("a query does not see itself", HEAD, "cols[None, :] <= rows", "cols[None, :] < rows", LENGTHS),
+    Mutant("a query sees the next key", HEAD, "<= rows[:, None] + (keys - queries)", "<= rows[:, None] + (keys - queries) + 1", LENGTHS),
+    Mutant("causal aligned at the start", HEAD, "<= rows[:, None] + (keys - queries)", "<= rows[:, None]", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
+    Mutant("one tile too many unmasked", HEAD, "// BLOCK_N * BLOCK_N  # keys in whole tiles", "// BLOCK_N * BLOCK_N + BLOCK_N  # keys in whole tiles", RATIOS),
+    Mutant("sum not rescaled", HEAD, "acc * rescale[:, None]", "acc", LENGTHS),
+    Mutant("row sum not rescaled", HEAD, "l * rescale + ", "l + ", LENGTHS),
+    Mutant("no running maximum", HEAD, "m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)", "m_new = tl.zeros_like(m)", "test_attention.py::test_small_and_large_scores"),
+    Mutant("lse in base e", HEAD, "m + tl.log2(l)", "m + tl.log(l)", LENGTHS),
+    Mutant("lse without the maximum", HEAD, "m + tl.log2(l)", "tl.log2(l)", LENGTHS),
+    Mutant("Δ missing in dk", HEAD, "dst = pt * (dpt - delta[None, :])", "dst = pt * dpt", LENGTHS),
+    Mutant("Δ missing in dq", HEAD, "ds = p * (dp - delta[:, None])", "ds = p * dp", LENGTHS),
+    Mutant("Δ added", HEAD, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
+    Mutant("dk not scaled", HEAD, "(dk * scale)", "dk", LENGTHS),
+    Mutant("dq not scaled", HEAD, "(dq * scale)", "dq", LENGTHS),
+    Mutant("diagonal skipped in dkdv", HEAD, "range(begin, below, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("below the diagonal skipped in dkdv", HEAD, "range(below, queries, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("dv overwritten", HEAD, "do, dv, input_precision", "do, input_precision", RATIOS),
+    Mutant("do read with q's strides in dq", HEAD, "do = _load(do_ptr, first, stride_gt, stride_gd,", "do = _load(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
+    Mutant("batch and head swapped", HEAD, "(head // heads).to(tl.int64) * stride_b + (head % heads)", "(head % heads).to(tl.int64) * stride_b + (head // heads)", "test_attention.py::test_heads_and_batches"),
+    Mutant("TF32 where IEEE was promised", HEAD, '"tf32" if tf32 else "ieee"', '"tf32"', LENGTHS),
+    Mutant("probabilities in float16", HEAD, "tl.dot(p.to(v.dtype), v,", "tl.dot(p.to(tl.float16).to(v.dtype), v,", LENGTHS),
+    # cross entropy
+    Mutant("one-hot missing", LOSS, "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
+    Mutant("no maximum taken off", LOSS, "new_top = tl.maximum(top, tl.max(z, axis=0))", "new_top = tl.zeros_like(top)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),
+    Mutant("tail counted as zeros", LOSS, 'cols < V, float("-inf")).to(ACC)', "cols < V, 0.0).to(ACC)", ENTROPY),
+    Mutant("ignored rows have gradients", LOSS, "grad = tl.where(target == ignore_index, 0.0, grad)", "grad = tl.where(target == ignore_index, 1.0, grad)", ENTROPY),
+    Mutant("upstream gradient ignored", LOSS, "tl.load(row_grads_ptr + row * stride_gn).to(ACC)", "1.0 + 0 * tl.load(row_grads_ptr + row * stride_gn).to(ACC)", ENTROPY),
+    Mutant("z-loss halved in the gradient", LOSS, "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "test_cross_entropy.py::test_smoothing_and_z_loss"),
+    Mutant("smoothing over the block", LOSS, "grad * smoothing / V", "grad * smoothing / BLOCK_V", "test_cross_entropy.py::test_smoothing_and_z_loss"),
+    Mutant("target read out of range", LOSS, "tl.load(logits_ptr + target, valid, 0.0)", "tl.load(logits_ptr + target)", "test_cross_entropy.py::test_ignored_rows_and_targets_out_of_range"),
+    Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "dweight.addmm_(", "dweight.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
+    Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
+    # MLP
+    Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
+    Mutant("0.044751", MLP, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
+    Mutant("no factor 3 in the derivative", MLP, "0.134145", "0.044715", MLP_WIDTHS),
+    Mutant("b_in dropped", MLP, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", MLP_WIDTHS),
+    Mutant("db_in zero", MLP, "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
+    Mutant("derivative overflows", MLP, "z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))", "z = z", POINTS),
+    Mutant("some rows left out of the backward", MLP, "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
+    Mutant("activation not made again", MLP, "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
+]  # fmt: skip
+
+
+_FINDING = r"AssertionError|assert |fastgpt\.sanitizer\.SanitizerError"
+
+
+def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
+    """Whether the tests failed by an assertion, and what they said, in a copy of the tree with the mutation."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("fastgpt", "kernels", "tests"):
+            shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        if mutant is not None:
+            file = Path(folder, mutant.file)
+            text = file.read_text(encoding="utf-8")
+            if mutant.old not in text:
+                raise ValueError(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}")
+            file.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-m", "interpreter"]
+            + [f"tests/{test}" for test in tests],
+            cwd=folder,
+            env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTHONPATH": folder},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+    said = re.findall(r"^FAILED .*? - (.*)$", result.stdout, re.MULTILINE)
+    by_assertion = result.returncode == 1 and any(re.match(_FINDING, line) for line in said)
+    return by_assertion, (said or result.stdout.splitlines() or [result.stderr])[-1][:110]
+
+
+def main(names: list[str]) -> int:
+    """Print a line a mutant; 1 if one survived, died of something else, or the tests fail unmutated."""
+    chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
+    if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
+        raise ValueError(f"no mutant {', '.join(sorted(unknown))}")
+    failed, said = run(None, sorted({mutant.test for mutant in chosen}))
+    if failed or "passed" not in said:
+        print(f"the tests fail without a mutation: {said}")
+        return 1
+    survivors = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, (killed, said) in zip(chosen, pool.map(lambda m: run(m, [m.test]), chosen), strict=True):
+            survivors += not killed
+            print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.name:40} {mutant.test:68} {said}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; all if none is given")
+    sys.exit(main(parser.parse_args().names))
