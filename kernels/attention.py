@@ -56,10 +56,12 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: int | Non
             return Tiles(128, 64, 4 if hopper else 8, 3)
         if head_dim <= 128:
             return Tiles(128, 64 if hopper else 32, 8, 2)
-        return Tiles(64, 32, 4, 2) if hopper else Tiles(64, 32, 8, 2)
+        return Tiles(64, 32, 8, 2)
     if head_dim <= 64:
         return Tiles(64, 128, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
-    return Tiles(64, 64, 8, 2) if head_dim <= 128 else Tiles(32, 32, 8, 1)
+    if head_dim <= 128:
+        return Tiles(64, 64, 8, 2) if hopper or kernel == "dq" else Tiles(32, 64, 8, 2)
+    return Tiles(32, 32, 8, 1)
 
 
 @triton.jit
