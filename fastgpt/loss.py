@@ -186,7 +186,8 @@ def _pass_over_rows(logits, targets, row_grads, ignore_index, label_smoothing, z
     z.mul_((grad * (1 + 2 * z_loss * lse) / total)[:, None])
     if label_smoothing:
         z.sub_((grad * label_smoothing / vocab)[:, None])
-    return z.scatter_add_(1, index, (-(1 - label_smoothing) * grad)[:, None])
+    at_target = z.gather(1, index) - ((1 - label_smoothing) * grad)[:, None]
+    return z.scatter_(1, index, at_target)  # one place a row: scatter_add_ would be refused as nondeterministic
 
 
 chunked_losses = chunked_op("chunked_losses", _pass_over_rows, copies_half_precision=True)
