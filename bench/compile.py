@@ -126,6 +126,7 @@ def launches(call: Callable[[], object], capability: int) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(attention, "_capability", lambda tensor: capability),
+        mock.patch.object(mlp, "_multiprocessors", lambda tensor: 132),
     ):
         call()
     return noted

@@ -28,19 +28,18 @@ def add_layer_norm(
 
 
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+    q, k, v = _autocast(q, k, v)
     return CausalAttention.apply(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+    (qkv,) = _autocast(qkv)
     head_dim = qkv.shape[-1] // 3 // heads
     return CausalAttentionQKV.apply(qkv, heads, 1 / math.sqrt(head_dim) if scale is None else scale)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
-    operands = [x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out]
-    if torch.is_autocast_enabled(x.device.type):  # as autocast would cast for F.linear
-        dtype = torch.get_autocast_dtype(x.device.type)
-        operands = [None if t is None else t.to(dtype) for t in operands]
+    operands = _autocast(x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out)
     return GeluMLP.apply(*operands, approximate == "tanh", recompute).view(x.shape)
 
 
@@ -57,15 +56,25 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     )
 
 
+def _autocast(*operands):
+    """The operands of a matmul as autocast casts them for PyTorch's own; None and float64 stay."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in operands)
+
+
 def _on_its_device(launcher):
-    """`launcher` on the device and current stream of its first tensor."""
+    """`launcher` on the device and current stream of its first tensor, out of reach of the caller's autocast."""
 
     @functools.wraps(launcher)
     def launch(first, *args):
-        if not first.is_cuda:
-            return launcher(first, *args)
-        with torch.cuda.device(first.device):
-            return launcher(first, *args)
+        with torch.autocast(first.device.type if first.is_cuda else "cpu", enabled=False):
+            if not first.is_cuda:
+                return launcher(first, *args)
+            with torch.cuda.device(first.device):
+                return launcher(first, *args)
 
     return launch
 

@@ -58,7 +58,7 @@ def _continue(model, ids, max_new_tokens, temperature, top_k, generator, vocab_s
     model.eval()
     try:
         for _ in range(max_new_tokens):
-            with torch.inference_mode():
+            with torch.no_grad():  # inference tensors could not be trained on
                 features = model.features(ids[:, -model.config.block_size :])
                 logits = model.head(features[:, -1]).float()[:, :vocab_size]  # (B, V)
                 if not logits.isfinite().all():

@@ -4,6 +4,7 @@ Logits exist for one chunk of rows at a time and are overwritten in place by the
 dweight a training step holds about a twelfth of what the logits of all rows would take.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index, reduction, label_smoothing, z_loss, chunked_losses):
     """fastgpt.ops.linear_cross_entropy with `chunked_losses`, an op that `chunked_op` made."""
-    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if not torch.is_grad_enabled():  # a Function can't tell, and would make gradients that nobody asks for
         rows, weight = rows.detach(), weight.detach()
@@ -110,6 +112,17 @@ def _outputs(x, weight, dtype, needs_x, needs_weight):
     return losses, dx, dweight
 
 
+def _without_autocast(op):
+    """A backward may run under an autocast that its forward did not know."""
+
+    @functools.wraps(op)
+    def run(x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return op(x, *args)
+
+    return run
+
+
 def chunked_op(name: str, pass_over_rows: Callable[..., Tensor], copies_half_precision: bool):
     """The op fastgpt::<name>: one call to a compiler, whatever the chunks.
 
@@ -119,6 +132,7 @@ def chunked_op(name: str, pass_over_rows: Callable[..., Tensor], copies_half_pre
     """
 
     @torch.library.custom_op(f"fastgpt::{name}", mutates_args=())
+    @_without_autocast
     def chunked_losses(
         x: Tensor,
         weight: Tensor,

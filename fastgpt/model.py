@@ -9,7 +9,7 @@ the next LayerNorm adds it, with the bias of the linear layer that made it and w
 import dataclasses
 import difflib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -160,12 +160,12 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The stream x (B, T, C), the branch (B, T, C) not yet added to it, and the bias (C,) that branch still lacks:
-        the same three again, for the next norm to add."""
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x and the branch that is not yet added to it, both (B, T, C), and the bias (C,) that the branch
+        still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj."""
         normed, x = self.ln_1.add(branch, x, branch_bias)
         normed, x = self.ln_2.add(self.attn(normed, add_bias=False), x, self.attn.c_proj.bias)
-        return x, self.mlp(normed, add_bias=False), self.mlp.c_proj.bias
+        return x, self.mlp(normed, add_bias=False)
 
 
 class GPT(nn.Module):
@@ -204,11 +204,13 @@ class GPT(nn.Module):
             self.wte.weight,
             self.wpe.weight,
             dropout_p=config.dropout if self.training else 0.0,
-            backend=config.backend,
+            backend="torch",  # it has no kernel yet
         )
         branch, branch_bias = None, None
+        block: Any  # ModuleList does not say what it holds
         for block in self.h:
-            x, branch, branch_bias = block(x, branch, branch_bias)
+            x, branch = block(x, branch, branch_bias)
+            branch_bias = block.mlp.c_proj.bias  # not handed on by the block: a parameter is no output to checkpoint
         normed, _ = self.ln_f.add(branch, x, branch_bias)
         return normed
 

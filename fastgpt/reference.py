@@ -110,7 +110,11 @@ def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=
         return F.linear(F.gelu(hidden, approximate=approximate), w_out, b_out)
 
     hidden = F.linear(x, w_in, b_in)
-    return checkpoint(second_half, hidden, use_reentrant=False) if recompute else second_half(hidden)
+    return (
+        checkpoint(second_half, hidden, use_reentrant=False, preserve_rng_state=False)
+        if recompute
+        else second_half(hidden)
+    )
 
 
 def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None):
@@ -161,8 +165,8 @@ def dropout_mask(seed, p, shape, site, device):
         torch.arange((cols + 3) // 4, device=device),
         torch.arange(rows, device=device)[:, None],
         torch.arange(batch * heads, device=device)[:, None, None],
-        torch.tensor(site, device=device),
-        torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(()),
+        torch.full((), site, device=device),  # filled on the device: a copy from the host would wait for it
+        seed.reshape(()) if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device),
     )
     return torch.stack(words, dim=-1).flatten(-2)[..., :cols].view(shape) >= int(p * 2**32)
 

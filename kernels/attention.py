@@ -502,8 +502,8 @@ def _capability(tensor):
 
 
 def _addressable(tensor):
-    """A copy where rows lie so far apart that their offsets within a tile would not fit 32 bits."""
-    return tensor if tensor.stride(2) < MAX_ROW_STRIDE else tensor.contiguous()
+    """A copy where rows or channels lie so far apart that offsets within a tile would not fit 32 bits."""
+    return tensor if max(tensor.stride()[2:]) < MAX_ROW_STRIDE else tensor.contiguous()
 
 
 def _statistics_dtype(x: torch.Tensor) -> torch.dtype:

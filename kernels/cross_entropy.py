@@ -43,7 +43,7 @@ def _cross_entropy_kernel(
     valid = (target >= 0) & (target < V)
     z_target = tl.load(logits_ptr + target, valid, 0.0).to(ACC)
 
-    top = tl.full([], float("-inf"), ACC)
+    top = tl.full([], -3.0e38, ACC)  # finite, for a block of nothing but -inf
     total = tl.zeros([], ACC)  # of exp(z - top)
     plain = tl.zeros([], ACC)  # of z
     for start in range(0, V, BLOCK_V):

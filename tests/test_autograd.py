@@ -209,3 +209,24 @@ def test_launches_on_the_device_of_the_tensors():
     with mock.patch.object(torch.cuda, "device", Guard):
         on_its_device(OnGPU())
     assert guarded == ["cuda:3", "launched", "left"]
+
+
+def test_a_backward_under_autocast_of_a_forward_without(device):
+    model = GPT(GPTConfig.preset("byte-0.1M", n_layer=1, n_embd=16, block_size=8)).to(device)
+    idx = torch.randint(0, 257, (2, 8), device=device)
+    results = []
+    for enabled in (False, True):
+        model.zero_grad()
+        loss = model(idx, idx)
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            loss.backward()
+        results.append(model.h[0].mlp.c_fc.bias.grad)
+    assert torch.equal(*results)
+
+
+def test_attention_under_autocast_takes_mixed_dtypes(device):
+    q, k, v, qkv = heads(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert ops.causal_attention(q, k.half(), v.half(), backend="triton").dtype == torch.bfloat16
+        assert ops.causal_attention_qkv(qkv, 3, backend="triton").dtype == torch.bfloat16
+        assert ops.causal_attention_qkv(qkv.double(), 3).dtype == torch.float64

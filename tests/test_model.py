@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.model import MLP, PRESETS, CausalSelfAttention
@@ -222,3 +223,18 @@ def test_under_autocast_the_stream_stays_float32():
     loss.backward()
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_block_has_the_same_gradients(reentrant):
+    model, x = GPT(tiny(n_layer=1)), torch.randn(2, 9, 48, requires_grad=True)
+    results = []
+    for call in (model.h[0], lambda *a: checkpoint(model.h[0], *a, use_reentrant=reentrant)):
+        model.zero_grad()
+        stream, branch = call(x, None, None)
+        (stream * branch).sum().backward()
+        results.append([p.grad for p in model.h[0].parameters() if p.grad is not None])
+    assert model.h[0].mlp.c_proj.bias.is_leaf
+    assert len(results[0]) == len(results[1]) == 11  # all but mlp.c_proj.bias, which the next norm adds
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
