@@ -187,7 +187,7 @@ def test_launches_on_the_device_of_the_tensors():
     guarded = []
 
     class OnGPU:
-        is_cuda, device = True, "cuda:3"
+        is_cuda, device = True, torch.device("cuda:3")
 
     def launcher(x: torch.Tensor) -> torch.Tensor:
         guarded.append("launched")
@@ -208,7 +208,7 @@ def test_launches_on_the_device_of_the_tensors():
     _, on_its_device = register.call_args.args
     with mock.patch.object(torch.cuda, "device", Guard):
         on_its_device(OnGPU())
-    assert guarded == ["cuda:3", "launched", "left"]
+    assert guarded == [torch.device("cuda:3"), "launched", "left"]
 
 
 def test_a_backward_under_autocast_of_a_forward_without(device):
