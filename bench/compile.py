@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
+from fastgpt.kernels import attention, cross_entropy, embedding, layernorm, linear_gelu, mlp
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -86,7 +86,15 @@ def cases() -> dict[str, Callable[[], object]]:
         for approximate in ("tanh", "none")
         for dtype in halves_and_full
     }
-    return {**norms, **heads, **losses, **mlps}
+    fused = {
+        f"K 768 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _linear_gelu(dtype)
+        for dtype in halves_and_full
+    }
+    embeddings = {
+        f"V 50257 C 768 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _embedding(dtype)
+        for dtype in halves_and_full
+    }
+    return {**norms, **heads, **losses, **mlps, **fused, **embeddings}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -114,6 +122,20 @@ def _gelu_mlp(dtype: torch.dtype, tanh: bool) -> None:
     mlp.gelu_mlp_bwd(y, x, w_in, w_in.t(), pre, pre[:0], tanh, [True, True, True, True, False])
 
 
+def _linear_gelu(dtype: torch.dtype) -> None:
+    x, w_in, w_out = (torch.empty(shape, dtype=dtype) for shape in ((4096, 768), (3072, 768), (768, 3072)))
+    pre, bias = torch.empty(4096, 3072, dtype=dtype), torch.empty(3072, dtype=dtype)
+    tiles = linear_gelu.candidate(dtype, linear_gelu.capability(x))
+    linear_gelu.linear_gelu_fwd(x, w_in, bias, True, pre, pre, tiles)
+    linear_gelu.linear_gelu_bwd(x, w_out, pre, True, pre, pre, False, tiles)
+
+
+def _embedding(dtype: torch.dtype) -> None:
+    token, position = torch.empty(50257, 768, dtype=dtype), torch.empty(1024, 768, dtype=dtype)
+    ids, seed = torch.zeros(2, 1024, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    embedding.embedding_bwd(embedding.embedding_fwd(token, position, ids, None, seed, 0.1), ids, seed, 50257, 0.1)
+
+
 def launches(call: Callable[[], object], capability: int) -> list[Launch]:
     """What `call` would launch on a card of this compute capability (90 is 9.0)."""
     noted = []
@@ -126,7 +148,9 @@ def launches(call: Callable[[], object], capability: int) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(attention, "_capability", lambda tensor: capability),
-        mock.patch.object(mlp, "_multiprocessors", lambda tensor: 132),
+        mock.patch.object(linear_gelu, "capability", lambda tensor: capability),
+        mock.patch.object(linear_gelu, "multiprocessors", lambda tensor: 132),
+        mock.patch.object(mlp, "multiprocessors", lambda tensor: 132),
     ):
         call()
     return noted

@@ -12,6 +12,7 @@ import triton
 
 from fastgpt import loss
 from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
+from fastgpt.kernels import embedding as embedding_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 
@@ -56,6 +57,11 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     )
 
 
+def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None):
+    seed = _seed_tensor(seed, dropout_p, token_weight.device)
+    return Embedding.apply(token_weight, position_weight, ids, positions, seed, dropout_p)
+
+
 def _autocast(*operands):
     """The operands of a matmul as autocast casts them for PyTorch's own; None and float64 stay."""
     device = operands[0].device.type
@@ -94,6 +100,8 @@ attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_
 attention_qkv_bwd = _custom_op(attention.attention_qkv_bwd, attention.attention_qkv_bwd_outputs)
 gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
 gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
+embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.embedding_fwd_outputs)
+embedding_bwd = _custom_op(embedding_kernels.embedding_bwd, embedding_kernels.embedding_bwd_outputs)
 chunked_losses = loss.chunked_op(
     "chunked_losses_triton", _on_its_device(cross_entropy.cross_entropy_rows), copies_half_precision=False
 )
@@ -183,6 +191,24 @@ class GeluMLP(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:5])
         grads = gelu_mlp_bwd(dy, *ctx.saved_tensors, ctx.tanh, needs)
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
+
+
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, token_weight, position_weight, ids, positions, seed, dropout_p):
+        ctx.save_for_backward(ids, positions, seed)
+        ctx.dropout_p, ctx.sizes = dropout_p, (token_weight.shape[0], position_weight.shape[0])
+        return embedding_fwd(token_weight, position_weight, ids, positions, seed, dropout_p)
+
+    @staticmethod
+    def backward(ctx, dout):
+        _refuse_second_derivative("embedding")
+        ids, positions, seed = ctx.saved_tensors
+        grads = [
+            embedding_bwd(dout, keys, seed, size, ctx.dropout_p) if needed else None
+            for keys, size, needed in zip((ids, positions), ctx.sizes, ctx.needs_input_grad[:2], strict=True)
+        ]
+        return *grads, *[None] * 4
 
 
 def _seed_tensor(seed, dropout_p, device):

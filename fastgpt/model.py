@@ -204,7 +204,7 @@ class GPT(nn.Module):
             self.wte.weight,
             self.wpe.weight,
             dropout_p=config.dropout if self.training else 0.0,
-            backend="torch",  # it has no kernel yet
+            backend=config.backend,
         )
         branch, branch_bias = None, None
         block: Any  # ModuleList does not say what it holds

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import accumulator, dropout_numbers, multiprocessors, statistics_dtype
 from .philox import keep_mask
 
 MAX_COLUMNS = 4096  # a row is held in registers; with dropout the backward of 8192 columns spills on capability 12.0
@@ -215,13 +216,13 @@ def layer_norm_fwd(
             *x_rows.stride(),
             *residual_rows.stride(),
             eps,
-            *_dropout_numbers(dropout_p),
+            *dropout_numbers(dropout_p),
             C=columns,
             HAS_RESIDUAL=residual is not None,
             HAS_BIAS=bias is not None,
             HAS_X_BIAS=x_bias is not None,
             DROPOUT=dropout_p > 0,
-            ACC=_accumulator(x),
+            ACC=accumulator(x),
             BLOCK_M=block_m,
             BLOCK_C=block_c,
             num_warps=num_warps,
@@ -235,7 +236,7 @@ def layer_norm_fwd_outputs(x, residual, weight, bias, x_bias, seed, eps, dropout
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = torch.empty((0,) if residual is None else x.shape, dtype=residual_dtype, device=x.device)
     rows = x.numel() // x.shape[-1]
-    return y, s, torch.empty((3, rows), dtype=_statistics_dtype(x), device=x.device)
+    return y, s, torch.empty((3, rows), dtype=statistics_dtype(x), device=x.device)
 
 
 def layer_norm_bwd(
@@ -275,13 +276,13 @@ def layer_norm_bwd(
         *dy_rows.stride(),
         *dsum_rows.stride(),
         *s_rows.stride(),
-        *_dropout_numbers(dropout_p),
+        *dropout_numbers(dropout_p),
         C=columns,
         HAS_DSUM=dsum is not None,
         NEEDS_DX=dx.numel() > 0,
         NEEDS_DX_BIAS=needs_x_bias,
         DROPOUT=dropout_p > 0,
-        ACC=_accumulator(s),
+        ACC=accumulator(s),
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=num_warps,
@@ -299,22 +300,6 @@ def layer_norm_bwd_outputs(dy, dsum, s, weight, stats, seed, dropout_p, x_dtype,
     return ds, dx, torch.empty((3 if needs_x_bias else 2, s.shape[-1]), dtype=stats.dtype, device=s.device)
 
 
-def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
-    """The threshold that a kept element's word reaches, and the factor it is scaled by."""
-    return int(dropout_p * 2**32), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-
-
-def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    """float64 keeps its own precision, so that gradcheck is sharp under the interpreter."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _accumulator(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def _programs(x: torch.Tensor) -> int:
     """How many programs of the backward share the rows: enough to fill the card, with partials that stay small."""
-    if not x.is_cuda:
-        return 4  # the interpreter runs one after another; more than one so that walking rows is tested
-    return 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 4 * (multiprocessors(x) or 1)  # in the interpreter 4, so that walking over rows is tested

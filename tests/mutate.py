@@ -28,6 +28,7 @@ class Mutant(NamedTuple):
 
 
 NORM, HEAD, LOSS, MLP = "kernels/layernorm.py", "kernels/attention.py", "kernels/cross_entropy.py", "kernels/mlp.py"
+GELU, FUSED, EMBEDDING = "kernels/gelu.py", "kernels/linear_gelu.py", "kernels/embedding.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
 NORM_STRIDES, HEAD_STRIDES = (
     "test_layernorm.py::test_strides_change_no_bit",
@@ -42,6 +43,7 @@ LARGE_MEAN, ENTROPY = (
     "test_cross_entropy.py::test_loss_and_gradients",
 )
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
+FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
 
 MUTANTS = [
     # LayerNorm
@@ -109,13 +111,31 @@ MUTANTS = [
     Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # MLP
     Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
-    Mutant("0.044751", MLP, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
-    Mutant("no factor 3 in the derivative", MLP, "0.134145", "0.044715", MLP_WIDTHS),
+    Mutant("0.044751", GELU, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
+    Mutant("no factor 3 in the derivative", GELU, "0.134145", "0.044715", MLP_WIDTHS),
     Mutant("b_in dropped", MLP, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", MLP_WIDTHS),
     Mutant("db_in zero", MLP, "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
-    Mutant("derivative overflows", MLP, "z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))", "z = z", POINTS),
+    Mutant("derivative overflows", GELU, "z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
     Mutant("activation not made again", MLP, "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
+    Mutant("fused: b_in dropped", FUSED, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", FUSED_WIDTHS),
+    Mutant("fused: channels past the last whole step", FUSED, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)", FUSED_WIDTHS),
+    Mutant("fused: gelu of what was not rounded", FUSED, "gelu(rounded.to(z.dtype), TANH)", "gelu(z, TANH)", "test_linear_gelu.py::test_recompute_changes_no_bit"),
+    Mutant("fused: halves swapped", FUSED, "    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))", "    a, b = tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))\n    return b, a", FUSED_WIDTHS),
+    Mutant("fused: the last band's height", FUSED, "height = tl.minimum(down - 8 * band, 8)", "height = 8", "test_linear_gelu.py::test_row_counts"),
+    Mutant("fused: one row of partials for all", FUSED, "(first_row // BLOCK_M).to(tl.int64) * F", "(first_row // BLOCK_M * 0).to(tl.int64) * F", "test_linear_gelu.py::test_row_counts"),
+    Mutant("fused: TF32 where IEEE was promised", FUSED, '"PRECISION": matmul_precision()', '"PRECISION": "tf32"', "test_linear_gelu.py::test_float32_stays_float32"),
+    # Embedding
+    Mutant("positions not added", EMBEDDING, "x += tl.load(position_ptr", "x += 0 * tl.load(position_ptr", "test_embedding.py::test_widths"),
+    Mutant("positions taken from the row", EMBEDDING, "places = time\n", "places = rows.to(tl.int64)\n", "test_embedding.py::test_widths"),
+    Mutant("an id out of range read as 0", EMBEDDING, 'x = tl.where(known[:, None], x, float("nan"))', "x = x", "test_embedding.py::test_an_id_out_of_range_is_nan_and_reads_nothing"),
+    Mutant("an id past the vocabulary", EMBEDDING, "(ids < vocab)", "(ids <= vocab)", "test_embedding.py::test_an_id_out_of_range_is_nan_and_reads_nothing"),
+    Mutant("runs not joined", EMBEDDING, "for part in range(chunk + 1, last + 1):", "for part in range(chunk + 1, last):", RUNS),
+    Mutant("a run counted twice", EMBEDDING, "            total = tl.zeros([BLOCK_C], ACC)\n            begins_here", "            begins_here", RUNS),
+    Mutant("a head taken for a whole run", EMBEDDING, "begins_here = (start == 0) | (tl.load(keys_ptr + start - 1, start > 0, 0).to(tl.int64) != key)\n    total", "begins_here = start >= 0\n    total", RUNS),
+    Mutant("dropout of another row", EMBEDDING, "rows = tl.zeros([1], tl.int32) + row.to(tl.int32)", "rows = tl.zeros([1], tl.int32) + i", "test_embedding.py::test_dropout_drops_what_the_fallback_drops"),
+    Mutant("dropout's columns counted anew in each block", EMBEDDING, "tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_C, 0", "tl.load(seed_ptr), rows, 0, 0", "test_embedding.py::test_dropout_beyond_the_first_block_of_columns"),
+    Mutant("gradient rows assumed in one piece", EMBEDDING, "batch * stride_gb + time * stride_gt + cols64 * stride_gc, in_cols", "row * C + cols64, in_cols", "test_embedding.py::test_strides_change_no_bit"),
 ]  # fmt: skip
 
 

@@ -53,6 +53,24 @@ def test_opcheck_of_attention(device):
     torch.library.opcheck(autograd.attention_qkv_bwd, (torch.randn_like(out), qkv, out, lse, 3, 0.5))
 
 
+def test_opcheck_of_the_embedding(device):
+    token, position = torch.randn(5, 20, device=device), torch.randn(7, 20, device=device)
+    ids, seed = torch.randint(5, (2, 3), device=device), torch.tensor([5], device=device)
+    for positions, dropout_p in itertools.product((None, ids[0], ids), (0.0, 0.5)):
+        torch.library.opcheck(autograd.embedding_fwd, (token, position, ids, positions, seed, dropout_p))
+        dout = torch.randn(3, 2, 20, device=device).transpose(0, 1)
+        torch.library.opcheck(autograd.embedding_bwd, (dout, positions, seed, 7, dropout_p))
+
+
+@pytest.mark.interpreter
+def test_gradcheck_of_the_embedding_in_float64():
+    weights = [torch.randn(size, 4, dtype=torch.float64).requires_grad_() for size in (5, 7)]
+    ids = torch.randint(5, (2, 3))
+    for positions in (None, ids + 1):
+        call = lambda *w, p=positions: ops.embedding(ids, *w, p, dropout_p=0.3, seed=9, backend="triton")  # noqa: E731
+        assert torch.autograd.gradcheck(call, weights, fast_mode=True)
+
+
 @pytest.mark.interpreter
 def test_gradcheck_of_attention_in_float64():
     q, k, v, qkv = (t.detach().requires_grad_() for t in heads("cpu", torch.float64))

@@ -7,7 +7,14 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from bench import compile as gate
 
-SAMPLE = ("C 768 bfloat16", "D 64 bfloat16", "V 50257 bfloat16", "F 3072 tanh bfloat16")
+SAMPLE = (
+    "C 768 bfloat16",
+    "D 64 bfloat16",
+    "V 50257 bfloat16",
+    "F 3072 tanh bfloat16",
+    "K 768 bfloat16",
+    "V 50257 C 768 bfloat16",
+)
 
 
 @pytest.mark.parametrize("capability", gate.CAPABILITIES)
@@ -15,9 +22,10 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
     """All that is shipped for 9.0, one width for the others."""
     table = list(gate.rows([capability], lambda case: capability == 90 or case in SAMPLE))
     norms = {f"layer_norm_{kind}_kernel" for kind in ("fwd", "bwd")}
-    gelu = {f"bias_gelu_{kind}_kernel" for kind in ("fwd", "bwd")}
+    gelu = {f"{form}_gelu_{kind}_kernel" for form in ("bias", "linear") for kind in ("fwd", "bwd")}
     heads = {f"attention_{kind}_kernel" for kind in ("fwd", "delta", "dq", "dkdv")}
-    assert {row.kernel for row in table} == norms | heads | gelu | {"cross_entropy_kernel"}
+    lookups = {"embedding_fwd_kernel", "run_sums_kernel", "join_runs_kernel"}
+    assert {row.kernel for row in table} == norms | heads | gelu | lookups | {"cross_entropy_kernel"}
     assert [row for row in table if not row.passes] == []
 
 
