@@ -45,8 +45,8 @@ def candidate(dtype: torch.dtype, card: int | None) -> Tiles:
     if card is None:
         return Tiles(16, 32, 16, 4, 1, 1)
     if dtype == torch.float32:
-        return Tiles(64, 64, 32, 8, 2, 1)
-    return Tiles(128, 128, 32, 4, 4, 2) if 90 <= card < 120 else Tiles(128, 128, 32, 8, 3, 1)
+        return Tiles(64, 64, 16, 8, 2, 2)
+    return Tiles(128, 128, 32, 4, 4, 2) if card == 90 else Tiles(128, 128, 32, 8, 3, 1)
 
 
 @triton.jit
