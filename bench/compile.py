@@ -66,7 +66,7 @@ def cases() -> dict[str, Callable[[], object]]:
         f"C {columns} {str(dtype).removeprefix('torch.')}{' dropout' if p else ''}": lambda c=columns, d=dtype, p=p: (
             _layer_norm(c, d, p)
         )
-        for columns in (64, 768, 1600, layernorm.MAX_COLUMNS)
+        for columns in (64, 768, 1600, 4096, 8192, layernorm.MAX_COLUMNS)
         for dtype in halves_and_full
         for p in (0.0, 0.1)
     }

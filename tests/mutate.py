@@ -43,6 +43,7 @@ LARGE_MEAN, ENTROPY = (
     "test_cross_entropy.py::test_loss_and_gradients",
 )
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
+WIDE = "test_layernorm.py::test_wide_rows"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
 
 MUTANTS = [
@@ -59,16 +60,20 @@ MUTANTS = [
     Mutant("avg(g n) dropped", NORM, "- n * avg_gn[:, None]", "", WIDTHS),
     Mutant("avg(g) dropped", NORM, "(g - avg_g[:, None])", "g", WIDTHS),
     Mutant("rstd dropped from ds", NORM, "ds = rstd[:, None] * (", "ds = (", WIDTHS),
-    Mutant("weight dropped from g", NORM, "g = dy * tl.load(weight_ptr + cols, in_cols, 0.0).to(ACC)[None, :]", "g = dy", WIDTHS),
+    Mutant("weight dropped from g", NORM, "g = dy * _load_row(weight_ptr, C, ACC, BLOCK_C)", "g = dy", WIDTHS),
     Mutant("dsum not added", NORM, "if HAS_DSUM:", "if False:", WIDTHS),
-    Mutant("residual not added", NORM, "s += tl.load(residual_ptr", "s += 0 * tl.load(residual_ptr", WIDTHS),
-    Mutant("x_bias not added", NORM, "s += tl.load(x_bias_ptr", "s += 0 * tl.load(x_bias_ptr", WIDTHS),
+    Mutant("wide: dropout's columns counted anew in each block", NORM, "tl.load(seed_ptr), rows, first, 0, _SITE", "tl.load(seed_ptr), rows, 0, 0, _SITE", WIDE),
+    Mutant("wide: only the first program's rows", NORM, "for start in range(program * BLOCK_M, M, programs * BLOCK_M):\n        rows = start + tl.arange(0, BLOCK_M)\n        mask = (rows < M)[:, None] & (cols < C)[None, :]\n        rows64", "for start in range(program * BLOCK_M, program * BLOCK_M + 1, BLOCK_M):\n        rows = start + tl.arange(0, BLOCK_M)\n        mask = (rows < M)[:, None] & (cols < C)[None, :]\n        rows64", WIDE),
+    Mutant("wide: dx_bias of ds", NORM, "            dx_bias += dx\n", "            dx_bias += tl.load(ds_ptr + rows64 * C + cols64, mask, 0.0).to(ACC)\n", WIDE),
+    Mutant("wide: dx not written", NORM, "        NEEDS_DX=dx.numel() > 0,", "        NEEDS_DX=False,", WIDE),
+    Mutant("residual not added", NORM, "s += _load_rows(residual_ptr", "s += 0 * _load_rows(residual_ptr", WIDTHS),
+    Mutant("x_bias not added", NORM, "s += _load_row(x_bias_ptr", "s += 0 * _load_row(x_bias_ptr", WIDTHS),
     Mutant("s normalised before it is rounded", NORM, "s = rounded.to(ACC)", "s = s", WIDTHS),
     Mutant("last rows skipped", NORM, "range(program * BLOCK_M, M,", "range(program * BLOCK_M, M - BLOCK_M,", "test_layernorm.py::test_row_counts"),
     Mutant("rows walked twice as fast", NORM, "programs * BLOCK_M):", "2 * programs * BLOCK_M):", "test_layernorm.py::test_row_counts"),
-    Mutant("dy read as if contiguous", NORM, "rows64[:, None] * stride_gm", "rows64[:, None] * C", NORM_STRIDES),
-    Mutant("dsum read with dy's strides", NORM, "rows64[:, None] * stride_dm", "rows64[:, None] * stride_gm", "test_layernorm.py::test_a_gradient_for_one_output_alone"),
-    Mutant("y stored past the row", NORM, "y.to(y_ptr.dtype.element_ty), mask)", "y.to(y_ptr.dtype.element_ty), in_rows[:, None])", WIDTHS),
+    Mutant("dy read as if contiguous", NORM, "_load_rows(dy_ptr, rows, stride_gm,", "_load_rows(dy_ptr, rows, C,", NORM_STRIDES),
+    Mutant("dsum read with dy's strides", NORM, "_load_rows(dsum_ptr, rows, stride_dm,", "_load_rows(dsum_ptr, rows, stride_gm,", "test_layernorm.py::test_a_gradient_for_one_output_alone"),
+    Mutant("y stored past the row", NORM, "values.to(pointer.dtype.element_ty), (rows < M)[:, None] & (cols < C)[None, :])", "values.to(pointer.dtype.element_ty), (rows < M)[:, None] & (cols >= 0)[None, :])", WIDTHS),
     Mutant("partials shared", NORM, "offsets = program * C + cols", "offsets = cols", "test_layernorm.py::test_row_counts"),
     Mutant("dx not dropped", NORM, "dx = tl.where(keep, ds * keep_scale, 0.0)", "dx = ds * keep_scale", DROPS),
     Mutant("kept not scaled", NORM, "s = tl.where(keep, s * keep_scale, 0.0)", "s = tl.where(keep, s, 0.0)", DROPS),

@@ -32,7 +32,7 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
 def test_the_gate_sees_a_spill():
     """A row of 32768 channels does not fit the registers that the tiles give it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate.layernorm, "_tiles", lambda columns, backward: (1, columns, 4))
+        patch.setattr(gate.layernorm, "_tiles", lambda columns, *_, **__: gate.layernorm.Tiles(1, columns, 4, 96))
         _, backward = gate.launches(lambda: gate._layer_norm(32768, torch.bfloat16, 0.1), 90)
     row = gate.measure("too wide", backward, 90)
     assert row.spilled > 0 and not row.passes
