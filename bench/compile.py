@@ -133,7 +133,8 @@ def _linear_gelu(dtype: torch.dtype) -> None:
 def _embedding(dtype: torch.dtype) -> None:
     token, position = torch.empty(50257, 768, dtype=dtype), torch.empty(1024, 768, dtype=dtype)
     ids, seed = torch.zeros(2, 1024, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-    embedding.embedding_bwd(embedding.embedding_fwd(token, position, ids, None, seed, 0.1), ids, seed, 50257, 0.1)
+    out = embedding.embedding_fwd(token, position, ids, None, seed, 0.1, dtype)
+    embedding.embedding_bwd(out, ids, seed, 50257, 0.1, dtype)
 
 
 def launches(call: Callable[[], object], capability: int) -> list[Launch]:

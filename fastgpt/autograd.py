@@ -57,9 +57,10 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     )
 
 
-def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None):
+def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None, dtype=None):
     seed = _seed_tensor(seed, dropout_p, token_weight.device)
-    return Embedding.apply(token_weight, position_weight, ids, positions, seed, dropout_p)
+    dtype = token_weight.dtype if dtype is None else dtype
+    return Embedding.apply(token_weight, position_weight, ids, positions, seed, dropout_p, dtype)
 
 
 def _autocast(*operands):
@@ -195,20 +196,21 @@ class GeluMLP(torch.autograd.Function):
 
 class Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, token_weight, position_weight, ids, positions, seed, dropout_p):
+    def forward(ctx, token_weight, position_weight, ids, positions, seed, dropout_p, dtype):
         ctx.save_for_backward(ids, positions, seed)
-        ctx.dropout_p, ctx.sizes = dropout_p, (token_weight.shape[0], position_weight.shape[0])
-        return embedding_fwd(token_weight, position_weight, ids, positions, seed, dropout_p)
+        ctx.sizes = (token_weight.shape[0], position_weight.shape[0])
+        ctx.dropout_p, ctx.weight_dtype = dropout_p, token_weight.dtype
+        return embedding_fwd(token_weight, position_weight, ids, positions, seed, dropout_p, dtype)
 
     @staticmethod
     def backward(ctx, dout):
         _refuse_second_derivative("embedding")
         ids, positions, seed = ctx.saved_tensors
         grads = [
-            embedding_bwd(dout, keys, seed, size, ctx.dropout_p) if needed else None
+            embedding_bwd(dout, keys, seed, size, ctx.dropout_p, ctx.weight_dtype) if needed else None
             for keys, size, needed in zip((ids, positions), ctx.sizes, ctx.needs_input_grad[:2], strict=True)
         ]
-        return *grads, *[None] * 4
+        return *grads, *[None] * 5
 
 
 def _seed_tensor(seed, dropout_p, device):

@@ -243,9 +243,10 @@ def embedding(
     *,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """dropout(token_weight[ids] + position_weight[positions]): (B, T) -> (B, T, C).
+    """dropout(token_weight[ids] + position_weight[positions]): (B, T) -> (B, T, C) in dtype, or the weights' if None.
 
     ids, positions: int32 or int64; positions is (B, T) or (T,), and 0, 1, …, T-1 if None. token_weight: (V, C),
     position_weight: (Tmax, C). Ids out of range are a ValueError on a CPU; elsewhere,
@@ -265,12 +266,14 @@ def embedding(
         raise ValueError(f"{name}: {ids.shape[1]} tokens are more than the context of {context}")
     if positions is not None and positions.shape not in (ids.shape, ids.shape[1:]):
         raise ValueError(f"{name}: positions has shape {tuple(positions.shape)}, ids {tuple(ids.shape)}")
+    if dtype is not None and dtype not in checks.FLOATS:
+        raise TypeError(f"{name}: dtype is {dtype}, not one of {checks.names(checks.FLOATS)}")
     checks.dropout(name, dropout_p, seed, token_weight.device)
     checks.in_range(name, "token", ids, token_weight.shape[0], f"a vocabulary of {token_weight.shape[0]}")
     if positions is not None:
         checks.in_range(name, "position", positions, context, f"a context of {context}")
     return _road(name, backend, token_weight).embedding(
-        ids, token_weight, position_weight, positions, dropout_p=dropout_p, seed=seed
+        ids, token_weight, position_weight, positions, dropout_p=dropout_p, seed=seed, dtype=dtype
     )
 
 

@@ -117,10 +117,11 @@ def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=
     )
 
 
-def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None):
+def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None, dtype=None):
     """ids (B, T) -> token_weight[ids] + position_weight[positions], (B, T, C); positions count from 0 if not given."""
     places = position_weight[: ids.shape[-1]] if positions is None else F.embedding(positions, position_weight)
-    return _dropout_rows(F.embedding(ids, token_weight) + places, dropout_p, seed, EMBEDDING_SITE)
+    total = F.embedding(ids, token_weight) + places
+    return _dropout_rows(total if dtype is None else total.to(dtype), dropout_p, seed, EMBEDDING_SITE)
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):

@@ -154,10 +154,11 @@ def embedding_fwd(
     positions: torch.Tensor | None,
     seed: torch.Tensor | None,
     dropout_p: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """token_weight (V, C), position_weight (Tmax, C), ids (B, T), positions (B, T), (T,) or None for 0, 1, …, T - 1
-    -> (B, T, C). seed: (1,) int64, needed where dropout_p > 0. A row with an id out of range is NaN."""
-    out = embedding_fwd_outputs(token_weight, position_weight, ids, positions, seed, dropout_p)
+    -> (B, T, C) in dtype. seed: (1,) int64, needed where dropout_p > 0. A row with an id out of range is NaN."""
+    out = embedding_fwd_outputs(token_weight, position_weight, ids, positions, seed, dropout_p, dtype)
     rows, columns = ids.numel(), token_weight.shape[1]
     if out.numel() == 0:
         return out
@@ -190,17 +191,22 @@ def embedding_fwd(
     return out
 
 
-def embedding_fwd_outputs(token_weight, position_weight, ids, positions, seed, dropout_p):
+def embedding_fwd_outputs(token_weight, position_weight, ids, positions, seed, dropout_p, dtype):
     """What embedding_fwd allocates, so it serves as its fake too."""
-    return torch.empty((*ids.shape, token_weight.shape[1]), dtype=token_weight.dtype, device=token_weight.device)
+    return torch.empty((*ids.shape, token_weight.shape[1]), dtype=dtype, device=token_weight.device)
 
 
 def embedding_bwd(
-    dout: torch.Tensor, keys: torch.Tensor | None, seed: torch.Tensor | None, size: int, dropout_p: float
+    dout: torch.Tensor,
+    keys: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    size: int,
+    dropout_p: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """dout (B, T, C) and what each of its rows read, keys (B, T), (T,) or None for 0, 1, …, T - 1 -> the gradient of
-    the weight (size, C) they were read from, in dout's dtype."""
-    dweight = embedding_bwd_outputs(dout, keys, seed, size, dropout_p).zero_()
+    the weight (size, C) they were read from, in dtype."""
+    dweight = embedding_bwd_outputs(dout, keys, seed, size, dropout_p, dtype).zero_()
     batch, time, columns = dout.shape
     rows = batch * time
     if dout.numel() == 0:
@@ -233,9 +239,9 @@ def embedding_bwd(
     return dweight
 
 
-def embedding_bwd_outputs(dout, keys, seed, size, dropout_p):
+def embedding_bwd_outputs(dout, keys, seed, size, dropout_p, dtype):
     """What embedding_bwd allocates, so it serves as its fake too."""
-    return torch.empty((size, dout.shape[2]), dtype=dout.dtype, device=dout.device)
+    return torch.empty((size, dout.shape[2]), dtype=dtype, device=dout.device)
 
 
 def _in_order(keys, batch, time, device):

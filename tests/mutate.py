@@ -112,7 +112,7 @@ MUTANTS = [
     Mutant("z-loss halved in the gradient", LOSS, "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "test_cross_entropy.py::test_smoothing_and_z_loss"),
     Mutant("smoothing over the block", LOSS, "grad * smoothing / V", "grad * smoothing / BLOCK_V", "test_cross_entropy.py::test_smoothing_and_z_loss"),
     Mutant("target read out of range", LOSS, "tl.load(logits_ptr + target, valid, 0.0)", "tl.load(logits_ptr + target)", "test_cross_entropy.py::test_ignored_rows_and_targets_out_of_range"),
-    Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "dweight.addmm_(", "dweight.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
+    Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
     Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # MLP
     Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),

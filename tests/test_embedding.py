@@ -83,6 +83,20 @@ def test_positions(dtype, device):
         check(ids, *operands, positions.to(device, dtype))
 
 
+def test_the_stream_may_be_narrower_or_wider_than_the_weights(device):
+    """Under autocast weights are float32 and the stream is not."""
+    ids = torch.randint(5, (2, 9), device=device)
+    for weight_dtype, dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        operands = weights(5, 9, 20, weight_dtype, device)
+        dout = torch.randn(2, 9, 20, device=device).to(dtype)
+        out, dtoken, dposition = run(ids, *operands, None, dout, dtype=dtype, backend="triton")
+        assert (out.dtype, dtoken.dtype, dposition.dtype) == (dtype, weight_dtype, weight_dtype)
+        oracle = run(ids.cpu(), *(w.double().cpu() for w in operands), None, dout.double().cpu(), backend="torch")
+        for got, expected in zip((out, dtoken, dposition), oracle, strict=True):
+            unit = torch.finfo(got.dtype).eps
+            assert (got.cpu().double() - expected).norm() < unit * expected.norm()
+
+
 def test_strides_change_no_bit(device):
     ids = torch.randint(5, (6, 3), device=device)
     token, position = weights(5, 9, 20, torch.float32, device)
@@ -138,19 +152,19 @@ def test_an_id_out_of_range_is_nan_and_reads_nothing(device):
     """As on a GPU, where ops does not look: the sanitizer would see a read out of bounds."""
     token, position = weights(5, 4, 20, torch.float32, device)
     ids = torch.tensor([[0, 5, -1, 2]], device=device)
-    out = autograd.embedding_fwd(token, position, ids, None, None, 0.0)
+    out = autograd.embedding_fwd(token, position, ids, None, None, 0.0, torch.float32)
     assert out[0, [1, 2]].isnan().all() and torch.equal(out[0, [0, 3]], token[[0, 2]] + position[[0, 3]])
-    out = autograd.embedding_fwd(token, position, ids.clamp(0, 4), ids, None, 0.0)
+    out = autograd.embedding_fwd(token, position, ids.clamp(0, 4), ids, None, 0.0, torch.float32)
     assert out[0, [1, 2]].isnan().all() and not out[0, [0, 3]].isnan().any()
     dout = torch.randn(1, 4, 20, device=device)
-    dtoken = autograd.embedding_bwd(dout, ids, None, 5, 0.0)
+    dtoken = autograd.embedding_bwd(dout, ids, None, 5, 0.0, torch.float32)
     assert torch.equal(dtoken[[0, 2]], dout[0, [0, 3]]) and not dtoken[[1, 3, 4]].any()
 
 
 def test_long_runs_of_ids_out_of_range(device):
     ids = torch.tensor([[-1] * 9 + [7] * 9 + [1]], device=device)
     dout = torch.randn(1, 19, 20, device=device)
-    dtoken = autograd.embedding_bwd(dout, ids, None, 5, 0.0)
+    dtoken = autograd.embedding_bwd(dout, ids, None, 5, 0.0, torch.float32)
     assert torch.equal(dtoken[1], dout[0, 18]) and not dtoken[[0, 2, 3, 4]].any()
 
 
