@@ -78,22 +78,23 @@ def accelerate(
             raise TypeError(f"accelerate: {name} is {value!r}, not True or False")
     restore(model)
     tried: dict[Any, str | None] = {}
-    rows = []
+    rows, losses = [], 0
     for name, module in reversed(list(model.named_modules())):  # children first: a block's trial asks for them
         found = next((found for recognise in _RECOGNISE if (found := recognise(module)) is not None), None)
         if found is None or (isinstance(found, Swap) and not flags[found.flag]):
             continue
+        losses += isinstance(found, Swap) and found.flag == "loss"
         kind = families.own_type(module).__name__
         why = found if isinstance(found, str) else _install(module, found._replace(backend=backend), tried)
         rows.append(Row(name, kind, None if why else found.what, why))  # type: ignore[union-attr]
-    if loss and not any(row.now and row.now.startswith("linear_cross_entropy") for row in rows):
+    if loss and not losses:
         why = "loss=True was asked for, and it holds no model that computes its own loss"
         rows.append(Row("", families.own_type(model).__name__, None, why))
     return Report(tuple(reversed(rows)))
 
 
 def restore(model: nn.Module) -> None:
-    """Undo accelerate: every module does again what its class says. A model that was never accelerated stays as it is."""
+    """Undo accelerate: every module does again what its class says. Another model stays as it is."""
     for module in model.modules():
         _put_back(module, {})
 
@@ -129,13 +130,21 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
     if "forward" in state:
         return "it has a forward of its own"
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
-    key = (families.own_type(module), repr(module), shapes, swap.function, swap.names)
+    parts = tuple(
+        (families.own_type(part), "fastgpt_swap" in part.__dict__, *_settings(part)) for part in module.modules()
+    )
+    key = (shapes, parts, swap.function, swap.names, swap.gelu)
     if key not in tried:
         tried[key] = _trial(module, swap)
     if tried[key] is None:
         state["fastgpt_swap"] = swap
         state["forward"] = functools.partial(families.run, module)
     return tried[key]
+
+
+def _settings(module: nn.Module) -> list[tuple]:
+    """The numbers and words that may change what the module computes, but for its place among its like."""
+    return [(n, v) for n, v in module.__dict__.items() if isinstance(v, int | float | str) and n != "layer_idx"]
 
 
 def _trial(module: nn.Module, swap: Swap) -> str | None:
@@ -150,7 +159,9 @@ def _trial(module: nn.Module, swap: Swap) -> str | None:
                 twin, inputs = _twin(module, swap), _inputs(swap)
                 for training in (False, True):
                     twin.train(training)
+                    torch.manual_seed(1)  # a stranger's part may be random; it must be called at the same time
                     expected = families.class_forward(twin, *inputs)
+                    torch.manual_seed(1)
                     actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
                     if swap.flag == "loss" and training:  # without its logits
                         expected, actual = expected[-1], actual[-1]
@@ -216,7 +227,8 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
             memo.update({id(layer): memo[id(part[0])] for layer in list(part)[1:]})
     for part in parts:
         twin = memo[id(part)]
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in part.__dict__.items()})
+        own = {name: value for name, value in part.__dict__.items() if not name.startswith("__composable_api")}
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
         twin.__dict__.pop("gradient_checkpointing", None)
         if "fastgpt_swap" in twin.__dict__:
             twin.fastgpt_swap = twin.fastgpt_swap._replace(backend="torch")

@@ -152,7 +152,17 @@ def book_package(module="ch04"):
         if not folder.is_dir():
             folder.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as new:
-                command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{new}/it", BOOK]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--no-deps",
+                    "--target",
+                    f"{new}/it",
+                    BOOK,
+                ]
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     pytest.fail(f"{BOOK} is not to be had, install it by hand, with --no-deps: {result.stderr[-500:]}")

@@ -82,7 +82,7 @@ def plain(*tensors) -> bool:
     return all(t is None or (type(t) in (nn.Parameter, Tensor) and t.is_floating_point()) for t in tensors)
 
 
-def own_type(module: nn.Module) -> type:
+def own_type(module: nn.Module) -> Any:
     """The module's class as it was written: fully_shard puts one of its own in front."""
     kind = type(module)
     return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
@@ -93,7 +93,9 @@ def is_linear(module) -> bool:
     if not isinstance(module, nn.Module):
         return False
     return type(module).forward is nn.Linear.forward or (
-        own_type(module).__name__ == "Conv1D" and hasattr(module, "nf") and list(module._parameters) == ["weight", "bias"]
+        own_type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and list(module._parameters) == ["weight", "bias"]
     )
 
 
@@ -119,10 +121,15 @@ def dropout_p(module) -> float | None:
 
 
 def layer_norm(norm: Any, swap: Swap, x: Tensor) -> Tensor:
-    weight, bias = (getattr(norm, name, None) for name in swap.names)
+    weight, bias = _affine(norm, swap)
     if not plain(x, weight, bias):
         return class_forward(norm, x)
     return ops.layer_norm(x, weight, bias, getattr(norm, "eps", 1e-5), backend=swap.backend)
+
+
+def _affine(norm: Any, swap: Swap) -> tuple[Any, Any]:
+    weight, bias = swap.names
+    return getattr(norm, weight), getattr(norm, bias)
 
 
 def recognise_norm(module: Any) -> Swap | str | None:
@@ -146,12 +153,10 @@ def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: 
     """The stream x with dropout(branch + bias) added: its norm and itself, in one pass where the norm is ours."""
     swap = swap_of(norm)
     if swap is not None and swap.function is layer_norm:
-        weight, shift = (getattr(norm, name, None) for name in swap.names)
+        weight, shift = _affine(norm, swap)
         if plain(branch, x, weight, shift):
             eps = getattr(norm, "eps", 1e-5)
-            return ops.add_layer_norm(
-                branch, x, weight, shift, eps, x_bias=bias, dropout_p=p, backend=swap.backend
-            )
+            return ops.add_layer_norm(branch, x, weight, shift, eps, x_bias=bias, dropout_p=p, backend=swap.backend)
     x = x + F.dropout(branch if bias is None else branch + bias, p)
     return norm(x), x
 
@@ -160,7 +165,8 @@ def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: 
 
 
 def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
-    linear_in, linear_out, act, dropout = (getattr(module, name) if name else None for name in swap.names)
+    parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
+    linear_in, linear_out, act, dropout = parts
     if act is not swap.act or occupied(act) or not (free_linear(linear_in) and free_linear(linear_out)):
         return class_forward(module, x)
     y = ops.gelu_mlp(
@@ -187,11 +193,9 @@ def recognise_mlp(module: nn.Module) -> Swap | str | None:
     act = children[others[0]]
     if act is None or first.dim() != 2 or last.dim() != 2 or first.shape[0] != last.shape[1]:
         return None
-    if any(act.parameters()) or isinstance(act, nn.ModuleList):
-        return None
     if first.shape != last.t().shape:
         return f"its output is {last.shape[0]} wide, its input {first.shape[1]}"
-    gelu = gelu_kind(act)
+    gelu = None if list(act.parameters()) else gelu_kind(act)
     if gelu is None:
         return f"its activation, {type(act).__name__}, is no GELU"
     names = (*linears, others[0], dropouts[0] if dropouts else None)

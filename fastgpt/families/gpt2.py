@@ -96,17 +96,19 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
     options: dict = dict(
         scale=attn.scaling, dropout_p=attn.attn_dropout.p if attn.training else 0.0, backend=swap.backend
     )
-    qkv = attn.c_attn(x)
-    if past is None:
-        _, seen = key_mask(time, time, mask, padding)
+    qkv, keys = attn.c_attn(x), time
+    if past is not None:
+        q, k, v = qkv.view(batch, time, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        position = call.get("cache_position")
+        more = () if position is None else ({"cache_position": position},)
+        k, v = past.update(k, v, attn.layer_idx, *more)
+        keys = k.shape[2]
+    _, seen = key_mask(time, keys if mask is not None else time, mask, padding)
+    # transformers keeps a cache in training too, unless told not to: its first pass holds what qkv does
+    if past is None or (keys == time and type(past).__name__ == "DynamicCache"):
         return ops.causal_attention_qkv(qkv, attn.num_heads, key_mask=seen, **options)
-    q, k, v = qkv.view(batch, time, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    position = call.get("cache_position")
-    more = () if position is None else ({"cache_position": position},)
-    k, v = past.update(k, v, attn.layer_idx, *more)
-    if mask is None and 1 < time < k.shape[2]:  # transformers' word for the first pass over a static cache
+    if mask is None and 1 < time < keys:  # transformers' word for the first pass over a static cache
         k, v = k[:, :, :time], v[:, :, :time]
-    _, seen = key_mask(time, k.shape[2], mask, padding)
     y = ops.causal_attention(q, k, v, key_mask=seen, **options)
     return y.transpose(1, 2).reshape(batch, time, -1)
 

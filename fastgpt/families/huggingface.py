@@ -43,7 +43,7 @@ def attention_function(
         if attention_mask is not None and attention_mask.dim() == 2:  # sdpa's function asks for all four axes
             steps = torch.arange(keys, device=query.device)
             attention_mask = attention_mask[:, None, None] & (steps <= steps[keys - queries :, None])
-        options = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
+        options: dict = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     if attention_mask is None and 1 < queries < keys:  # transformers' word for the first pass over a static cache
         key, value = key[:, :, :queries], value[:, :, :queries]
