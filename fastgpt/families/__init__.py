@@ -29,7 +29,7 @@ class Swap(NamedTuple):
     names: tuple = ()  # of the module's children or parameters that the function asks for
     width: int = 0  # channels of the input, for the trial; 0 needs none
     gelu: Literal["tanh", "none"] = "tanh"
-    act: nn.Module | None = None  # the activation that was found to be that GELU
+    act: Any = None  # the activation that was found to be that GELU
     backend: ops.Backend = "auto"
 
 
