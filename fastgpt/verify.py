@@ -97,7 +97,7 @@ def _ask(model: Any, ids: Tensor) -> dict[str, Tensor]:
     more = (targets,) if "targets" in inspect.signature(type(model).forward).parameters else ()
     output = model(ids[:, :-1]) if isinstance(model, GPT) else model(ids[:, :-1], *more)
     logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    if not isinstance(logits, Tensor) or logits.shape[:2] != targets.shape:
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != targets.shape:
         raise ValueError(f"{type(model).__name__} gives no logits (B, T, V) for ids (B, T)")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(model, GPT):  # the head that training runs on

@@ -223,9 +223,7 @@ def convert(
         if not overwrite:
             raise ValueError(f"{folder} holds {there.name} already; overwrite=True, or --overwrite, writes over it")
         if there.name not in own:
-            raise ValueError(
-                f"{folder} holds {there.name}, which overwriting {' and '.join(own)} would leave beside them"
-            )
+            raise ValueError(f"{folder} holds {there.name}, which is none of what would be written, {', '.join(own)}")
     return _write(model, folder, to, encoding, variant)
 
 

@@ -1,8 +1,6 @@
 """verify: a right model passes, a wrong one fails, as a function, a command and fixtures."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ from fastgpt import GPT, GPTConfig, verify, weights
 from fastgpt.cli import main
 from fastgpt.families import nanogpt as family
 from fastgpt.verify import random_ids, verify_model
-from tests.models import CONTEXT, FAMILIES, ROOT, VOCAB, hugging_face, nanogpt, randomised
+from tests.models import CONTEXT, FAMILIES, VOCAB, hugging_face, nanogpt, randomised
 
 
 def wrong(monkeypatch, factor=1 + 1e-5):
@@ -191,22 +189,10 @@ def test_rule(assert_accurate):
 """
 
 
-def test_the_plugins_fixtures(tmp_path):
+def test_the_plugins_fixtures(tmp_path, capsys):
     (tmp_path / "test_suite.py").write_text(SUITE)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "fastgpt.pytest_plugin",
-        "-p",
-        "no:cacheprovider",
-        "-q",
-        "--tb=line",
-    ]
-    result = subprocess.run(
-        [*command, f"--rootdir={tmp_path}", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert "1 failed, 3 passed" in result.stdout, result.stdout + result.stderr
-    assert re.search(r"FAILED .*test_wrong", result.stdout)
+    options = ["-p", "fastgpt.pytest_plugin", "-p", "no:cacheprovider", "-q", "--tb=line", f"--rootdir={tmp_path}"]
+    assert pytest.main([*options, str(tmp_path)]) == 1
+    output = capsys.readouterr().out
+    assert "1 failed, 3 passed" in output and re.search(r"FAILED .*test_wrong", output), output
     assert verify.TOLERANCE == 4
