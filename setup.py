@@ -38,7 +38,7 @@ setup(
     extras_require={
         "plot": PLOT,
         "bench": BENCH,
-        "hf": ["transformers>=5"],
+        "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy"],
     },

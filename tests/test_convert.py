@@ -340,6 +340,14 @@ def test_a_wrong_checkpoint(good, tmp_path, change, message):
     assert len(str(error.value)) < 600 and not (tmp_path / "b").exists()
 
 
+def test_a_claim_of_more_than_is_stored(good):
+    path, content = good
+    content["model"]["transformer.ln_f.weight"] = torch.ones(1).expand(48)
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"claims the shape \(48,\) and holds 4 bytes"):
+        GPT.from_pretrained(path)
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".pth"])
 @pytest.mark.parametrize(
     "content",

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgpt import accelerate, accelerated, restore
+from fastgpt import accelerate, accelerated, families, restore
 from fastgpt.testing import assert_accurate
 from tests.models import CONTEXT, FAMILIES, VOCAB, book, hugging_face, logits_and_loss, nanogpt, randomised
 
@@ -347,6 +347,30 @@ def test_a_changed_part_is_called(path, change, when):
     before, after = results(expected, idx, targets), results(model, idx, targets)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
     assert (logits_and_loss(nanogpt().double(), idx, targets)[0] - after["logits"]).abs().max() > 1e-3
+
+
+class Quantised(torch.Tensor):
+    """A weight of another kind, as quantised and distributed ones are."""
+
+
+def test_what_must_be_called():
+    """By the reason that is found, for a call may give the same numbers as its bypass."""
+    model = nanogpt()
+    fc = model.transformer.h[0].mlp.c_fc
+    assert families.free_linear(fc) and families.occupied(fc) is None
+    parametrized(model, "transformer.h.0.mlp.c_fc")
+    assert families.occupied(fc) == "it is parametrized" and not families.free_linear(fc)
+    for change, why in ((hooked, "it has hooks"), (own_forward, "it has a forward of its own")):
+        change(model, "transformer.h.0.mlp.c_proj")
+        assert families.occupied(model.transformer.h[0].mlp.c_proj) == why
+        model = nanogpt()
+    fc = model.transformer.h[0].mlp.c_fc
+    fc.compile(backend="eager")
+    assert families.occupied(fc) == "it is compiled by itself"
+    fc = model.transformer.h[1].mlp.c_fc
+    fc.weight = nn.Parameter(fc.weight.detach().as_subclass(Quantised))
+    assert not families.free_linear(fc)
+    assert not families.free_linear(Halved(2, 2)) and not families.free_linear(Lora(nn.Linear(2, 2)))
 
 
 def test_a_backward_hook_on_a_child_fires():

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import accelerate, restore
+from fastgpt import accelerate, ops, restore
 from tests.models import FAMILIES, VOCAB, book, hugging_face, logits_and_loss, nanogpt
 
 IDX = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -108,6 +108,19 @@ def test_hugging_faces_gradient_checkpointing(reentrant, dropout):
             step(model)
         torch.manual_seed(1)
         assert_same(results(model), expected)
+
+
+def test_checkpointing_happens(monkeypatch):
+    """Every MLP is computed again in the backward."""
+    model, calls = hugging_face().train(), []
+    accelerate(model)
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    gelu_mlp = ops.gelu_mlp
+    monkeypatch.setattr(ops, "gelu_mlp", lambda *args, **kwargs: (calls.append(1), gelu_mlp(*args, **kwargs))[1])
+    loss = model(IDX, labels=IDX).loss
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == 4
 
 
 class Checkpointed(nn.Module):

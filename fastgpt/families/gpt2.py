@@ -27,7 +27,10 @@ from fastgpt.families import (
 
 REPLACED = ("sdpa", "fastgpt")  # implementations that attention stands in for: the others were chosen for a reason
 # What may come with a call and asks for more than masked attention.
-SPECIAL = ("encoder_hidden_states", "head_mask", "position_bias", "cache", "softcap", "output_attentions", "is_causal")
+SPECIAL = (
+    *("encoder_hidden_states", "head_mask", "position_bias", "cache", "softcap", "output_attentions", "is_causal"),
+    *("layer_past", "past_key_value"),  # names of the cache in older versions
+)
 
 
 def recognise(module: Any) -> Swap | str | None:
@@ -42,8 +45,6 @@ def recognise(module: Any) -> Swap | str | None:
         packed = linear_weight(children["c_attn"]) if is_linear(children["c_attn"]) else None
         if packed is None or not is_linear(children["c_proj"]) or packed.shape[0] != 3 * packed.shape[1]:
             return "its projections are of another kind"
-        if not hasattr(module, "scaling"):
-            return "this transformers is older than 5.4, whose attention states its scale"
         return Swap(attention, "attention", "causal_attention_qkv", width=packed.shape[1])
     theirs: Any = sys.modules.get("transformers.models.gpt2.modeling_gpt2")
     if theirs is not None and own_type(module).forward is theirs.GPT2Model.forward:
@@ -80,7 +81,9 @@ def key_mask(queries: int, keys: int, mask: Tensor | None, padding: Tensor | Non
 
 def _covered(attn: Any, x: Tensor, call: dict) -> bool:
     config, past, mask = attn.config, call.get("past_key_values"), call.get("attention_mask")
-    if config._attn_implementation not in REPLACED or not getattr(config, "is_causal", True) or not attn.is_causal:
+    if config._attn_implementation not in REPLACED or not getattr(config, "is_causal", True):
+        return False
+    if not getattr(attn, "is_causal", True):
         return False
     if any(call.get(name) is not None and call[name] is not False for name in SPECIAL):
         return False
@@ -97,7 +100,9 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
     batch, time, _ = x.shape
     past, mask, padding = (call.get(name) for name in ("past_key_values", "attention_mask", "fastgpt_key_mask"))
     options: dict = dict(
-        scale=attn.scaling, dropout_p=attn.attn_dropout.p if attn.training else 0.0, backend=swap.backend
+        scale=getattr(attn, "scaling", None),  # older ones' sdpa knew no scale but the default
+        dropout_p=attn.attn_dropout.p if attn.training else 0.0,
+        backend=swap.backend,
     )
     qkv, keys = attn.c_attn(x), time
     if past is not None:
