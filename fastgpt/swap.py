@@ -65,7 +65,8 @@ def accelerate(
     The model stays the same object with the same parameters, state-dict keys, hooks, mode, dtype and device; no class
     is touched. Known are Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any
     nn.LayerNorm and linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
-    all logits: while it trains, it then returns None in their place. A second call replaces the first.
+    all logits: while it trains, it then returns None in their place. A second call replaces the first. nn.DataParallel
+    is not served: its replicas would run on the first one's weights.
     Returns a Report; print it. TypeError and ValueError for bad arguments, before anything is changed.
     """
     if not isinstance(model, nn.Module):
@@ -204,8 +205,8 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
     weights that are on another device, distributed or large.
     """
     memo: dict[int, Any] = {}
-    repeated = [layer for part in module.modules() if isinstance(part, nn.ModuleList) for layer in list(part)[1:]]
-    skipped = {part for layer in repeated for part in layer.modules()}  # a whole model is tried with its first layer
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and swap.flag == "loss"]
+    skipped = {part for layers in lists for layer in list(layers)[1:] for part in layer.modules()}
     parts = [part for part in module.modules() if part not in skipped]
     for part in parts:
         kind = families.own_type(part)
@@ -222,9 +223,8 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
         for buffer in part._buffers.values():
             if buffer is not None:
                 memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
-    for part in parts:
-        if isinstance(part, nn.ModuleList):
-            memo.update({id(layer): memo[id(part[0])] for layer in list(part)[1:]})
+    for layers in lists:  # a whole model is tried with its first layer in the place of all
+        memo.update({id(layer): memo[id(layers[0])] for layer in list(layers)[1:]})
     for part in parts:
         twin = memo[id(part)]
         own = {name: value for name, value in part.__dict__.items() if not name.startswith("__composable_api")}

@@ -176,6 +176,19 @@ def test_cross_attention_is_left_alone():
     assert_as_before(model, IDX)  # and without a memory
 
 
+@pytest.mark.parametrize(
+    "kind", ["GPT2ForSequenceClassification", "GPT2ForTokenClassification", "GPT2DoubleHeadsModel"]
+)
+def test_its_other_models(kind):
+    config = hugging_face(pad_token_id=0).config
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).double().eval()
+    idx, mask = padded("right")
+    before = model(idx, attention_mask=mask).logits
+    assert all(row.now for row in accelerate(model).rows)
+    torch.testing.assert_close(model(idx, attention_mask=mask).logits, before, rtol=1e-9, atol=1e-10)
+
+
 # generate()
 
 

@@ -396,11 +396,19 @@ def test_a_hook_on_every_module_is_called_as_before():
     assert sorted(map(str, calls(model))) == sorted(map(str, before))
 
 
-def test_a_replaced_child_is_called():
+def test_a_replaced_activation_is_called():
     model, expected, (idx, targets) = nanogpt().double(), nanogpt().double(), batch(6)
     accelerate(model)
     for m in (model, expected):
-        m.transformer.h[0].mlp.gelu = nn.ReLU()
+        m.transformer.h[0].mlp.gelu = nn.Tanh()
+    before, after = results(expected, idx, targets), results(model, idx, targets)
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+
+
+def test_replaced_children_are_called():
+    model, expected, (idx, targets) = nanogpt().double(), nanogpt().double(), batch(6)
+    accelerate(model)
+    for m in (model, expected):
         m.transformer.h[0].ln_2 = nn.Identity()
         m.transformer.h[1].attn = nn.Identity()
     before, after = results(expected, idx, targets), results(model, idx, targets)

@@ -187,6 +187,8 @@ def recognise_mlp(module: nn.Module) -> Swap | str | None:
     linears = [name for name, child in children.items() if is_linear(child)]
     dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
     others = [name for name in children if name not in linears + dropouts]
+    if {"c_fc", "c_proj"} <= children.keys() and len(linears) != 2:
+        return "its layers are of another kind"
     if len(linears) != 2 or len(others) != 1 or len(dropouts) > 1 or module._parameters:
         return None
     first, last = (linear_weight(children[name]) for name in linears)

@@ -18,7 +18,6 @@ from fastgpt.families import (
     class_forward,
     dropout_p,
     free_linear,
-    is_linear,
     linear_weight,
     own_type,
     plain,
@@ -39,13 +38,12 @@ def recognise(module: Any) -> Swap | str | None:
         parameters = tuple(inspect.signature(own_type(module).forward).parameters)[1:]
         width = children["ln_1"].weight.shape[0]
         return Swap(block, "layer_norm", "the first residual add inside ln_2", parameters, width)
-    if {"c_attn", "c_proj"} <= children.keys() and isinstance(getattr(module, "num_heads", None), int):
+    if {"c_attn", "c_proj"} <= children.keys() and all(
+        isinstance(getattr(module, name, None), int) for name in ("num_heads", "embed_dim")
+    ):
         if "q_attn" in children or getattr(module, "is_cross_attention", False):
             return "it is cross-attention"
-        packed = linear_weight(children["c_attn"]) if is_linear(children["c_attn"]) else None
-        if packed is None or not is_linear(children["c_proj"]) or packed.shape[0] != 3 * packed.shape[1]:
-            return "its projections are of another kind"
-        return Swap(attention, "attention", "causal_attention_qkv", width=packed.shape[1])
+        return Swap(attention, "attention", "causal_attention_qkv", width=module.embed_dim)
     theirs: Any = sys.modules.get("transformers.models.gpt2.modeling_gpt2")
     if theirs is not None and own_type(module).forward is theirs.GPT2Model.forward:
         return Swap(model, "model", "padding masks reach attention as (B, T)")

@@ -29,11 +29,10 @@ def recognise(module: Any) -> Swap | str | None:
         if "wte" not in getattr(children["transformer"], "_modules", {}) or not is_linear(children["lm_head"]):
             return None
         return Swap(model, "loss", "linear_cross_entropy in training", width=children["lm_head"].weight.shape[1])
-    if {"c_attn", "c_proj"} <= children.keys() and isinstance(getattr(module, "n_head", None), int):
-        packed, out = children["c_attn"], children["c_proj"]
-        if not (is_linear(packed) and is_linear(out)) or packed.weight.shape[0] != 3 * packed.weight.shape[1]:
-            return "its projections are of another kind"
-        return Swap(attention, "attention", "causal_attention_qkv", width=packed.weight.shape[1])
+    if {"c_attn", "c_proj"} <= children.keys() and all(
+        isinstance(getattr(module, name, None), int) for name in ("n_head", "n_embd")
+    ):
+        return Swap(attention, "attention", "causal_attention_qkv", width=module.n_embd)
     return None
 
 

@@ -16,7 +16,6 @@ from fastgpt.families import (
     class_forward,
     dropout_p,
     free_linear,
-    is_linear,
     linear_weight,
     own_type,
     plain,
@@ -33,21 +32,16 @@ def recognise(module: Any) -> Swap | str | None:
     if {"att", "ff", "norm1", "norm2"} <= children.keys():
         width = next(children["norm1"].parameters()).shape[0]
         return Swap(block, "layer_norm", "the first residual add inside norm2", (_residual_dropout(module),), width)
-    if not isinstance(getattr(module, "num_heads", None), int):
+    if not all(isinstance(getattr(module, name, None), int) for name in ("num_heads", "d_out")):
         return None
-    if {*SPLIT, "out_proj"} <= children.keys():
-        out, inputs = "out_proj", [children[name] for name in SPLIT]
-        if not all(map(is_linear, inputs)) or any(linear.weight.shape != inputs[0].weight.shape for linear in inputs):
-            return "its projections are of another kind"
-    elif {"qkv", "proj"} <= children.keys():
-        out, inputs = "proj", [children["qkv"]]
-        if not is_linear(inputs[0]):
-            return "its projections are of another kind"
-    else:
+    out = (
+        "out_proj" if {*SPLIT, "out_proj"} <= children.keys() else "proj" if {"qkv", "proj"} <= children.keys() else ""
+    )
+    if not out or not hasattr(module, "dropout"):
         return None
     caches = "cache" in inspect.signature(own_type(module).forward).parameters
     what = "causal_attention" if out == "out_proj" else "causal_attention_qkv"
-    return Swap(attention, "attention", what, (out, caches), width=inputs[0].weight.shape[1])
+    return Swap(attention, "attention", what, (out, caches), width=module.d_out)
 
 
 def _residual_dropout(block: Any) -> str:
