@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, GPTConfig, weights
+from fastgpt.files import read_weights_of
 from fastgpt.weights import convert, load_model
 from tests.models import CONTEXT, VOCAB, book, book_package, hugging_face, nanogpt, randomised
 
@@ -176,6 +177,13 @@ def test_prefixes_of_wrappers_and_old_mask_buffers(tmp_path):
 def _nanogpts(model):
     state = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     return {name: t for name, t in state.items() if name != "lm_head.weight" and not name.endswith(".attn.bias")}
+
+
+def test_mask_buffers_say_nothing(tmp_path):
+    torch.save(book().state_dict(), tmp_path / "a.pth")
+    names = set(read_weights_of(tmp_path / "a.pth")[0])
+    assert not {name for name in names if "mask" in name}
+    assert names == {name for name in book().state_dict() if not name.endswith("att.mask")}
 
 
 def test_the_hubs_file_has_no_prefix_and_no_head(tmp_path):
