@@ -8,6 +8,7 @@ mode; else it is left as it is, and the report says so. One trial serves all mod
 import contextlib
 import copy
 import functools
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -139,8 +140,22 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
         tried[key] = _trial(module, swap)
     if tried[key] is None:
         state["fastgpt_swap"] = swap
-        state["forward"] = functools.partial(families.run, module)
+        state["forward"] = forward = functools.partial(families.run, module)
+        forward.__signature__ = _signature(module)  # type: ignore[attr-defined]
     return tried[key]
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """Of the class's forward, for those who ask what it takes, as transformers' Trainer and generate() do.
+
+    Without annotations, and with plain defaults alone, so that it can be pickled.
+    """
+    parameters = list(inspect.signature(families.own_type(module).forward).parameters.values())[1:]
+    empty = inspect.Parameter.empty
+    plain = (type(None), bool, int, float, str, type)
+    return inspect.Signature(
+        [p.replace(annotation=empty, default=p.default if isinstance(p.default, plain) else None) for p in parameters]
+    )
 
 
 def _settings(module: nn.Module) -> list[tuple]:

@@ -197,7 +197,7 @@ def generators():
     """The same model before and after, in float64, so that no tie decides."""
     before = hugging_face(n_layer=2).double().eval()
     after = copy.deepcopy(before)
-    accelerate(after)
+    accelerate(after, loss=True)
     return before, after
 
 
@@ -247,14 +247,15 @@ def test_a_second_prompt_over_a_cache(generators):
 # The rest of its world
 
 
-def test_its_trainer_runs_an_epoch(tmp_path):
+@pytest.mark.parametrize("loss", [False, True])
+def test_its_trainer_runs_an_epoch(tmp_path, loss):
     pytest.importorskip("accelerate", reason="the extra `test` brings accelerate, which the Trainer asks for")
     data = [dict(input_ids=row, labels=row) for row in torch.randint(1, VOCAB, (12, 8))]
     losses = []
     for accelerates in (False, True):
         model = hugging_face(n_layer=1)
         if accelerates:
-            accelerate(model)
+            accelerate(model, loss=loss)
         arguments = transformers.TrainingArguments(
             str(tmp_path), per_device_train_batch_size=4, num_train_epochs=1, logging_steps=1, save_strategy="no",
             report_to=[], use_cpu=True, disable_tqdm=True, seed=1, gradient_accumulation_steps=1,

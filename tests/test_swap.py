@@ -1,6 +1,7 @@
 """accelerate and restore: the same numbers, the same object, and nobody else's forward touched."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -145,6 +146,17 @@ def test_the_object_stays_what_it_was(family):
     assert list(model.state_dict()) == keys and not model.training and model._forward_hooks
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.grad is not None for parameter in parameters)
+
+
+def test_each_forward_says_what_it_takes(family):
+    """transformers' Trainer and generate() look at it."""
+    model, other = family(), family()
+    accelerate(model, loss=True)
+    for (name, module), theirs in zip(model.named_modules(), other.modules(), strict=True):
+        ours, before = inspect.signature(module.forward).parameters, inspect.signature(theirs.forward).parameters
+        assert list(ours) == list(before), name
+        assert [p.kind for p in ours.values()] == [p.kind for p in before.values()]
+        assert [p.default for p in ours.values()] == [p.default for p in before.values()]
 
 
 def test_no_class_and_no_other_model_is_touched(family):
