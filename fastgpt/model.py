@@ -36,6 +36,7 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     residual: Literal["compute", "float32"] = "compute"  # dtype of the stream; "compute" is autocast's or the weights'
     activation_checkpointing: Literal["off", "mlp", "block"] = "off"  # what the backward computes again to save memory
+    tie: bool = True  # the head's weight is the token embedding's
     backend: ops.Backend = "auto"
 
     def __post_init__(self):
@@ -200,7 +201,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The head's weight is the token embedding's, so a state dict holds it once, as wte.weight.
+    """GPT-2. A tied head's weight is the token embedding's: a state dict holds it once, as wte.weight.
 
     model(idx) -> logits (B, T, V); model(idx, targets) -> the mean loss in nats, without ever holding all logits.
     """
@@ -212,6 +213,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config)
+        self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -255,8 +257,26 @@ class GPT(nn.Module):
         x = self.features(idx)
         if targets is None:
             return self.head(x)
-        return ops.linear_cross_entropy(x, self.wte.weight, targets, backend=self.config.backend)
+        return ops.linear_cross_entropy(x, self.head_weight, targets, backend=self.config.backend)
 
     def head(self, x: Tensor) -> Tensor:
         """(…, C) -> logits (…, V)."""
-        return F.linear(x, self.wte.weight)
+        return F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    @classmethod
+    def from_pretrained(cls, source: str, **changes) -> "GPT":
+        """The GPT-2 in a folder, in a file, or on the Hugging Face hub ("gpt2"); see weights.from_pretrained."""
+        from fastgpt import weights  # of this floor, and it builds models
+
+        return weights.from_pretrained(source, **changes)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write a folder that transformers' GPT2LMHeadModel.from_pretrained reads; see weights.save_pretrained."""
+        from fastgpt import weights
+
+        weights.save_pretrained(self, folder)

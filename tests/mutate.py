@@ -1,4 +1,4 @@
-"""Seeded bugs, to prove that the tests of the kernels can fail: `python -m tests.mutate [NAME …]`.
+"""Seeded bugs, to prove that the tests of the kernels, of the swap and of the weights can fail: `python -m tests.mutate [NAME …]`.
 
 Each mutant changes one place of a copy of the tree and names the test that must kill it. It is killed only by an
 assertion of that test or a finding of the sanitizer: a crash, an import error or another test's failure is no kill, and
@@ -25,6 +25,7 @@ class Mutant(NamedTuple):
     old: str
     new: str
     test: str  # below tests/, as pytest selects it; every parameter of it may kill
+    interpreted: bool = True  # whether that test runs Triton kernels in their interpreter, or is an ordinary one
 
 
 NORM, HEAD, LOSS, MLP = "kernels/layernorm.py", "kernels/attention.py", "kernels/cross_entropy.py", "kernels/mlp.py"
@@ -45,6 +46,9 @@ LARGE_MEAN, ENTROPY = (
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
+PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
+GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
+CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
 
 MUTANTS = [
     # LayerNorm
@@ -141,14 +145,45 @@ MUTANTS = [
     Mutant("dropout of another row", EMBEDDING, "rows = tl.zeros([1], tl.int32) + row.to(tl.int32)", "rows = tl.zeros([1], tl.int32) + i", "test_embedding.py::test_dropout_drops_what_the_fallback_drops"),
     Mutant("dropout's columns counted anew in each block", EMBEDDING, "tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_C, 0", "tl.load(seed_ptr), rows, 0, 0", "test_embedding.py::test_dropout_beyond_the_first_block_of_columns"),
     Mutant("gradient rows assumed in one piece", EMBEDDING, "batch * stride_gb + time * stride_gt + cols64 * stride_gc, in_cols", "row * C + cols64, in_cols", "test_embedding.py::test_strides_change_no_bit"),
+    # the swap
+    Mutant("hooks not looked for", PARTS, 'state["_forward_hooks"] or state', "state", PART, False),
+    Mutant("hooks before not looked for", PARTS, 'or state["_forward_pre_hooks"] or', "or", CHILD, False),
+    Mutant("parametrizations bypassed", PARTS, 'if "parametrizations" in', 'if "nothing" in', "test_swap.py::test_what_must_be_called", False),
+    Mutant("a stranger's subclass bypassed", PARTS, "type(module).forward is nn.Linear.forward or", "isinstance(module, nn.Linear) or", CHILD, False),
+    Mutant("a forward of its own bypassed", PARTS, 'if "forward" in state and not is_ours(state["forward"]):', "if False:", CHILD, False),
+    Mutant("a replaced activation bypassed", PARTS, "if act is not swap.act or occupied", "if occupied", "test_swap.py::test_a_replaced_activation_is_called", False),
+    Mutant("the dropout module's own mode", PARTS, "float(module.p) if module.training else 0.0", "float(module.p)", "test_swap.py::test_nanogpts_dropout_stays_where_it_is", False),
+    Mutant("no trial", SWAP, "if swap.width == 0:", "if True:", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial in training mode", SWAP, "for training in (False, True):", "for training in (False,):", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("a lenient trial", SWAP, "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("restore leaves the swap", SWAP, 'module.__dict__.pop("fastgpt_swap", None)', "pass", "test_swap.py::test_restore_undoes_all_of_it", False),
+    Mutant("scale not read", GPT2, 'scale=getattr(attn, "scaling", None)', "scale=None", "test_families_huggingface.py::test_scale_flags", False),
+    Mutant("padding not handed on", GPT2, "return padding is not None and padding.shape == (mask.shape[0], keys), padding", "return padding is not None, None", "test_families_huggingface.py::test_padding", False),
+    Mutant("any mask taken for padding", GPT2, "if queries == 1:", "if queries >= 1:", "test_families_huggingface.py::test_packed_documents_and_masks_of_four_axes", False),
+    Mutant("checkpointing lost", GPT2, "is not None or checkpointed:", "is not None:", "test_swap_composes.py::test_checkpointing_happens", False),
+    Mutant("a cache that is never filled", RASCHKA, "if use_cache and cache is not None:", "if False:", "test_families_raschka.py::test_the_cache_of_the_packages_variant_works", False),
+    Mutant("loss ignores -100", "fastgpt/families/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
+    Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
+    # weights
+    Mutant("the square c_proj not transposed", GPT2, '"attn.c_attn.weight", "attn.c_proj.weight", "mlp', '"attn.c_attn.weight", "mlp', "test_convert.py::test_square_weights_are_transposed_by_value", False),
+    Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
+    Mutant("an untied head lost", "fastgpt/weights.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
+    Mutant("nanoGPT's GELU taken for GPT-2's", "fastgpt/families/nanogpt.py", '{"gelu": "none", **fields}', '{"gelu": "tanh", **fields}', "test_convert.py::test_nanogpts_model_gives_its_own_logits", False),
+    Mutant("sizes of storages unchecked", FILES, "if tensor.numel() * tensor.element_size() >", "if 0 >", "test_convert.py::test_a_claim_of_more_than_is_stored", False),
+    Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert.py::test_an_index_never_leaves_its_folder", False),
+    Mutant("old mask buffers kept", FILES, "if _MASK.search(plain):", "if False:", "test_convert.py::test_mask_buffers_say_nothing", False),
+    Mutant("padding with copies", "fastgpt/weights.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
 ]  # fmt: skip
 
 
-_FINDING = r"AssertionError|assert |fastgpt\.sanitizer\.SanitizerError"
+_FINDING = r"AssertionError|assert |Failed: DID NOT RAISE|fastgpt\.sanitizer\.SanitizerError"
 
 
-def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
+def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tuple[bool, str]:
     """Whether the tests failed by an assertion, and what they said, in a copy of the tree with the mutation."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        inherited["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         for name in ("fastgpt", "kernels", "tests"):
             shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
@@ -160,10 +195,11 @@ def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
                 raise ValueError(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}")
             file.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-m", "interpreter"]
+            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
+            + ["-m", "interpreter" if interpreted else "not interpreter and not gpu"]
             + [f"tests/{test}" for test in tests],
             cwd=folder,
-            env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTHONPATH": folder},
+            env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTHONPATH": folder},
             capture_output=True,
             text=True,
         )  # fmt: skip
@@ -177,13 +213,17 @@ def main(names: list[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
         raise ValueError(f"no mutant {', '.join(sorted(unknown))}")
-    failed, said = run(None, sorted({mutant.test for mutant in chosen}))
-    if failed or "passed" not in said:
-        print(f"the tests fail without a mutation: {said}")
-        return 1
+    for interpreted in sorted({mutant.interpreted for mutant in chosen}):
+        tests = sorted({mutant.test for mutant in chosen if mutant.interpreted == interpreted})
+        failed, said = run(None, tests, interpreted)
+        if failed or "passed" not in said:
+            print(f"the tests fail without a mutation: {said}")
+            return 1
     survivors = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, (killed, said) in zip(chosen, pool.map(lambda m: run(m, [m.test]), chosen), strict=True):
+        for mutant, (killed, said) in zip(
+            chosen, pool.map(lambda m: run(m, [m.test], m.interpreted), chosen), strict=True
+        ):
             survivors += not killed
             print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.name:40} {mutant.test:68} {said}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} killed")

@@ -345,3 +345,15 @@ def test_a_checkpointed_block_has_the_same_gradients(reentrant):
     assert len(results[0]) == len(results[1]) == 11  # all but mlp.c_proj.bias, which the next norm adds
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_head_of_its_own():
+    model = GPT(tiny(tie=False)).double()
+    assert model.num_parameters() == GPT(tiny()).num_parameters() + model.wte.weight.numel()
+    assert "lm_head.weight" in model.state_dict() and "lm_head.weight" not in GPT(tiny()).state_dict()
+    idx, targets = torch.randint(0, 257, (2, 9)), torch.randint(0, 257, (2, 9))
+    logits = model(idx)
+    torch.testing.assert_close(logits, model.features(idx) @ model.lm_head.weight.T)
+    expected = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), list(model.parameters()))
+    loss = model(idx, targets)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), expected)
