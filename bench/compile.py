@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
+from fastgpt.kernels import attention, attention_backward, cross_entropy, layernorm, mlp
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -32,6 +32,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -98,8 +99,9 @@ def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
 
 def _attention(dim: int, dtype: torch.dtype) -> None:
     qkv = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype)
-    out, lse = attention.attention_qkv_fwd(qkv, 12, 0.125)
-    attention.attention_qkv_bwd(out, qkv, out, lse, 12, 0.125)
+    extras = (None, None, None, 12, 0.125, 0.0)
+    out, lse = attention.attention_qkv_fwd(qkv, *extras)
+    attention_backward.attention_qkv_bwd(out, qkv, out, lse, *extras)
 
 
 def _cross_entropy(vocab: int, dtype: torch.dtype) -> None:
@@ -125,7 +127,7 @@ def launches(call: Callable[[], object], capability: int) -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(attention, "_capability", lambda tensor: capability),
+        mock.patch.object(attention, "_card", lambda tensor: attention.Card(capability, SHARED_LIMIT[capability])),
         mock.patch.object(mlp, "_multiprocessors", lambda tensor: 132),
     ):
         call()
@@ -137,7 +139,8 @@ def compile_for(launch: Launch, capability: int) -> triton.compiler.CompiledKern
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
@@ -146,7 +149,7 @@ def compile_for(launch: Launch, capability: int) -> triton.compiler.CompiledKern
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)

@@ -93,8 +93,10 @@ def causal_attention(
     """Softmax(scale q kᵀ) v, each query over the keys up to its own place: (B, H, Tq, D) -> (B, H, Tq, D).
 
     k, v: (B, Hkv, Tk, D), where Hkv divides H (grouped heads) and Tq <= Tk: the last query sits at the last key.
-    scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding). documents: (B, T) integers, a
-    query sees only keys of its own document. A query that sees no key gives zeros and zero gradients.
+    scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding on either side). documents: (B, T)
+    integers, a query sees only keys of its own document; numbered in order they cost least (`document_ids` makes them
+    from cu_seqlens). A query that sees no key gives zeros and zero gradients. What a query does not see changes no bit
+    of its result, NaN in hidden keys and other documents included.
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
     """
     name = "causal_attention"
@@ -105,7 +107,7 @@ def causal_attention(
         )
     checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return _road(name, backend, q, k=k, **options).causal_attention(q, k, v, seed=seed, **options)
+    return _road(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
 
 
 def causal_attention_qkv(
@@ -130,7 +132,24 @@ def causal_attention_qkv(
     shape = (batch, heads, time, packed // 3 // heads)
     checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return _road(name, backend, qkv, heads=heads, **options).causal_attention_qkv(qkv, heads, seed=seed, **options)
+    return _road(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
+
+
+def document_ids(cu_seqlens: Tensor, time: int) -> Tensor:
+    """The `documents` of one packed row of `time` tokens from its cumulative lengths: (N + 1,) -> (1, time) int32.
+
+    cu_seqlens: int32 or int64, as variable-length attention takes them elsewhere: document i fills the places from
+    cu_seqlens[i] up to cu_seqlens[i + 1]. What lies before the first or after the last is a document of its own. Made
+    once it serves every layer; nothing waits for the device, so a CUDA graph can hold it. On a CPU lengths that
+    decrease or pass `time` are a ValueError.
+    """
+    name = "document_ids"
+    checks.integers(name, getattr(cu_seqlens, "device", None), cu_seqlens=cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"{name}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, not (N + 1,)")
+    checks.cumulative(name, cu_seqlens, time)
+    places = torch.arange(time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens, places, right=True, out_int32=True)[None]
 
 
 def decode_attention(
@@ -334,15 +353,9 @@ def _row_limit(x, **_):
     return None
 
 
-def _attention_limit(q, *, k=None, heads=None, dropout_p, key_mask, documents, **_):
-    """q (B, H, T, D) with its k, or a packed qkv with its heads."""
+def _attention_limit(q, *, heads=None, **_):
+    """q (B, H, T, D), or a packed qkv with its heads."""
     head_dim = q.shape[-1] if heads is None else q.shape[-1] // 3 // heads
-    if dropout_p > 0:
-        return f"the attention kernel has no dropout yet, dropout_p is {dropout_p}"
-    if key_mask is not None or documents is not None:
-        return f"the attention kernel has no {'documents' if key_mask is None else 'key_mask'} yet"
-    if k is not None and k.shape[1] != q.shape[1]:
-        return f"the attention kernel has no grouped heads yet, there are {q.shape[1]} and {k.shape[1]}"
     if head_dim > autograd.attention.MAX_HEAD_DIM:
         return f"heads of {head_dim} channels are wider than the kernel's {autograd.attention.MAX_HEAD_DIM}"
     return None
