@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import attention, attention_backward, cross_entropy, layernorm, mlp
+from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, layernorm, mlp
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -76,6 +76,16 @@ def cases() -> dict[str, Callable[[], object]]:
         for dim in (64, 80, 128, 256)
         for dtype in (halves_and_full if dim == 64 else (torch.bfloat16, torch.float32))
     }
+    extras = {
+        f"D {dim} bfloat16 {extra}": lambda dim=dim, extra=extra: _attention(dim, torch.bfloat16, extra)
+        for dim in (64, 128, 256)
+        for extra in ("dropout", "key mask", "documents", "all")
+    }
+    decoding = {
+        f"cache D {dim} {str(dtype).removeprefix('torch.')}": lambda dim=dim, dtype=dtype: _decode(dim, dtype)
+        for dim in (64, 128, 256)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
     losses = {
         f"V 50257 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _cross_entropy(50257, dtype)
         for dtype in halves_and_full
@@ -87,7 +97,7 @@ def cases() -> dict[str, Callable[[], object]]:
         for approximate in ("tanh", "none")
         for dtype in halves_and_full
     }
-    return {**norms, **heads, **losses, **mlps}
+    return {**norms, **heads, **extras, **decoding, **losses, **mlps}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -97,11 +107,24 @@ def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
     layernorm.layer_norm_bwd(y, y, s, weight, stats, seed, p, dtype, True)
 
 
-def _attention(dim: int, dtype: torch.dtype) -> None:
-    qkv = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype)
-    extras = (None, None, None, 12, 0.125, 0.0)
-    out, lse = attention.attention_qkv_fwd(qkv, *extras)
-    attention_backward.attention_qkv_bwd(out, qkv, out, lse, *extras)
+def _attention(dim: int, dtype: torch.dtype, extra: str = "") -> None:
+    qkv, seed = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype), torch.empty(1, dtype=torch.int64)
+    key_mask, documents = torch.empty(2, 1024, dtype=torch.bool), torch.empty(2, 1024, dtype=torch.int32)
+    options = (
+        seed if extra in ("dropout", "all") else None,
+        key_mask if extra in ("key mask", "all") else None,
+        documents if extra in ("documents", "all") else None,
+        12,
+        0.125,
+        0.1 if extra in ("dropout", "all") else 0.0,
+    )
+    out, lse = attention.attention_qkv_fwd(qkv, *options)
+    attention_backward.attention_qkv_bwd(out, qkv, out, lse, *options)
+
+
+def _decode(dim: int, dtype: torch.dtype) -> None:
+    q, cache = torch.empty(32, 12, 1, dim, dtype=dtype), torch.empty(32, 12, 1024, dim, dtype=dtype)
+    decode.decode_attention_fwd(q, cache, cache, torch.empty(32, dtype=torch.int64), 0.125)
 
 
 def _cross_entropy(vocab: int, dtype: torch.dtype) -> None:
@@ -128,6 +151,7 @@ def launches(call: Callable[[], object], capability: int) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(attention, "_card", lambda tensor: attention.Card(capability, SHARED_LIMIT[capability])),
+        mock.patch.object(decode, "_card", lambda tensor: "any"),
         mock.patch.object(mlp, "_multiprocessors", lambda tensor: 132),
     ):
         call()

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from fastgpt import loss
-from fastgpt.kernels import attention, attention_backward, cross_entropy, layernorm, mlp
+from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, layernorm, mlp
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 
@@ -39,6 +39,11 @@ def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, ke
     scale = 1 / math.sqrt(qkv.shape[-1] // 3 // heads) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, qkv.device)
     return CausalAttentionQKV.apply(qkv, seed, key_mask, documents, heads, scale, float(dropout_p))
+
+
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
+    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    return decode_attention_fwd(q, k_cache, v_cache, lengths, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
@@ -95,6 +100,7 @@ attention_fwd = _custom_op(attention.attention_fwd, attention.attention_fwd_outp
 attention_bwd = _custom_op(attention_backward.attention_bwd, attention_backward.attention_bwd_outputs)
 attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
 attention_qkv_bwd = _custom_op(attention_backward.attention_qkv_bwd, attention_backward.attention_qkv_bwd_outputs)
+decode_attention_fwd = _custom_op(decode.decode_attention_fwd, decode.decode_attention_fwd_outputs)
 gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
 gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
 chunked_losses = loss.chunked_op(

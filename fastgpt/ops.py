@@ -165,7 +165,8 @@ def decode_attention(
 
     k_cache, v_cache: (B, Hkv, Tmax, D), where Hkv divides H. lengths: (B,) int32 or int64, the filled slots of each
     row with q's own tokens, which are the last Tq of them, counted in. Slots past a row's length are never read into
-    the result, whatever they hold. No derivative is meant, though PyTorch's road has one.
+    the result, whatever they hold. A length out of range is a ValueError on a CPU; elsewhere one past Tmax counts as
+    Tmax. Only PyTorch's road has a derivative, so "auto" takes it where one is required.
     """
     name = "decode_attention"
     checks.heads(name, q=q, k_cache=k_cache, v_cache=v_cache)
@@ -175,7 +176,9 @@ def decode_attention(
     checks.integers(name, q.device, lengths=lengths)
     checks.shape(name, "lengths", lengths, q.shape[:1])
     checks.in_range(name, "length", lengths, k_cache.shape[2] + 1, f"a cache of {k_cache.shape[2]} slots")
-    return _road(name, backend, q).decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+    return _road(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
+        q, k_cache, v_cache, lengths, scale=scale
+    )
 
 
 def gelu_mlp(
@@ -361,11 +364,18 @@ def _attention_limit(q, *, heads=None, **_):
     return None
 
 
+def _decode_limit(q, *, k_cache, v_cache, **_):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        return "the decode kernel has no derivative, and an operand requires one"
+    return _attention_limit(q)
+
+
 _LIMITS: dict[str, Callable[..., str | None]] = {
     "layer_norm": _row_limit,
     "add_layer_norm": _row_limit,
     "causal_attention": _attention_limit,
     "causal_attention_qkv": _attention_limit,
+    "decode_attention": _decode_limit,
     "gelu_mlp": lambda x, **_: None,  # none
     "linear_cross_entropy": lambda x, **_: None,
 }

@@ -457,12 +457,10 @@ def strides(**tensors: torch.Tensor) -> dict[str, int]:
 def settings(kernel: str, q: torch.Tensor) -> dict[str, Any]:
     """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries."""
     tiles = _tiles(kernel, q.shape[-1], q.dtype, _card(q))
-    # float32 follows torch's own setting for matmuls: IEEE unless the user allowed TF32
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "D": q.shape[-1],
         "ACC": accumulator(q),
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision(),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
@@ -471,6 +469,11 @@ def settings(kernel: str, q: torch.Tensor) -> dict[str, Any]:
         # left alone, ptxas aims at 64 registers for float32 on capability 8.0 and spills 16 bytes for it
         "maxnreg": 192 if q.dtype == torch.float32 else None,
     }
+
+
+def precision() -> str:
+    """float32 follows torch's own setting for matmuls: IEEE unless the user allowed TF32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _card(tensor) -> Card | None:
