@@ -19,6 +19,19 @@ zeros, and its scores are made NaN, before those that it may not touch are maske
 the last instruction, where a call has neither.
 
 Flops, causal: 4 B H T² D / 2. Bytes: reads q, k, v and writes o, 4 B H T D elements, and 4 B H T bytes of lse.
+
+What one turn of the unmasked loop issues on capability 9.0 in bf16, in instructions of one warp, and how many clocks
+the units of an H100's multiprocessor are busy with it for the whole block (`python -m bench compile --sass`; the rates
+and what they leave out stand in bench/account.py, and a test holds these numbers to the machine code):
+
+    D     tile     warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
+    64    128x64       4   519     16    68    68    68    72           512   544    519   683
+    128   128x64       8   349     12    34    34    66    36          1024   544    698  1365
+
+At D = 64 exponentials take as long as the products. With all the causal turns at T = 1024, the diagonal's included,
+that allows at most 354 TFLOP/s of useful work at an assumed 1.755 GHz if the tensor core waits for the rest and the
+rest for it, and 528 if all overlap; at D = 128 434 and 544. Each loop stands under an `if` that it has a turn at all:
+where a loop may be skipped, zeros meet products in flight, and ptxas then lets no two wgmma overlap.
 """
 
 import math
@@ -49,28 +62,30 @@ class Card(NamedTuple):
     shared: int  # bytes of shared memory that one block may have
 
 
-def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None) -> Tiles:
-    """Tiles for "fwd", "dkdv" or "dq" on a card (None is the interpreter).
+def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, extras: bool) -> Tiles:
+    """Tiles for "fwd", "dkdv" or "dq" on a card (None is the interpreter); extras: with dropout or masks.
 
-    Chosen so that nothing spills and 99 KB of shared memory, the least from 8.0 on, is enough. Not measured on any GPU
-    yet. float32 products are no tensor-core work unless TF32 is allowed, and live in registers: small tiles.
+    Chosen by the instruction account (`python -m bench compile --sass`), so that nothing spills and the card can hold
+    them; not measured on any GPU yet. float32 products are no tensor-core work unless TF32 is allowed, and live in
+    registers: small tiles. wgmma wants 64 rows for every four warps; with more warps it does the work twice.
     """
     if card is None:  # small and unequal, so that few tokens make several tiles of each kind
         return Tiles(16, 32, 4, 1) if kernel == "dkdv" else Tiles(32, 16, 4, 1)
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(32, 32, 8, 1)
-    hopper = 90 <= card.capability < 120  # and its successor in data centers: four warps share an accumulator
-    if kernel == "fwd":
-        if head_dim <= 64:
-            return Tiles(128, 64, 4 if hopper else 8, 3)
-        if head_dim <= 128:
-            return Tiles(128, 64 if hopper else 32, 8, 2)
-        return Tiles(64, 32, 8, 2)
+    if head_dim > 128:
+        return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
+    if 90 <= card.capability < 120 and card.shared >= 160 * 1024:  # Hopper and its successor in data centers
+        if kernel == "dkdv":
+            return Tiles(64 // (1 + extras) // (1 + (head_dim > 64)), 128, 8, 2)
+        if kernel == "fwd" and head_dim <= 64 and not extras:
+            return Tiles(128, 64, 4, 3)
+        return Tiles(128, 32 if extras and kernel == "dq" and head_dim > 64 else 64, 8, 2)
     if head_dim <= 64:
-        return Tiles(64, 128, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
-    if head_dim <= 128:
-        return Tiles(64, 64, 8, 2) if hopper or kernel == "dq" else Tiles(32, 64, 8, 2)
-    return Tiles(32, 32, 8, 1)
+        return Tiles(64, 128, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 3 if kernel == "fwd" else 2)
+    if kernel == "fwd":
+        return Tiles(128, 32, 8, 2)
+    return Tiles(64, 64, 8, 2) if kernel == "dq" else Tiles(32, 64, 8, 2)
 
 
 @triton.jit
@@ -235,19 +250,20 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
-    if spans_ptr is None:
+    if spans_ptr is None and below > 0:
         for start in range(0, below, BLOCK_N):
             acc, m, l = _attend(
                 q, acc, m, l, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
                 first, start, queries, keys, qk_scale, seed, plane, threshold,
                 D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
             )  # fmt: skip
-    for start in range(below, end, BLOCK_N):
-        acc, m, l = _attend(
-            q, acc, m, l, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr, stride_kt, stride_kd, stride_vt, stride_vd,
-            first, start, queries, keys, qk_scale, seed, plane, threshold,
-            D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
+    if below < end:
+        for start in range(below, end, BLOCK_N):
+            acc, m, l = _attend(
+                q, acc, m, l, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr, stride_kt, stride_kd, stride_vt, stride_vd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+            )  # fmt: skip
 
     o = acc / l[:, None]
     if spans_ptr is not None:
@@ -281,8 +297,8 @@ def _spans_kernel(
     if ids_ptr is not None:
         ids_ptr += batch.to(tl.int64) * length
         own = tl.minimum(tile * BLOCK + tl.arange(0, BLOCK), length - 1)
-        ids = tl.load(ids_ptr + own)
-        lowest, highest = tl.min(ids, axis=0), tl.max(ids, axis=0)
+        own_ids = tl.load(ids_ptr + own)
+        lowest, highest = tl.min(own_ids, axis=0), tl.max(own_ids, axis=0)
     firsts = tl.full([CHUNK], 0, tl.int32) + length
     stops = tl.zeros([CHUNK], tl.int32)
     for start in range(0, length, CHUNK):
@@ -380,7 +396,8 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
     if q.numel() == 0:
         return
     q, k, v = (addressable(t) for t in (q, k, v))
-    constants = settings("fwd", q)
+    beyond = options(seed, key_mask, documents, dropout_p)
+    constants = settings("fwd", q, has_extras(beyond))
     tiles = triton.cdiv(queries, constants["BLOCK_M"])
     _attention_fwd_kernel[(tiles * batch * heads,)](
         q,
@@ -388,7 +405,7 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
         v,
         o,
         lse,
-        **options(seed, key_mask, documents, dropout_p),
+        **beyond,
         spans_ptr=spans(key_mask, documents, constants["BLOCK_M"], tiles),
         poison_ptr=None if documents is None else row_products(k, v, poison=True),
         **strides(q=q, k=k, v=v, o=o),
@@ -410,6 +427,10 @@ def options(seed, key_mask, documents, dropout_p) -> dict[str, Any]:
         "threshold": int(dropout_p * 2**32),
         "keep_scale": 0.0 if dropout_p == 1 else 1 / (1 - dropout_p),
     }
+
+
+def has_extras(beyond: dict[str, Any]) -> bool:
+    return any(beyond[name] is not None for name in ("seed_ptr", "mask_ptr", "ids_ptr"))
 
 
 def spans(key_mask, documents, block, tiles):
@@ -454,9 +475,9 @@ def strides(**tensors: torch.Tensor) -> dict[str, int]:
     return {f"stride_{n}{axis}": s for n, t in tensors.items() for axis, s in zip("bhtd", t.stride(), strict=True)}
 
 
-def settings(kernel: str, q: torch.Tensor) -> dict[str, Any]:
-    """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries."""
-    tiles = _tiles(kernel, q.shape[-1], q.dtype, _card(q))
+def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, Any]:
+    """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries; extras: dropout or masks."""
+    tiles = _tiles(kernel, q.shape[-1], q.dtype, _card(q), extras)
     return {
         "D": q.shape[-1],
         "ACC": accumulator(q),

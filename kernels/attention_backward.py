@@ -9,7 +9,16 @@ has 5, but needs no float32 buffer for dq, and gives the same bits every time. T
 dPᵀ at once (k qᵀ, v doᵀ), never by transposing an accumulator, which Hopper gets wrong, and walks over all query heads
 of its key head, so grouped heads need no atomics either. Gradients are written through strides, packed as qkv is.
 
-Flops, causal: 14 B H T² D / 2 (one kernel would do with 10).
+Flops, causal: 14 B H T² D / 2 (one kernel would do with 10). One turn of the unmasked loops, as in attention.py:
+
+    kernel    D     tile   warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
+    dq       64   128x64       8   244     12    32    32    32    32           768   512    488   683
+    dkdv     64   64x128       8   319     16    32    32    32    32          1024   512    638   768
+    dq      128   128x64       8   285     20    32    32    32    32          1536   512    570  1365
+    dkdv    128   32x128       8   263     20    16    16    16    16          1024   256    526   768
+
+At T = 1024 both kernels together allow at most 326 TFLOP/s of useful work (the usual 10 B H T² D / 2) at D = 64 if the
+tensor core never overlaps the rest, 518 if all does; at D = 128 378 and 540. Δ's pass over o and do is left out.
 """
 
 import math
@@ -23,6 +32,7 @@ from .attention import (
     LENGTHS,
     addressable,
     attention_fwd_outputs,
+    has_extras,
     head_of,
     load_rows,
     open_keys,
@@ -234,20 +244,21 @@ def _attention_dq_kernel(
     lse = tl.load(lse_ptr + plane.to(tl.int64) * queries + rows, rows < queries, 0.0)
     delta = tl.load(delta_ptr + plane.to(tl.int64) * queries + rows, rows < queries, 0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    if spans_ptr is None:
+    if spans_ptr is None and below > 0:
         for start in range(0, below, BLOCK_N):
             dq = _dq_step(
                 q, do, lse, delta, dq, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
                 first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
                 D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
             )  # fmt: skip
-    for start in range(below, end, BLOCK_N):
-        dq = _dq_step(
-            q, do, lse, delta, dq, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
-            stride_kt, stride_kd, stride_vt, stride_vd,
-            first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-            D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
+    if below < end:
+        for start in range(below, end, BLOCK_N):
+            dq = _dq_step(
+                q, do, lse, delta, dq, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
+                stride_kt, stride_kd, stride_vt, stride_vd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+            )  # fmt: skip
     dq_ptr = head_of(dq_ptr, batch, head, stride_dqb, stride_dqh)
     store_rows(dq_ptr, first, stride_dqt, stride_dqd, dq * scale, queries, D, BLOCK_M, BLOCK_D)
 
@@ -309,6 +320,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         dv.zero_()
         return
     do, q, k, v, o = (addressable(t) for t in (do, q, k, v, o))
+    beyond = options(seed, key_mask, documents, dropout_p)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -316,7 +328,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "do_ptr": do,
         "lse_ptr": lse,
         "delta_ptr": row_products(o, do),
-        **options(seed, key_mask, documents, dropout_p),
+        **beyond,
         "poison_ptr": None if documents is None else row_products(k, v, poison=True),
         **strides(q=q, k=k, v=v, g=do),
         "heads": heads,
@@ -326,7 +338,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
     }
-    constants = settings("dq", q)
+    constants = settings("dq", q, has_extras(beyond))
     tiles = triton.cdiv(queries, constants["BLOCK_M"])
     _attention_dq_kernel[(tiles * batch * heads,)](
         dq_ptr=dq,
@@ -335,7 +347,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         **strides(dq=dq),
         **constants,
     )
-    constants = settings("dkdv", q)
+    constants = settings("dkdv", q, has_extras(beyond))
     tiles = triton.cdiv(keys, constants["BLOCK_N"])
     _attention_dkdv_kernel[(tiles * batch * key_heads,)](
         dk_ptr=dk,
