@@ -6,9 +6,10 @@ multiprocessor (Hopper: CUDA C++ Programming Guide, arithmetic throughput, compu
 rate from the H100 datasheet, 989 TFLOP/s at 1.83 GHz and 132 multiprocessors).
 
 Two limits follow. `overlapped`: all units busy at once, the busiest decides. `serial`: the tensor core stands still
-while the rest works, and the other way round; only copies, which are asynchronous, go on meanwhile. Neither knows latencies, waits at barriers, bank conflicts or the memory
-behind the caches, so a kernel may be slower than both; two blocks a multiprocessor, or more, are what brings it from
-the second limit towards the first.
+while the rest works, and the other way round; only copies, which are asynchronous, go on meanwhile. Neither knows
+latencies, waits at barriers, bank conflicts, the launch, or programs that are left over when the others are done, so a
+kernel may be slower than both; two blocks a multiprocessor, or more, are what brings it from the second limit towards
+the first.
 """
 
 import re
@@ -95,7 +96,7 @@ def read(listing: str) -> Account:
     for line in listing.splitlines():
         if found := re.match(r"(\.L_x_\d+):", line.strip()):
             labels[found[1]] = len(instructions)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)\s*(.*?);", line):
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*(.*?)\s*;", line):
             instructions.append((found[1], found[2]))
             if found[1].startswith("BRA") and (target := re.search(r"`\((\.L_x_\d+)\)", found[2])):
                 begin = labels.get(target[1], len(instructions))  # a label not yet seen lies ahead

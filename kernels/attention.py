@@ -81,11 +81,15 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
         if kernel == "fwd" and head_dim <= 64 and not extras:
             return Tiles(128, 64, 4, 3)
         return Tiles(128, 32 if extras and kernel == "dq" and head_dim > 64 else 64, 8, 2)
-    if head_dim <= 64:
-        return Tiles(64, 128, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 3 if kernel == "fwd" else 2)
+    if kernel == "fwd" and head_dim <= 64:
+        return Tiles(64, 64, 8, 2) if extras else Tiles(128, 64, 8, 3)
     if kernel == "fwd":
         return Tiles(128, 32, 8, 2)
-    return Tiles(64, 64, 8, 2) if kernel == "dq" else Tiles(32, 64, 8, 2)
+    if head_dim <= 64 and not extras:
+        return Tiles(64, 64, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
+    if kernel == "dq":
+        return Tiles(64, 32, 8, 2)
+    return Tiles(32, 32 if extras else 64, 8, 2)
 
 
 @triton.jit
@@ -477,7 +481,8 @@ def strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, Any]:
     """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries; extras: dropout or masks."""
-    tiles = _tiles(kernel, q.shape[-1], q.dtype, _card(q), extras)
+    card = _card(q)
+    tiles = _tiles(kernel, q.shape[-1], q.dtype, card, extras)
     return {
         "D": q.shape[-1],
         "ACC": accumulator(q),
@@ -487,8 +492,8 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-        # left alone, ptxas aims at 64 registers for float32 on capability 8.0 and spills 16 bytes for it
-        "maxnreg": 192 if q.dtype == torch.float32 else None,
+        # left alone, ptxas aims at 64 registers for float32 on capability 8.0, and at 128 here and there, and spills
+        "maxnreg": 192 if q.dtype == torch.float32 else None if card is None or card.capability == 90 else 255,
     }
 
 

@@ -143,14 +143,15 @@ def _attention_dkdv_kernel(
         q_head = head_of(q_ptr, batch, head, stride_qb, stride_qh)
         do_head = head_of(do_ptr, batch, head, stride_gb, stride_gh)
         lse_head, delta_head = lse_ptr + plane.to(tl.int64) * queries, delta_ptr + plane.to(tl.int64) * queries
-        for start in range(begin, below, BLOCK_M):
-            dk, dv = _dkdv_step(
-                k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
-                stride_qt, stride_qd, stride_gt, stride_gd,
-                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-            )  # fmt: skip
-        if mask_ptr is None and ids_ptr is None:
+        if begin < below:
+            for start in range(begin, below, BLOCK_M):
+                dk, dv = _dkdv_step(
+                    k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
+                    stride_qt, stride_qd, stride_gt, stride_gd,
+                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+                )  # fmt: skip
+        if mask_ptr is None and ids_ptr is None and below < end:
             for start in range(below, end, BLOCK_M):
                 dk, dv = _dkdv_step(
                     k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,

@@ -40,6 +40,13 @@ def test_a_listing_is_read():
     assert loop.serial(4) == busy["l2"] == loop.overlapped(4)
 
 
+def test_a_wait_behind_each_product_is_seen():
+    wait = "        /*0035*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n"
+    above, below = LISTING.split("        /*0040*/")
+    (loop,) = account.read(f"{above}{wait}        /*0040*/{below}").loops
+    assert loop.serialized
+
+
 @pytest.mark.parametrize(
     ("kernel", "tiles", "expected"),
     [

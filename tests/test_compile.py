@@ -7,7 +7,14 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from bench import compile as gate
 
-SAMPLE = ("C 768 bfloat16", "D 64 bfloat16", "V 50257 bfloat16", "F 3072 tanh bfloat16")
+SAMPLE = (
+    "C 768 bfloat16",
+    "D 64 bfloat16",
+    "D 64 bfloat16 all",
+    "cache D 64 bfloat16",
+    "V 50257 bfloat16",
+    "F 3072 tanh bfloat16",
+)
 
 
 @pytest.mark.parametrize("capability", gate.CAPABILITIES)
@@ -16,7 +23,8 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
     table = list(gate.rows([capability], lambda case: capability == 90 or case in SAMPLE))
     norms = {f"layer_norm_{kind}_kernel" for kind in ("fwd", "bwd")}
     gelu = {f"bias_gelu_{kind}_kernel" for kind in ("fwd", "bwd")}
-    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "delta", "dq", "dkdv")}
+    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "dq", "dkdv")}
+    heads |= {"row_products_kernel", "spans_kernel", "decode_kernel", "merge_kernel"}
     assert {row.kernel for row in table} == norms | heads | gelu | {"cross_entropy_kernel"}
     assert [row for row in table if not row.passes] == []
 
