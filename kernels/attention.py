@@ -86,7 +86,7 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
     if kernel == "fwd":
         return Tiles(128, 32, 8, 2)
     if head_dim <= 64 and not extras:
-        return Tiles(64, 64, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
+        return Tiles(32, 64, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
     if kernel == "dq":
         return Tiles(64, 32, 8, 2)
     return Tiles(32, 32 if extras else 64, 8, 2)
@@ -492,8 +492,12 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-        # left alone, ptxas aims at 64 registers for float32 on capability 8.0, and at 128 here and there, and spills
-        "maxnreg": 192 if q.dtype == torch.float32 else None if card is None or card.capability == 90 else 255,
+        # left alone, ptxas aims at 64 registers for float32 on capability 8.0, at 128 for dq but on 9.0, and spills
+        "maxnreg": 192
+        if q.dtype == torch.float32
+        else 255
+        if kernel == "dq" and card and card.capability != 90
+        else None,
     }
 
 
