@@ -62,6 +62,15 @@ def test_every_ratio_of_tiles(block_m, block_n, device, monkeypatch):
         check(operands(1, 1, queries, keys, 16, torch.float32, device))
 
 
+def test_the_tiles_of_a_hopper_card(device, monkeypatch):
+    """As shipped for capability 9.0, where other tests take small ones; with and without dropout and masks."""
+    monkeypatch.setattr(attention, "_card", lambda tensor: attention.Card(90, 232_448))
+    tensors = operands(1, 1, 200, 200, 64, torch.float16, device)
+    check(tensors)
+    documents = torch.arange(200, device=device)[None] // 70
+    check(tensors, documents=documents, dropout_p=0.1, seed=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("time", [200, 257, 1000, 1024, 4096])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
