@@ -3,10 +3,10 @@
     S = scale q kᵀ,  P = softmax(S) over the keys that the query sees,  o = dropout(P) v
 
 A query sees the keys up to its own place, but for those that `key_mask` hides or that belong to another document; one
-that sees none gives zeros. This file is the forward (Dao, "FlashAttention-2", 2023, algorithm 1), attention_bwd.py the
-backward: for each tile of queries, walk over tiles of keys with a running row maximum m and row sum l, and rescale what
-is summed so far whenever m grows. Exponentials are base 2, with log2(e) folded into the scale. What the backward needs
-is one number a row, lse = m + log2(l).
+that sees none gives zeros. This file is the forward (Dao, "FlashAttention-2", 2023, algorithm 1), attention_backward.py
+the backward: for each tile of queries, walk over tiles of keys with a running row maximum m and row sum l, and rescale
+what is summed so far whenever m grows. Exponentials are base 2, with log2(e) folded into the scale. What the backward
+needs is one number a row, lse = m + log2(l).
 
 Only the tiles on the diagonal are masked; those below it are walked over first and unmasked, those above never. Where
 queries are fewer than keys, the last query sits at the last key. Heads may be grouped: query head h reads key head
@@ -41,6 +41,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import accumulator, dropout_numbers, matmul_precision, statistics_dtype
 from .philox import keep_mask
 
 MAX_HEAD_DIM = 256
@@ -424,12 +425,13 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
 
 def options(seed, key_mask, documents, dropout_p) -> dict[str, Any]:
     """What the forward and backward kernels take beyond plain attention."""
+    threshold, keep_scale = dropout_numbers(dropout_p)
     return {
         "seed_ptr": seed if dropout_p > 0 else None,
         "mask_ptr": None if key_mask is None else key_mask.contiguous(),
         "ids_ptr": None if documents is None else documents.contiguous(),
-        "threshold": int(dropout_p * 2**32),
-        "keep_scale": 0.0 if dropout_p == 1 else 1 / (1 - dropout_p),
+        "threshold": threshold,
+        "keep_scale": keep_scale,
     }
 
 
@@ -483,27 +485,22 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
     """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries; extras: dropout or masks."""
     card = _card(q)
     tiles = _tiles(kernel, q.shape[-1], q.dtype, card, extras)
+    registers = None
+    if q.dtype == torch.float32:  # left alone, ptxas aims at 64 for float32 on capability 8.0, and spills
+        registers = 192
+    elif kernel == "dq" and card is not None and card.capability != 90:  # and at 128 for dq, but on 9.0
+        registers = 255
     return {
         "D": q.shape[-1],
         "ACC": accumulator(q),
-        "PRECISION": precision(),
+        "PRECISION": matmul_precision(),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-        # left alone, ptxas aims at 64 registers for float32 on capability 8.0, at 128 for dq but on 9.0, and spills
-        "maxnreg": 192
-        if q.dtype == torch.float32
-        else 255
-        if kernel == "dq" and card and card.capability != 90
-        else None,
+        "maxnreg": registers,
     }
-
-
-def precision() -> str:
-    """float32 follows torch's own setting for matmuls: IEEE unless the user allowed TF32."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _card(tensor) -> Card | None:
@@ -516,11 +513,3 @@ def _card(tensor) -> Card | None:
 def addressable(tensor):
     """A copy where rows or channels lie so far apart that offsets within a tile would not fit 32 bits."""
     return tensor if max(tensor.stride()[2:]) < MAX_ROW_STRIDE else tensor.contiguous()
-
-
-def statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def accumulator(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _card, accumulator, addressable, head_of, load_rows, precision, statistics_dtype, strides
+from .attention import _card, addressable, head_of, load_rows, strides
+from .launch import accumulator, matmul_precision, statistics_dtype
 
 MAX_STEPS = 16  # new tokens at once
 
@@ -172,7 +173,7 @@ def decode_attention_fwd(
         slots=slots,
         qk_scale=scale * math.log2(math.e),
         **constants,
-        PRECISION=precision(),
+        PRECISION=matmul_precision(),
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps,

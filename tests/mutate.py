@@ -116,7 +116,7 @@ MUTANTS = [
     Mutant("dv overwritten", BACK, "do, dv, input_precision", "do, input_precision", RATIOS),
     Mutant("do read with q's strides in dq", BACK, "do = load_rows(do_ptr, first, stride_gt, stride_gd,", "do = load_rows(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
     Mutant("batch and head swapped", HEAD, "batch, head, first = plane // heads, plane % heads, tile", "batch, head, first = plane % heads, plane // heads, tile", "test_attention.py::test_heads_and_batches"),
-    Mutant("TF32 where IEEE was promised", HEAD, 'return "tf32" if torch', 'return "tf32" if True or torch', LENGTHS),
+    Mutant("TF32 where IEEE was promised", "kernels/launch.py", 'return "tf32" if torch', 'return "tf32" if True or torch', LENGTHS),
     Mutant("probabilities in float16", HEAD, "tl.dot(p.to(v.dtype), v,", "tl.dot(p.to(tl.float16).to(v.dtype), v,", LENGTHS),
     # attention's dropout, masks, documents and grouped heads
     Mutant("another mask in the backward", BACK, "tl.trans(keep_mask(seed, rows, first, plane", "tl.trans(keep_mask(seed, rows, first, plane + 1", ATTENTION_DROPS),
