@@ -309,14 +309,14 @@ def calls(draw):
 
 
 @pytest.mark.interpreter
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_any_call_is_accurate(call):
     tensors, options = call
     check(tensors, **options)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
 @given(calls())
 def test_any_call_of_the_fallback_is_accurate(call):
     tensors, options = call

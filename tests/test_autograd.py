@@ -66,7 +66,7 @@ def test_opcheck_of_attention(device):
 def test_opcheck_of_the_embedding(device):
     token, position = torch.randn(5, 20, device=device), torch.randn(7, 20, device=device)
     ids, seed = torch.randint(5, (2, 3), device=device), torch.tensor([5], device=device)
-    for positions, dropout_p in itertools.product((None, ids[0], ids), (0.0, 0.5)):
+    for positions, dropout_p in ((None, 0.0), (ids[0], 0.5), (ids, 0.0)):
         torch.library.opcheck(autograd.embedding_fwd, (token, position, ids, positions, seed, dropout_p, torch.float16))
         dout = torch.randn(3, 2, 20, device=device).transpose(0, 1)
         torch.library.opcheck(autograd.embedding_bwd, (dout, positions, seed, 7, dropout_p, torch.float64))

@@ -140,7 +140,7 @@ def test_where_a_derivative_is_required_pytorch_serves(device):
 
 
 @pytest.mark.interpreter
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(st.data())
 def test_any_call_is_accurate(data):
     draw, integers = data.draw, st.integers
