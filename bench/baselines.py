@@ -59,7 +59,14 @@ def flex(machine: Machine, time: int) -> Callable:
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, time, time, device=machine.device)
     run = torch.compile(flex_attention, backend=machine.compiler, dynamic=False)
-    return lambda q, k, v: run(q, k, v, block_mask=mask)
+
+    def attention(q, k, v):
+        try:
+            return run(q, k, v, block_mask=mask)
+        except NotImplementedError as error:  # in a dry run
+            raise Unavailable(str(error)) from None
+
+    return attention
 
 
 def product(a: Tensor, b: Tensor, times: int = 1) -> Callable:

@@ -31,7 +31,8 @@ class Machine:
     dtype: torch.dtype  # of the operands
     clock: Any  # HostClock or DeviceClock
     compiler: str  # torch.compile's backend
-    seconds: float  # of sampling a case
+    seconds: float  # of sampling a variant
+    rounds: tuple[int, int]  # the fewest and the most samples of a variant
 
     @classmethod
     def of(cls, kind: str | None = None) -> "Machine":
@@ -40,14 +41,15 @@ class Machine:
             usable = torch.cuda.is_available() and torch.version.hip is None
             kind = "cuda" if usable and torch.cuda.get_device_capability() >= (8, 0) else "cpu"
         if kind == "cuda":
-            return cls(kind, "cuda", torch.bfloat16, DeviceClock(), "inductor", seconds=0.4)
+            return cls(kind, "cuda", torch.bfloat16, DeviceClock(), "inductor", 0.4, (10, 200))
         if kind == "dry":
             from bench import dry
 
             dry.check_interpreted()
-            return cls(kind, "cpu", torch.float32, DeviceClock(dry.FakeCuda(), "cpu"), "eager", seconds=0.0)
+            clock = DeviceClock(dry.FakeCuda(), "cpu")
+            return cls(kind, "cpu", torch.float32, clock, "eager", 0.0, (2, 2))
         torch.set_num_threads(CPU_THREADS)
-        return cls("cpu", "cpu", torch.float32, HostClock(), "inductor", seconds=2.0)
+        return cls("cpu", "cpu", torch.float32, HostClock(), "inductor", 1.0, (7, 100))
 
     @property
     def cuda(self) -> Any:

@@ -89,7 +89,7 @@ def _measure(case, machine, roofs):
     if SUBJECT in calls:
         calls[AGAIN] = calls[SUBJECT]
         rows[AGAIN] = dataclasses.replace(rows[SUBJECT], variant=AGAIN)
-    timings = interleaved(calls, machine.clock, machine.seconds * max(1, len(calls))) if calls else {}
+    timings = interleaved(calls, machine.clock, machine.seconds * len(calls), machine.rounds) if calls else {}
     for name, timing in timings.items():
         _enter(rows[name], timing)
     ordered = [name for name in (*case.variants, AGAIN) if name in rows]

@@ -122,12 +122,13 @@ class Timing(NamedTuple):
     samples: list[float]
 
 
-def interleaved(calls: dict[str, Call], clock, seconds: float, least: int = 5, most: int = 200) -> dict[str, Timing]:
-    """Sample every call in turns, for about `seconds` in all, but at least `least` and at most `most` times each."""
+def interleaved(calls: dict[str, Call], clock, seconds: float, rounds: tuple[int, int]) -> dict[str, Timing]:
+    """Sample every call in turns, for about `seconds` in all, within the fewest and the most `rounds`."""
+    least, most = rounds
     once = sum(clock.sample(call) for call in calls.values())  # warm
-    rounds = max(least, min(most, int(seconds / max(once, 1e-6))))
+    turns = max(least, min(most, int(seconds / max(once, 1e-6))))
     order, samples = list(calls), {name: [] for name in calls}
-    for turn in range(rounds):
+    for turn in range(turns):
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:
             samples[name].append(clock.sample(calls[name]))
