@@ -271,7 +271,7 @@ def line(record: dict) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--out", type=Path, default=Path("out/tune.jsonl"), help="a record a line; read to resume")
-    parser.add_argument("--dry-run", action="store_true", help="two trials a kernel, in Triton's interpreter")
+    parser.add_argument("--dry-run", action="store_true", help="one trial a kernel, in Triton's interpreter")
 
 
 def main(options: argparse.Namespace) -> int:

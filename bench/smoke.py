@@ -1,0 +1,24 @@
+"""Every function of the catalogue once, at small shapes, timed by nobody: what a sanitizer is run over."""
+
+import argparse
+
+from bench.cases import SUBJECT
+from bench.catalogue import small
+from bench.machine import Machine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="in Triton's interpreter")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Call fastgpt's variant of every small case."""
+    machine = Machine.of("dry" if options.dry_run else "cuda")
+    for case in small(machine):
+        if case.op == "generate":  # the same kernels as the training step's forward
+            continue
+        with machine.clock.session():
+            case.variants[SUBJECT](case.problem()).run()
+            machine.cuda.synchronize()
+        print(case.name, flush=True)
+    return 0
