@@ -34,7 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     options = parser.parse_args(arguments)
-    return options.main(options)
+    try:
+        return options.main(options)
+    except ValueError as error:
+        print(f"python -m bench {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ def function_cases(
 
     def expected(problem, phase):
         part = {name: pick(t.detach()) for name, t in problem.inputs.items()}
-        wide = {n: t.double().requires_grad_(n in problem.wanted) if t.is_floating_point() else t for n, t in part.items()}
+        wide = {
+            n: t.double().requires_grad_(n in problem.wanted) if t.is_floating_point() else t for n, t in part.items()
+        }
         return runner(oracle, Problem(wide, problem.wanted, tuple(pick(d).double() for d in problem.douts)), phase)()
 
     def subject(build, phase):
@@ -112,12 +114,11 @@ def function_cases(
 
     cases = []
     for phase, floor in phases.items():
+        label = op if len(phases) == 1 else f"{op} {phase}"
         variants = {name: subject(build, phase) for name, build in functions.items()}
         if products and phase in products:
             variants["its matmuls alone"] = alone(products[phase])
-        cases.append(
-            Case(f"{op} {phase}", shape, tier, floor, problem, variants, lambda p, phase=phase: expected(p, phase))
-        )
+        cases.append(Case(label, shape, tier, floor, problem, variants, lambda p, phase=phase: expected(p, phase)))
     return cases
 
 
@@ -175,9 +176,7 @@ def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
 
     functions = _standard(machine, ops.add_layer_norm, reference.add_layer_norm)
     phases = {"fwd": work.add_layer_norm_fwd(M, C, e), "bwd": work.add_layer_norm_bwd(M, C, e)}
-    return function_cases(
-        "add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, reference.add_layer_norm
-    )
+    return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, reference.add_layer_norm)
 
 
 def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
@@ -295,7 +294,9 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
         draw = _draw(machine)
         x, weight = draw(M, C), draw(V, C, scale=0.02)
         targets = torch.arange(M, device=machine.device) * 7919 % V
-        return Problem(dict(x=x, weight=weight, targets=targets), ("x", "weight"), (torch.ones((), device=machine.device),))
+        return Problem(
+            dict(x=x, weight=weight, targets=targets), ("x", "weight"), (torch.ones((), device=machine.device),)
+        )
 
     def products(p):
         x, weight = p.inputs["x"].detach(), p.inputs["weight"].detach()

@@ -100,4 +100,6 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("what could not be compared")
     for line in sorted(run.skipped()):
         terminalreporter.line(line)
-    terminalreporter.line(f"rows are in {run.folder.path}; python -m bench report {run.folder.path} makes tables and plots")
+    terminalreporter.line(
+        f"rows are in {run.folder.path}; python -m bench report {run.folder.path} makes tables and plots"
+    )

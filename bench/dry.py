@@ -11,7 +11,7 @@ def check_interpreted() -> None:
     from fastgpt import ops
 
     if ops.autograd is None or not ops.autograd.INTERPRETED:
-        raise RuntimeError("a dry run needs Triton and TRITON_INTERPRET=1 in the environment before it starts")
+        raise ValueError("a dry run needs Triton and TRITON_INTERPRET=1 in the environment before it starts")
 
 
 class FakeCuda:
@@ -91,4 +91,4 @@ class _Stream:
 
 def interpreter_environment() -> dict[str, str]:
     """For a process that runs the kernels without a GPU."""
-    return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

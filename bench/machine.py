@@ -37,15 +37,18 @@ class Machine:
     @classmethod
     def of(cls, kind: str | None = None) -> "Machine":
         """This machine; kind None is "cuda" where there is a GPU that the kernels run on, else "cpu"."""
-        if kind is None:
-            usable = torch.cuda.is_available() and torch.version.hip is None
-            kind = "cuda" if usable and torch.cuda.get_device_capability() >= (8, 0) else "cpu"
+        usable = torch.cuda.is_available() and torch.version.hip is None
+        usable = usable and torch.cuda.get_device_capability() >= (8, 0)
+        kind = kind or ("cuda" if usable else "cpu")
+        if kind == "cuda" and not usable:
+            raise ValueError("there is no NVIDIA GPU of compute capability 8.0 or newer here")
         if kind == "cuda":
             return cls(kind, "cuda", torch.bfloat16, DeviceClock(), "inductor", 0.4, (10, 200))
         if kind == "dry":
             from bench import dry
 
             dry.check_interpreted()
+            torch.set_num_threads(1)
             clock = DeviceClock(dry.FakeCuda(), "cpu")
             return cls(kind, "cpu", torch.float32, clock, "eager", 0.0, (2, 2))
         torch.set_num_threads(CPU_THREADS)

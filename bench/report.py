@@ -1,8 +1,8 @@
 """Tables and plots of measured rows, and README's tables, which are generated from the results that are committed.
 
-    python -m bench report out/bench                 report beside the rows
-    python -m bench report out/bench --keep          into bench/results/<device>/<date>-<commit>/, and README renewed
-    python -m bench report --readme                  README from what is committed already
+python -m bench report out/bench                 report beside the rows
+python -m bench report out/bench --keep          into bench/results/<device>/<date>-<commit>/, and README renewed
+python -m bench report --readme                  README from what is committed already
 """
 
 import argparse
@@ -88,7 +88,9 @@ class Report:
             cudnn, driver = machine.get("cudnn"), machine.get("driver_version")
             versions += f", CUDA {machine.get('cuda')}, cuDNN {cudnn}, driver {driver}, ptxas {machine.get('ptxas')}"
         change = noise(self.rows)
-        same = "" if change is None else f" The same version timed twice differed by {change:.1%} (median of all cases)."
+        same = (
+            "" if change is None else f" The same version timed twice differed by {change:.1%} (median of all cases)."
+        )
         subject = "" if machine["kind"] == "cuda" else " On a CPU, fastgpt is its PyTorch fallback."
         sdpa = ", ".join(f"{dim}: {name}" for dim, name in machine["sdpa"].items())
         return (
