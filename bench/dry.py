@@ -21,13 +21,13 @@ class FakeCuda:
         self.milliseconds = 0.0
         self.allocated = 0
 
-    def Event(self, enable_timing: bool = False):  # noqa: N802: torch's name
+    def Event(self, enable_timing: bool = False):
         return _Event(self)
 
-    def Stream(self):  # noqa: N802
+    def Stream(self):
         return _Stream()
 
-    def CUDAGraph(self):  # noqa: N802
+    def CUDAGraph(self):
         return types.SimpleNamespace(replay=lambda: None)
 
     def current_stream(self):

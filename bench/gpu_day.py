@@ -7,6 +7,7 @@ benchmark and the search go on inside. After every stage all of it is packed int
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -153,16 +154,12 @@ def _run(command: list[str], file, limit: float, environment: dict[str, str]) ->
         file.write(f"\nstopped at its limit of {limit:.0f} s\n")
         file.flush()
         os.killpg(process.pid, signal.SIGABRT)  # faulthandler prints every thread's stack
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(min(_GRACE, limit / 2))
-        except subprocess.TimeoutExpired:
-            pass
         return None
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and whatever it has started
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

@@ -157,7 +157,7 @@ def noise(rows: list[Row]) -> float | None:
 
 
 class Folder:
-    """Where a run leaves its rows, one JSON object a line as they come, so that an interrupted run keeps what it has."""
+    """Where a run leaves its rows, a line each as they come, so that an interrupted run keeps what it has."""
 
     def __init__(self, path: Path):
         self.path = path

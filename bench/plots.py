@@ -128,17 +128,15 @@ def _sweep(cases, colour, machine) -> Figure | None:
     unit, factor = ("TFLOP/s", 1e12) if machine["kind"] == "cuda" else ("GFLOP/s", 1e9)
     figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
     figure.suptitle(f"Causal attention over T; higher is better\n{machine['device']}, {machine['dtype']}", fontsize=12)
-    for axis, ((op, dim), lines) in zip(
-        figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-    ):
+    axes = figure.subplots(1, len(panels), squeeze=False).flat
+    for axis, ((op, dim), lines) in zip(axes, panels.items(), strict=True):
         times = sorted({row.shape["T"] for rows in lines.values() for row in rows})
         for variant, rows in lines.items():
             rows = sorted(rows, key=lambda row: row.shape["T"])
             rates = [row.flops / row.median / factor for row in rows]
-            thick = dict(lw=2.2, zorder=3) if variant == SUBJECT else dict(lw=1.2)
-            axis.plot(
-                [r.shape["T"] for r in rows], rates, marker="o", ms=4, color=colour[variant], label=variant, **thick
-            )
+            style = dict(marker="o", ms=4, color=colour[variant], label=variant)
+            style |= dict(lw=2.2, zorder=3) if variant == SUBJECT else dict(lw=1.2)
+            axis.plot([row.shape["T"] for row in rows], rates, **style)
         axis.axhline(machine["roofs"]["flops_a_second"] / factor, color="black", ls="--", lw=1, label="matmul roof")
         axis.set_xscale("log", base=2)
         axis.set_xticks(times, [str(time) for time in times])
@@ -171,11 +169,8 @@ def _roofline(cases, machine) -> Figure | None:
             ticks.set_major_formatter("{x:g}")
             ticks.set_minor_formatter(NullFormatter())
     for place, row in enumerate(computing):
-        marker = "osD^vP*X<>hp"[place % 12]
-        colour = f"C{place % 10}"
-        left.plot(
-            row.flops / row.bytes, row.flops / row.median / 1e9, marker, color=colour, ms=8, label=row.case, ls=""
-        )
+        style = dict(marker="osD^vP*X<>hp"[place % 12], color=f"C{place % 10}", ms=8, ls="", label=row.case)
+        left.plot(row.flops / row.bytes, row.flops / row.median / 1e9, **style)
     left.set(xlabel="flops a byte, as counted", ylabel="GFLOP/s", title="work with flops")
     left.grid(alpha=0.3, which="both")
     left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.cases import SUBJECT
 from bench.measure import AGAIN, Folder, Row, noise
+from bench.work import Work
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -32,6 +33,17 @@ class Report:
     def load(cls, file: Path) -> "Report":
         kept = json.loads(file.read_text())
         return cls(kept["machine"], [Row(**row) for row in kept["rows"]])
+
+    @classmethod
+    def of(cls, folder: Folder) -> "Report":
+        """What a run left, its floors on the roofs that stood when it was done."""
+        machine, rows = folder.facts(), folder.rows()
+        rates = machine["roofs"]["flops_a_second"], machine["roofs"]["bytes_a_second"]
+        for row in rows:
+            counted = Work(row.flops, row.bytes)
+            row.floor, row.bound = counted.floor(*rates), counted.bound(*rates)
+            row.share = row.floor / row.median if row.median else None
+        return cls(machine, rows)
 
     def by_case(self) -> dict[str, dict[str, Row]]:
         """Case -> variant -> row, the cases of one operation together."""
@@ -74,7 +86,7 @@ class Report:
                     lines.append(f"| {case} | {row.variant} | {row.status} | {_cell(row.note)} | | | | |")
                     continue
                 ratio = f"{row.median / ours.median:.2f}" if ours and ours.median else ""
-                quartiles = f"{duration(row.low)} – {duration(row.high)}"
+                quartiles = f"{duration(row.low)} to {duration(row.high)}"
                 numbers = f"{duration(row.median)} | {quartiles} | {row.share:.0%} | {ratio} | {size(row.peak_bytes)}"
                 lines.append(f"| {case} | {row.variant} | {numbers} | {duration(row.first_call)} |")
         facts = (f"- {name}: {value}" for name, value in self.machine.items() if value is not None)
@@ -88,9 +100,7 @@ class Report:
             cudnn, driver = machine.get("cudnn"), machine.get("driver_version")
             versions += f", CUDA {machine.get('cuda')}, cuDNN {cudnn}, driver {driver}, ptxas {machine.get('ptxas')}"
         change = noise(self.rows)
-        same = (
-            "" if change is None else f" The same version timed twice differed by {change:.1%} (median of all cases)."
-        )
+        same = "" if change is None else f" The same version timed twice differed by {change:.1%}, median of all cases."
         subject = "" if machine["kind"] == "cuda" else " On a CPU, fastgpt is its PyTorch fallback."
         sdpa = ", ".join(f"{dim}: {name}" for dim, name in machine["sdpa"].items())
         return (
@@ -103,7 +113,7 @@ class Report:
 
     def summary(self) -> str:
         """A line a case for README: fastgpt, and the fastest of the others."""
-        lines = ["| case | fastgpt | of its floor | fastest other | its time | fastgpt is faster by |"]
+        lines = ["| case | fastgpt | of its floor | fastest other | its time | its time / fastgpt's |"]
         lines += ["|---|--:|--:|---|--:|--:|"]
         for case, variants in self.by_case().items():
             ours = variants.get(SUBJECT)
@@ -114,7 +124,7 @@ class Report:
             cells = [case, duration(ours.median), f"{ours.share:.0%}"]
             if others:
                 best = min(others, key=lambda row: row.median)
-                cells += [best.variant, duration(best.median), f"{best.median / ours.median:.2f}×"]
+                cells += [best.variant, duration(best.median), f"{best.median / ours.median:.2f}x"]
             lines.append("| " + " | ".join([*cells, *[""] * (6 - len(cells))]) + " |")
         return "\n".join(lines)
 
@@ -183,7 +193,7 @@ def main(options: argparse.Namespace) -> int:
     """Write the report; its folder is printed."""
     if options.folder is not None:
         folder = Folder(options.folder)
-        report = Report(folder.facts(), folder.rows())
+        report = Report.of(folder)
         if not report.rows:
             raise ValueError(f"report: {folder.rows_file} holds no rows")
         target = options.out or options.folder / "report"

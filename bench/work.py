@@ -4,8 +4,8 @@ A product of (m, k) and (k, n) is 2 m n k flops. Bytes are each input read once 
 forward saves for its backward is an output of the forward. `e` is the bytes of an element, `M` = B T the rows.
 The larger of flops / rate and bytes / bandwidth is the floor: nothing that does the same work runs faster.
 
-`python -m bench bytes` prints the floor of every part of a training step, as fastgpt launches it, and their sum: kernels
-of one step do not overlap, so floors add up.
+`python -m bench bytes` prints the floor of every part of a training step, as fastgpt launches it, and their sum: a
+step's kernels do not overlap, so floors add up.
 """
 
 import argparse

@@ -181,7 +181,7 @@ def test_what_cannot_be_captured_is_timed_by_events():
 
 def test_what_stands_for_torch_cuda_has_its_names():
     """A name that only the stand-in has would pass the dry run and fail on a GPU."""
-    for name, fake in inspect.getmembers(dry.FakeCuda, inspect.isfunction):
+    for name, _ in inspect.getmembers(dry.FakeCuda, inspect.isfunction):
         if not name.startswith("_"):
             assert hasattr(torch.cuda, name), name
     for name in ("record", "synchronize", "elapsed_time"):

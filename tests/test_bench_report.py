@@ -52,8 +52,8 @@ ROWS = [
 
 def test_the_summary_names_the_fastest_other_and_hides_no_loss():
     lines = report.Report(MACHINE, ROWS).summary().splitlines()
-    assert lines[2] == "| attention fwd T 64 | 2 ms | 50% | PyTorch eager | 1 ms | 0.50× |"
-    assert lines[3] == "| attention fwd T 128 | 8 ms | 12% | PyTorch eager | 16 ms | 2.00× |"
+    assert lines[2] == "| attention fwd T 64 | 2 ms | 50% | PyTorch eager | 1 ms | 0.50x |"
+    assert lines[3] == "| attention fwd T 128 | 8 ms | 12% | PyTorch eager | 16 ms | 2.00x |"
 
 
 def test_the_conditions_name_machine_versions_roofs_and_noise():
