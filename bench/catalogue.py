@@ -48,7 +48,7 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *cases.add_layer_norm(machine, 2048, 768, tier=0),
         *cases.mlp_halves(machine, 256, 768, 3072, tier=0),
         *cases.gelu_mlp(machine, 256, 768, 3072, tier=0),
-        *cases.linear_cross_entropy(machine, 256, 768, 50257, tier=0),
+        *cases.linear_cross_entropy(machine, 128, 768, 50257, tier=0),
         *cases.embedding(machine, 4, 256, 768, 50257, tier=1),
         *models.block(machine, 1, 256, _124M, tier=1),
         *models.train_step(machine, 1, 256, _124M, tier=0),

@@ -107,7 +107,7 @@ def measure_roofs(machine: Machine) -> dict[str, float]:
     """Bytes and flops a second that this machine reaches now: a large copy, counting bytes read and written, and a
     large product of random matrices in the dtype that is benchmarked. The best sample of each: a roof is what the
     machine can do, not what its neighbours leave of it."""
-    elements, side = {"cuda": (2**29, 8192), "cpu": (2**25, 2048), "dry": (2**16, 64)}[machine.kind]
+    elements, side = {"cuda": (2**29, 8192), "cpu": (2**25, 1024), "dry": (2**16, 64)}[machine.kind]
     source = torch.randn(elements, device=machine.device).to(machine.dtype)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, device=machine.device).to(machine.dtype) for _ in range(2))
