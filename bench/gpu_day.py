@@ -57,8 +57,8 @@ def stages(folder: Path, dry_run: bool) -> list[Stage]:
 
     cases = folder / "cases"
     return [
-        Stage("roofs", 0.06, lambda limit: bench("roofs", "--out", str(folder / "machine.json"))),
-        Stage("parity", 0.22, lambda limit: pytest(*tests, "-rfE", f"--junitxml={folder / 'parity.xml'}")),
+        Stage("roofs", 0.04, lambda limit: bench("roofs", "--out", str(folder / "machine.json"))),
+        Stage("parity", 0.20, lambda limit: pytest(*tests, "-rfE", f"--junitxml={folder / 'parity.xml'}")),
         Stage(
             "cases",
             0.40,
@@ -67,20 +67,20 @@ def stages(folder: Path, dry_run: bool) -> list[Stage]:
             ),
             resume_code=3,
         ),
-        Stage("profile", 0.08, lambda limit: bench("profile", "--out", str(folder / "profile.json"))),
+        Stage("profile", 0.07, lambda limit: bench("profile", "--out", str(folder / "profile.json"))),
         Stage(
             "tune",
-            0.14,
+            0.13,
             lambda limit: bench("tune", "--out", str(folder / "tune.jsonl"), "--minutes", f"{0.8 * limit / 60:.2f}"),
         ),
         Stage(
             "sanitize",
-            0.08,
+            0.11,
             lambda limit: bench("sanitize", "--out", str(folder / "sanitize"), "--seconds", f"{0.9 * limit:.0f}"),
         ),
         Stage(
             "report",
-            0.02,
+            0.05,
             lambda limit: [python, "-m", "bench", "report", str(cases), "--out", str(folder / "report")],
         ),
     ]
@@ -168,13 +168,14 @@ def _load(folder: Path) -> dict[str, dict]:
     if not state.exists():
         return {}
     kept = json.loads(state.read_text())
-    if kept["commit"] != commit():
-        raise ValueError(f"{folder} holds a day of {kept['commit']}, this is {commit()}: --restart or another --out")
+    now = commit()["commit"]
+    if kept["commit"] != now:
+        raise ValueError(f"{folder} holds a day of commit {kept['commit']}, this is {now}: --restart or another --out")
     return kept["stages"]
 
 
 def _save(folder: Path, outcomes: dict[str, dict]) -> None:
-    text = json.dumps({"commit": commit(), "stages": outcomes}, indent=2) + "\n"
+    text = json.dumps({"commit": commit()["commit"], "stages": outcomes}, indent=2) + "\n"
     new = folder / "state.json.new"
     new.write_text(text)
     os.replace(new, folder / "state.json")

@@ -172,8 +172,10 @@ def _output(tool: str, *arguments: str) -> str | None:
     """What a tool prints, or None where it can't be had."""
     if shutil.which(tool) is None:
         return None
-    run = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20)
-    return run.stdout if run.returncode == 0 else None
+    try:
+        return subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _cpu_name() -> str:

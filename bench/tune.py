@@ -52,7 +52,7 @@ def _attention(kind: str, op: str, blocks_m: tuple, blocks_n: tuple) -> Tunable:
         return mock.patch.object(attention, "_tiles", tiles)
 
     def shipped(shape, machine):
-        capability = 10 * machine.cuda.get_device_capability()[0] if machine.kind == "cuda" else None
+        capability = attention._capability(torch.empty(0, device=machine.device))
         found = original(kind, shape["D"], machine.dtype, capability)
         return {field: getattr(found, field) for field in ("block_m", "block_n", "num_warps", "num_stages")}
 

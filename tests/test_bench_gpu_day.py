@@ -115,7 +115,7 @@ def test_a_command_that_cannot_be_made_or_started(folder):
 def test_a_folder_of_another_commit_is_refused(folder, capsys):
     gpu_day.run_day(folder, [python("a", "pass")], 60, {})
     state = json.loads((folder / "state.json").read_text())
-    state["commit"]["commit"] = "0000000"
+    state["commit"] = "0000000"
     (folder / "state.json").write_text(json.dumps(state))
     assert main(["gpu-day", "--out", str(folder)]) == 2
     assert "0000000" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def sanitizer(tmp_path, monkeypatch):
 
 def test_a_sanitizers_finding_fails_its_stage(sanitizer, tmp_path, capsys):
     assert sanitize.find() == str(sanitizer)
-    with mock.patch.object(sanitize, "TOOLS", ("racecheck", "synccheck")):
+    with mock.patch.object(sanitize, "TOOLS", {"racecheck": 0.5, "synccheck": 1.0}):
         assert main(["sanitize", "--dry-run", "--out", str(tmp_path / "out")]) == 1
     text = capsys.readouterr().out
     assert "racecheck: exit status 9, ERROR SUMMARY: 3 errors" in text
