@@ -176,7 +176,7 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     pytest.importorskip("triton", reason="Triton is not to be had on this platform")
     out = tmp_path / "dry"
     sanitizer.write_text(sanitizer.read_text().replace("3 if tool == 'racecheck' else 0", "0"))
-    code = main(["gpu-day", "--dry-run", "--minutes", "6", "--out", str(out)])
+    code = main(["gpu-day", "--dry-run", "--minutes", "15", "--out", str(out)])
     for log in out.glob("*.log"):
         print(f"--- {log.name}", log.read_text()[-2000:], sep="\n")
     outcomes = json.loads((out / "state.json").read_text())["stages"]
