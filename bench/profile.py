@@ -55,7 +55,7 @@ def kernels(machine: Machine, call) -> list[Kernel]:
     found = []
     for event in profile.key_averages():
         seconds = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
-        if event.device_type == wanted and seconds > 0:
+        if event.device_type == wanted and seconds > 0 and not event.is_user_annotation:  # spans over kernels
             found.append(Kernel(event.key, part_of(event.key), event.count, seconds))
     return sorted(found, key=lambda kernel: -kernel.seconds)
 
