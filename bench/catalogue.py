@@ -53,7 +53,7 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *models.block(machine, 1, 256, _124M, tier=1),
         *models.train_step(machine, 1, 256, _124M, tier=0),
         *cases.decode(machine, 8, 12, 1024, 64, tier=1),
-        *models.generation(machine, 1, 32, 16, _124M, tier=1),
+        *models.generation(machine, 1, 32, 8, _124M, tier=1),
     ]
 
 

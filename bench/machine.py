@@ -84,6 +84,7 @@ def header(machine: Machine) -> dict[str, Any]:
         "ptxas": _ptxas(),
         "cpu": _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # of its last minute
         "sdpa": {f"D {dim}": _sdpa_choice(machine, dim) for dim in (64, 128)},
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **commit(),

@@ -102,6 +102,11 @@ class Report:
         change = noise(self.rows)
         same = "" if change is None else f" The same version timed twice differed by {change:.1%}, median of all cases."
         subject = "" if machine["kind"] == "cuda" else " On a CPU, fastgpt is its PyTorch fallback."
+        load = machine.get("load_average")
+        if load is not None and machine["kind"] == "cpu":
+            subject += (
+                f" Others kept {load:g} cores busy when it began." if load >= 0.5 else " Nothing else was running."
+            )
         sdpa = ", ".join(f"{dim}: {name}" for dim, name in machine["sdpa"].items())
         return (
             f"{machine['device']}; {versions}; {machine['dtype']}; commit {machine['commit']}"
