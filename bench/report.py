@@ -104,9 +104,8 @@ class Report:
         subject = "" if machine["kind"] == "cuda" else " On a CPU, fastgpt is its PyTorch fallback."
         load = machine.get("load_average")
         if load is not None and machine["kind"] == "cpu":
-            subject += (
-                f" Others kept {load:g} cores busy when it began." if load >= 0.5 else " Nothing else was running."
-            )
+            busy = ": its ratios tell more than its times" if load > machine["cpu_threads"] / 2 else ""
+            subject += f" The load average was {load:g} when it began{busy}."
         sdpa = ", ".join(f"{dim}: {name}" for dim, name in machine["sdpa"].items())
         return (
             f"{machine['device']}; {versions}; {machine['dtype']}; commit {machine['commit']}"

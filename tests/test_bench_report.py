@@ -33,6 +33,7 @@ MACHINE = {
     "python": "3.11.7",
     "commit": "abcdef123",
     "load_average": 1.5,
+    "cpu_threads": 2,
     "changed": False,
     "sdpa": {"D 64": "flash_attention"},
     "roofs": {"bytes_a_second": 2e10, "flops_a_second": 1.5e11},
@@ -62,7 +63,7 @@ def test_the_conditions_name_machine_versions_roofs_and_noise():
     for fact in ("A CPU (2 cores), 2 threads", "PyTorch 2.13.0", "Triton 3.7.1", "abcdef123;"[:-1], "20 GB/s"):
         assert fact in text
     assert "0.15 TFLOP/s" in text and "differed by 5.0%" in text and "fallback" in text and "flash_attention" in text
-    assert "Others kept 1.5 cores busy" in text
+    assert "load average was 1.5 when it began: its ratios" in text
 
 
 def test_all_that_it_writes(tmp_path):
