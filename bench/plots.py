@@ -60,7 +60,7 @@ def _grid(
     tallest = max(len(rows) for rows in cases.values())
     figure = Figure(figsize=(4.4 * columns, (0.9 + 0.26 * tallest) * lines + 0.8), layout="constrained")
     figure.suptitle(f"{heading}\n{machine['device']}, {machine['dtype']}, PyTorch {machine['torch']}", fontsize=12)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis, rows in zip(axes, cases.values(), strict=False):
         panel(axis, rows)
         axis.set_title(_title(rows), fontsize=9)
@@ -68,7 +68,7 @@ def _grid(
         axis.invert_yaxis()
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in list(axes)[len(cases) :]:
+    for axis in axes[len(cases) :]:
         axis.set_visible(False)
     return figure
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import plots, report
 from bench.__main__ import main
 from bench.cases import EAGER, SUBJECT
 from bench.measure import AGAIN, Folder, Row
@@ -78,6 +78,13 @@ def test_all_that_it_writes(tmp_path):
     assert "| attention fwd T 64 | SDPA cuDNN | skipped | not \\| here | | | | |" in text
     for plot in ("bars.png", "sweep.png", "roofline.png", "memory.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in text
+
+
+def test_a_grid_shows_its_panels_and_no_empty_ones():
+    cases = {f"a T {t}": [row(SUBJECT, 1e-3, f"a T {t}"), row(EAGER, 2e-3, f"a T {t}")] for t in range(5)}
+    figure = plots._grid(cases, MACHINE, "heading", lambda axis, rows: None)
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False] * 3
+    assert [label.get_text() for label in figure.axes[4].get_yticklabels()] == [SUBJECT, EAGER]
 
 
 def test_nothing_that_was_timed_is_no_crash(tmp_path):
