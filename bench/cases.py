@@ -8,6 +8,7 @@ time it is what must be known.
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from bench.work import Work
 from fastgpt import ops, reference
 
 SUBJECT, EAGER, COMPILED = "fastgpt", "PyTorch eager", "torch.compile"
+FUSED = "fastgpt, GELU in the epilogue"
 
 
 class Subject(NamedTuple):
@@ -213,7 +215,7 @@ def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
 
 def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
     """Between the MLP's two matmuls each way, with the matmul before: what an epilogue would do."""
-    e, on_triton = machine.dtype.itemsize, machine.kind != "cpu"
+    e = machine.dtype.itemsize
 
     def forward_problem():
         draw = _draw(machine)
@@ -231,10 +233,11 @@ def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case
     def backward(dy, w_out, pre):
         return _dgrad_dgelu(dy, w_out, pre)
 
-    functions = {
-        "linear + GELU": _standard(machine, _linear_gelu_by_kernel if on_triton else forward, forward),
-        "dgrad + dGELU": _standard(machine, _dgrad_dgelu_by_kernel if on_triton else backward, backward),
-    }
+    functions = {"linear + GELU": _standard(machine, forward, forward)}
+    functions["dgrad + dGELU"] = _standard(machine, backward, backward)
+    if machine.kind != "cpu":
+        for op, by_kernel in (("linear + GELU", _linear_gelu_by_kernel), ("dgrad + dGELU", _dgrad_dgelu_by_kernel)):
+            functions[op] |= {SUBJECT: lambda _, f=by_kernel: f, FUSED: lambda _, f=by_kernel: _in_the_epilogue(f)}
     first, second = functions
     shape = dict(M=M, C=C, F=F)
     return function_cases(
@@ -256,6 +259,20 @@ def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case
         backward,
         products={"fwd": lambda p: [(p.inputs["dy"].detach(), p.inputs["w_out"].detach(), 1)]},
     )
+
+
+def _in_the_epilogue(function: Callable) -> Callable:
+    """The road that is taken only where it has been measured to win: the GELU in the matmul's epilogue."""
+    from fastgpt.kernels import linear_gelu
+
+    def tiles(kernel, x, hidden):
+        return linear_gelu.candidate(x.dtype, linear_gelu.capability(x))
+
+    def fused(*arguments, **named):
+        with mock.patch.object(linear_gelu, "measured_tiles", tiles):
+            return function(*arguments, **named)
+
+    return fused
 
 
 def _linear_gelu(x, w_in, b_in):

@@ -22,15 +22,19 @@ from fastgpt.model import PRESETS, GPTConfig
 # first that matches takes a kernel.
 PARTS = (
     ("attention, forward", r"attention_fwd|attention_qkv_fwd", r"attention, forward"),
-    ("attention, backward", r"attention_(delta|dq|dkdv)|attention(_qkv)?_bwd", r"attention, backward"),
+    (
+        "attention, backward",
+        r"attention_(delta|dq|dkdv)|attention(_qkv)?_bwd|row_products|spans_kernel",
+        r"attention, backward",
+    ),
     ("LayerNorms, forward", r"layer_norm_fwd", r"LayerNorm, forward"),
-    ("LayerNorms, backward", r"layer_norm_bwd", r"LayerNorm, backward"),
+    ("LayerNorms, backward", r"layer_norm_(bwd|sums)", r"LayerNorm, backward"),
     ("bias + GELU, forward", r"bias_gelu_fwd|gelu_mlp_fwd", r"GELU, forward"),
     ("bias + GELU, backward", r"bias_gelu_bwd|gelu_mlp_bwd", r"GELU, backward"),
     ("cross entropy", r"cross_entropy|chunked_losses", r"cross entropy"),
     ("AdamW", r"(?i)adam", r"AdamW"),
-    ("embedding", r"(?i)embedding|index_select|gather", r"embedding"),
-    ("matmuls", r"(?i)gemm|nvjet|cutlass|cublas|aten::(add)?mm\b|splitK", r"projection|linear|head"),
+    ("embedding", r"(?i)embedding|run_sums|join_runs|index_select|gather|sort", r"embedding"),
+    ("matmuls", r"(?i)linear_gelu|gemm|nvjet|cutlass|cublas|aten::(add)?mm\b|splitK", r"projection|linear|head"),
     ("bias gradients and other sums", r"(?i)reduce|aten::sum", r"bias gradient"),
     ("everything else", r"", r"$^"),
 )

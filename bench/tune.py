@@ -23,7 +23,7 @@ from bench.catalogue import catalogue
 from bench.check import judge
 from bench.machine import Machine
 from bench.timing import interleaved
-from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
+from fastgpt.kernels import attention, cross_entropy, decode, layernorm, linear_gelu, mlp
 
 WORTH = 1.03  # a gain below 3 % is noise's
 
@@ -39,6 +39,7 @@ class Tunable(NamedTuple):
     trials: dict[str, tuple[int, ...]]  # every value of each field
     shipped: Callable[[dict, Machine], Trial]  # the tiles of a case's shape
     patched: Callable[[Trial], Any]  # a context in which launches take these
+    ships_another: bool = False  # what is shipped is another kernel, so that `shipped` is itself a trial
 
 
 def _attention(kind: str, op: str, blocks_m: tuple, blocks_n: tuple) -> Tunable:
@@ -52,31 +53,68 @@ def _attention(kind: str, op: str, blocks_m: tuple, blocks_n: tuple) -> Tunable:
         return mock.patch.object(attention, "_tiles", tiles)
 
     def shipped(shape, machine):
-        capability = attention._capability(torch.empty(0, device=machine.device))
-        found = original(kind, shape["D"], machine.dtype, capability)
-        return {field: getattr(found, field) for field in ("block_m", "block_n", "num_warps", "num_stages")}
+        card = attention._card(torch.empty(0, device=machine.device))
+        return original(kind, shape["D"], machine.dtype, card, False)._asdict()
 
     values = dict(block_m=blocks_m, block_n=blocks_n, num_warps=(4, 8), num_stages=(1, 2, 3, 4))
     return Tunable(f"attention {kind}", f"attention_{kind}", op, values, shipped, patched)
 
 
-def _layer_norm(backward: bool) -> Tunable:
-    original, phase = layernorm._tiles, "bwd" if backward else "fwd"
+def _layer_norm(phase: str) -> Tunable:
+    original, of_backward = layernorm._tiles, phase == "bwd"
 
     def patched(trial):
-        def tiles(columns, of_backward):
-            found = original(columns, of_backward)
-            return (trial["block_m"], found[1], trial["num_warps"]) if of_backward == backward else found
+        def tiles(columns, dtype, backward):
+            found = original(columns, dtype, backward)
+            return found._replace(**trial) if backward == of_backward else found
 
-        return mock.patch.object(layernorm, "_tiles", lambda columns, backward: tiles(columns, backward))
+        return mock.patch.object(layernorm, "_tiles", tiles)
 
     def shipped(shape, machine):
-        block_m, _, num_warps = original(shape["C"], backward)
-        return dict(block_m=block_m, num_warps=num_warps)
+        found = original(shape["C"], machine.dtype, of_backward)
+        return dict(block_m=found.block_m, num_warps=found.num_warps)
 
     values = dict(block_m=(1, 2, 4, 8), num_warps=(1, 2, 4, 8))
     name = f"layer_norm_{phase}"
     return Tunable(name, name, f"add_layer_norm {phase}", values, shipped, patched)
+
+
+def _linear_gelu(phase: str, op: str) -> Tunable:
+    """The MLP's matmul with the GELU in its epilogue. Shipped is cuBLAS and a pass until one of these wins."""
+
+    def patched(trial):
+        def tiles(kernel, x, hidden):
+            return linear_gelu.Tiles(**trial) if kernel == phase else None
+
+        return mock.patch.object(linear_gelu, "measured_tiles", tiles)
+
+    def first(shape, machine):
+        card = linear_gelu.capability(torch.empty(0, device=machine.device))
+        return linear_gelu.candidate(machine.dtype, card)._asdict()
+
+    values = dict(
+        block_m=(64, 128, 256),
+        block_n=(64, 128, 256),
+        block_k=(32, 64),
+        num_warps=(4, 8),
+        num_stages=(2, 3, 4),
+        resident=(1, 2),
+    )
+    return Tunable(f"linear_gelu_{phase}", f"linear_gelu_{phase}", op, values, first, patched, ships_another=True)
+
+
+def _decode() -> Tunable:
+    original = decode._tiles
+
+    def patched(trial):
+        return mock.patch.object(decode, "_tiles", lambda *arguments: original(*arguments)._replace(**trial))
+
+    def shipped(shape, machine):
+        found = original(1, shape["D"], machine.dtype, shape["T"], machine.kind == "cuda")._asdict()
+        return {field: found[field] for field in values}
+
+    values = dict(block_n=(32, 64, 128), split=(64, 128, 256, 512), num_warps=(1, 2, 4, 8), num_stages=(1, 2, 3))
+    return Tunable("decode", "_decode_kernel", "decode_attention", values, shipped, patched)
 
 
 def _bias_gelu(phase: str, op: str) -> Tunable:
@@ -123,11 +161,14 @@ def tunables() -> list[Tunable]:
         _attention("dkdv", "attention bwd", (32, 64, 128), (32, 64, 128)),
         _attention("dq", "attention bwd", (32, 64, 128), (32, 64, 128)),
         _attention("fwd", "attention fwd", (64, 128), (32, 64, 128)),
+        _linear_gelu("fwd", "linear + GELU"),
+        _linear_gelu("bwd", "dgrad + dGELU"),
         _bias_gelu("fwd", "linear + GELU"),
         _bias_gelu("bwd", "dgrad + dGELU"),
         _cross_entropy(),
-        _layer_norm(backward=False),
-        _layer_norm(backward=True),
+        _layer_norm("fwd"),
+        _layer_norm("bwd"),
+        _decode(),
     ]
 
 
@@ -142,9 +183,9 @@ class Target(NamedTuple):
 
 
 def targets(machine: Machine) -> list[Target]:
-    """Every kernel at the shapes of the first two tiers of the catalogue."""
+    """Every kernel at the shapes of the catalogue, its sweeps apart."""
     found = []
-    cases = [case for case in catalogue(machine) if case.tier <= 1]
+    cases = [case for case in catalogue(machine) if case.tier <= 2]
     for tunable in tunables():
         for case in cases:
             if case.op == tunable.op:
@@ -181,7 +222,9 @@ def _rows_of_logits(machine: Machine, N: int, V: int) -> Subject:
 def trials(tunable: Tunable, shipped: Trial) -> list[Trial]:
     """Every combination but the shipped one, those that change the fewest fields first."""
     fields = list(tunable.trials)
-    every = (dict(zip(fields, values, strict=True)) for values in itertools.product(*tunable.trials.values()))
+    every = [dict(zip(fields, values, strict=True)) for values in itertools.product(*tunable.trials.values())]
+    if tunable.ships_another:
+        return sorted([shipped, *every], key=lambda trial: sum(trial[f] != shipped[f] for f in fields))
     changed = {tuple(trial.items()): sum(trial[f] != shipped[f] for f in fields) for trial in every}
     return [dict(items) for items, changes in sorted(changed.items(), key=lambda item: item[1]) if changes]
 

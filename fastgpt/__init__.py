@@ -10,6 +10,7 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels" / "layernorm.p
 
 from fastgpt.model import GPT, GPTConfig  # noqa: E402 (the search path comes first)
 from fastgpt.ops import explain  # noqa: E402
+from fastgpt.swap import Report, accelerate, accelerated, restore  # noqa: E402
 
-__all__ = ["GPT", "GPTConfig", "explain"]
+__all__ = ["GPT", "GPTConfig", "Report", "accelerate", "accelerated", "explain", "restore"]
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train and generate. Errors a person can mend are one line and exit code 2; Ctrl-C is 130."""
+"""The command `fastgpt`. Errors a person can mend are one line and exit code 2; Ctrl-C is 130."""
 
 import argparse
 import codecs
@@ -10,11 +10,13 @@ import typing
 
 import torch
 
+from fastgpt.families.raschka import VARIANTS
 from fastgpt.generation import generate
 from fastgpt.model import PRESETS, GPTConfig
 from fastgpt.tokenizer import END_OF_TEXT, encoding
 from fastgpt.train import TrainConfig, fit
-from fastgpt.weights import load_model
+from fastgpt.verify import TOLERANCE, load, random_ids, verify_model
+from fastgpt.weights import convert, load_model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal can't show must not end the text
         sys.stdout.reconfigure(errors="replace")
     try:
-        options.run(options)
+        return options.run(options) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
@@ -31,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"fastgpt {options.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -41,8 +42,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastgpt", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | generate")
+    parser = _Parser(prog="fastgpt", description="Train, run, convert and verify GPTs.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | generate | convert | verify")
 
     train = commands.add_parser("train", help="train a GPT and save it", allow_abbrev=False)
     train.set_defaults(run=_train)
@@ -62,6 +63,30 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     write.add_argument("--top_k", type=int, metavar="K", help="sample among the K likeliest")
     write.add_argument("--seed", type=int, help="makes the text repeatable")
+
+    change = commands.add_parser("convert", help="carry weights from one family to another", allow_abbrev=False)
+    change.set_defaults(run=_convert)
+    change.add_argument("source", metavar="SRC", help="a folder or file of Hugging Face, nanoGPT, the book or fastgpt")
+    change.add_argument("target", metavar="DST", help="the folder to write")
+    change.add_argument("--to", required=True, choices=("huggingface", "nanogpt", "book", "fastgpt"))
+    change.add_argument("--n_head", type=int, metavar="N", help="heads, where nothing in SRC says how many")
+    change.add_argument("--vocab_size", type=int, metavar="N", help="crop the vocabulary, or pad it with zeros")
+    change.add_argument("--gelu", choices=("tanh", "none"), help="the GELU, where it is not the family's own")
+    change.add_argument("--encoding", help="for fastgpt: byte, gpt2, … (default: what the vocabulary's size tells)")
+    change.add_argument("--variant", default="GPTModel", choices=VARIANTS, help="for the book (default: GPTModel)")
+    change.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
+
+    check = commands.add_parser("verify", help="compare a model before and after accelerate", allow_abbrev=False)
+    check.set_defaults(run=_verify)
+    check.add_argument("source", metavar="MODEL", help="a folder, or MODULE:FACTORY, whose call makes the model")
+    check.add_argument("--text", metavar="FILE", help="a text to read (default: random tokens)")
+    check.add_argument("--encoding", default="gpt2", help="of the text (default: gpt2)")
+    check.add_argument("--rows", type=int, default=2, metavar="N", help="sequences (default: 2)")
+    check.add_argument("--tokens", type=int, default=33, metavar="N", help="tokens of each (default: 33)")
+    check.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    check.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+    check.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
+    check.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"the largest ratio (default: {TOLERANCE:g})")
     return parser
 
 
@@ -116,6 +141,40 @@ def _generate(options: argparse.Namespace) -> None:
         options.top_k,
         options.seed,
     )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    notes = convert(
+        options.source,
+        options.target,
+        options.to,
+        n_head=options.n_head,
+        vocab_size=options.vocab_size,
+        gelu=options.gelu,
+        encoding=options.encoding,
+        variant=options.variant,
+        overwrite=options.overwrite,
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"saved in {options.target}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """0 if the model passes, 1 if not."""
+    model = load(options.source)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
+    ids = random_ids(model, options.rows, options.tokens, options.seed)
+    if options.text is not None:
+        with open(options.text, encoding="utf-8") as file:
+            tokens = encoding(options.encoding).encode(file.read(), disallowed_special=())
+        if len(tokens) < ids.numel():
+            raise ValueError(f"{options.text} holds {len(tokens)} tokens, fewer than the {ids.numel()} to compare")
+        ids = torch.tensor(tokens[: ids.numel()], device=device).view_as(ids)
+    found = verify_model(model, ids, tolerance=options.tolerance)
+    print(found)
+    return 0 if found.passed else 1
 
 
 def _write(model, tokens, prompt, max_new_tokens, temperature, top_k, seed) -> None:

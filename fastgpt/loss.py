@@ -108,8 +108,21 @@ def _outputs(x, weight, dtype, needs_x, needs_weight):
     statistics = _statistics_dtype(dtype)
     losses = torch.empty(x.shape[0], dtype=statistics, device=x.device)
     dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    dweight = torch.zeros(weight.shape if needs_weight else (0,), dtype=statistics, device=x.device)
-    return losses, dx, dweight
+    dweight = torch.empty(weight.shape if needs_weight else (0,), dtype=statistics, device=x.device)
+    return losses, dx, dweight if len(x) else dweight.zero_()
+
+
+def _add_product(total, a, b, first: bool) -> None:
+    """total += a b, or = a b to begin with, in total's float32 whatever the dtype of the factors."""
+    if a.is_cuda and a.dtype != total.dtype:  # cuBLAS multiplies halves and adds in float32
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif first:
+        torch.mm(a.to(total.dtype), b.to(total.dtype), out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _without_autocast(op):
@@ -163,10 +176,8 @@ def chunked_op(name: str, pass_over_rows: Callable[..., Tensor], copies_half_pre
             dlogits = pass_over_rows(logits, targets[rows], grads, ignore_index, label_smoothing, z_loss, losses[rows])
             if needs_x:
                 dx[rows] = torch.mm(dlogits if dlogits.dtype == dtype else logits.copy_(dlogits), weight)
-            if needs_weight and dlogits.is_cuda and dlogits.dtype != statistics:  # half factors, float32 sums
-                torch.addmm(dweight, dlogits.t(), chunk, out_dtype=statistics, out=dweight)
-            elif needs_weight:
-                dweight.addmm_(dlogits.t().to(statistics), chunk.to(statistics))
+            if needs_weight:
+                _add_product(dweight, dlogits.t(), chunk, first=start == 0)
             del dlogits  # or two of them would live at once
         return losses, dx, dweight
 

@@ -9,11 +9,13 @@ the next LayerNorm adds it, with the bias of the linear layer that made it and w
 import dataclasses
 import difflib
 import math
+import typing
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 
@@ -32,6 +34,9 @@ class GPTConfig:
     bias: bool = True  # in the linear layers and the norms
     gelu: Literal["tanh", "none"] = "tanh"  # "tanh" is GPT-2's, "none" the exact one, as in torch's `approximate`
     layer_norm_eps: float = 1e-5
+    residual: Literal["compute", "float32"] = "compute"  # dtype of the stream; "compute" is autocast's or the weights'
+    activation_checkpointing: Literal["off", "mlp", "block"] = "off"  # what the backward computes again to save memory
+    tie: bool = True  # the head's weight is the token embedding's
     backend: ops.Backend = "auto"
 
     def __post_init__(self):
@@ -47,10 +52,10 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: dropout is {self.dropout}, not in [0, 1]")
         if not 0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps}, not a positive number")
-        if self.gelu not in ("tanh", "none"):
-            raise ValueError(f"GPTConfig: gelu is {self.gelu!r}, not 'tanh' or 'none'")
-        if self.backend not in ("auto", "triton", "torch"):
-            raise ValueError(f"GPTConfig: backend is {self.backend!r}, not 'auto', 'triton' or 'torch'")
+        for name, choices in typing.get_type_hints(type(self)).items():
+            allowed = typing.get_args(choices)
+            if typing.get_origin(choices) is Literal and getattr(self, name) not in allowed:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, not {_either(allowed)}")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
@@ -81,9 +86,22 @@ PRESETS: dict[str, dict] = {
 }
 
 
+def _either(names) -> str:
+    """'a', 'b' or 'c'"""
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}"
+
+
 def _nearest(name: str, known) -> str:
     matches = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Of matmuls with this weight: autocast's where it is on, the weight's elsewhere."""
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 class LayerNorm(nn.Module):
@@ -101,7 +119,7 @@ class LayerNorm(nn.Module):
     def add(self, branch: Tensor | None, x: Tensor, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream x with dropout(branch + branch_bias) added: returns (its norm, itself), both (…, C)."""
         if branch is None:  # before the first block
-            return self(x), x
+            return self(x).to(compute_dtype(self.weight)), x
         return ops.add_layer_norm(
             branch,
             x,
@@ -136,6 +154,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.gelu, self.backend = config.gelu, config.backend
+        self.recompute = config.activation_checkpointing == "mlp"
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
@@ -146,11 +165,24 @@ class MLP(nn.Module):
             self.c_proj.weight,
             self.c_proj.bias if add_bias else None,
             approximate=self.gelu,
+            recompute=self.recompute,
             backend=self.backend,
         )
 
 
 class Block(nn.Module):
+    """One layer. In training it launches these kernels, and no pass over activations that only copies, casts or adds
+    (`mm` and `addmm` are cuBLAS's; `sum` adds up a kernel's partial sums and, once, the rows of dqkv):
+
+        forward    layer_norm_fwd  addmm  attention_fwd  mm  layer_norm_fwd  mm  bias_gelu_fwd  mm
+        backward   mm  mm  bias_gelu_bwd  sum  mm  mm  layer_norm_bwd  sum
+                   mm  mm  row_products  attention_dq  attention_dkdv  mm  mm  sum  layer_norm_bwd  sum
+
+    Under autocast each weight is cast once a step as well, and its gradient back. What a token of a layer keeps for the
+    backward, in elements of the compute dtype: 2 C of stream, 2 C normed, 3 C qkv, C attended, 8 C of the MLP
+    (16 C in all; 12 C with activation_checkpointing "mlp", 2 C with "block"), and 6 + H numbers of statistics.
+    """
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -169,7 +201,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. The head's weight is the token embedding's, so a state dict holds it once, as wte.weight.
+    """GPT-2. A tied head's weight is the token embedding's: a state dict holds it once, as wte.weight.
 
     model(idx) -> logits (B, T, V); model(idx, targets) -> the mean loss in nats, without ever holding all logits.
     """
@@ -181,6 +213,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config)
+        self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -204,12 +237,17 @@ class GPT(nn.Module):
             self.wte.weight,
             self.wpe.weight,
             dropout_p=config.dropout if self.training else 0.0,
-            backend="torch",  # it has no kernel yet
+            dtype=torch.float32 if config.residual == "float32" else compute_dtype(self.wte.weight),
+            backend=config.backend,
         )
         branch, branch_bias = None, None
+        again = config.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
         block: Any  # ModuleList does not say what it holds
         for block in self.h:
-            x, branch = block(x, branch, branch_bias)
+            if again:
+                x, branch = checkpoint(block, x, branch, branch_bias, use_reentrant=False)
+            else:
+                x, branch = block(x, branch, branch_bias)
             branch_bias = block.mlp.c_proj.bias  # not handed on by the block: a parameter is no output to checkpoint
         normed, _ = self.ln_f.add(branch, x, branch_bias)
         return normed
@@ -219,8 +257,26 @@ class GPT(nn.Module):
         x = self.features(idx)
         if targets is None:
             return self.head(x)
-        return ops.linear_cross_entropy(x, self.wte.weight, targets, backend=self.config.backend)
+        return ops.linear_cross_entropy(x, self.head_weight, targets, backend=self.config.backend)
 
     def head(self, x: Tensor) -> Tensor:
         """(…, C) -> logits (…, V)."""
-        return F.linear(x, self.wte.weight)
+        return F.linear(x, self.head_weight)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C)."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    @classmethod
+    def from_pretrained(cls, source: str, **changes) -> "GPT":
+        """The GPT-2 in a folder, in a file, or on the Hugging Face hub ("gpt2"); see weights.from_pretrained."""
+        from fastgpt import weights  # of this floor, and it builds models
+
+        return weights.from_pretrained(source, **changes)
+
+    def save_pretrained(self, folder: str) -> None:
+        """Write a folder that transformers' GPT2LMHeadModel.from_pretrained reads; see weights.save_pretrained."""
+        from fastgpt import weights
+
+        weights.save_pretrained(self, folder)

@@ -61,6 +61,13 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
         allowed = allowed & key_mask[:, None, None, :]
     if documents is not None:
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+        # Other documents' keys are multiplied by zero, which NaN survives: such keys are read as zeros, and what sees
+        # one is NaN.
+        broken = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
+        k, v = (t.masked_fill(broken[..., None], 0) for t in (k, v))
+        poisoned = (allowed & broken[:, :, None]).any(-1, keepdim=True)  # (B, Hkv, Tq, 1)
+        poisoned = poisoned.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return torch.where(poisoned, math.nan, _masked_attention(q, k, v, allowed, scale, dropout_p, seed))
     return _masked_attention(q, k, v, allowed, scale, dropout_p, seed)
 
 
@@ -117,10 +124,11 @@ def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=
     )
 
 
-def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None):
+def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None, dtype=None):
     """ids (B, T) -> token_weight[ids] + position_weight[positions], (B, T, C); positions count from 0 if not given."""
     places = position_weight[: ids.shape[-1]] if positions is None else F.embedding(positions, position_weight)
-    return _dropout_rows(F.embedding(ids, token_weight) + places, dropout_p, seed, EMBEDDING_SITE)
+    total = F.embedding(ids, token_weight) + places
+    return _dropout_rows(total if dtype is None else total.to(dtype), dropout_p, seed, EMBEDDING_SITE)
 
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastgpt import data, ops
 from fastgpt.checkpoint import replacing, writable_folder
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.optimizer import adamw, clipped_step, set_learning_rate
 from fastgpt.weights import WEIGHTS, save_model
 
 METRICS, PLOT = "metrics.csv", "loss.png"
@@ -108,7 +109,7 @@ class _Run:
     def __init__(self, model: GPT, config: TrainConfig, encoding: str, corpus: data.Corpus, folder: Path, device):
         self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
         self.folder, self.device = folder, device
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
         self.draw = np.random.default_rng(config.seed)
         self.steps_done = 0
         self.rows: list[dict] = []  # of metrics.csv: one an evaluation
@@ -155,8 +156,7 @@ class _Run:
     def step(self) -> float:
         """One optimizer step on a batch of random windows; its loss."""
         config, block = self.config, self.model.config.block_size
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(self.steps_done)
+        set_learning_rate(self.optimizer, config.learning_rate_at(self.steps_done))
         starts = self.draw.integers(len(self.corpus.train) - block, size=config.batch_size)
         self.model.train()
         with self.autocast():
@@ -167,8 +167,9 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
+            clipped_step(self.optimizer, config.grad_clip)
+        else:
+            self.optimizer.step()
         self.steps_done += 1
         return value
 
@@ -222,16 +223,6 @@ def plot_losses(rows: list[dict], path: Path) -> None:
     axes.legend()
     with replacing(path) as new:
         figure.savefig(new, format="png", dpi=120)
-
-
-def _optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, fused; matrices decay, biases and norms do not."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def _device(name: str) -> torch.device:

@@ -16,79 +16,103 @@ written once as a row of float32 partials that torch adds up in a fixed order: n
 
 Bytes a row, e the size of an element, beside 12 of statistics:
     forward   read x, residual; write y, s:     4 C e  (plain LayerNorm: 2 C e)
-    backward  read dy, dsum, s; write ds:       4 C e  (plain LayerNorm: 3 C e; dx apart from ds under dropout: 5 C e)
+    backward  read dy, dsum, s; write ds:       4 C e  (plain LayerNorm: 3 C e; dx apart from ds under dropout: 5 C e;
+              past ONE_PASS_COLUMNS, wider than any GPT-2, dx and the sums take another pass over dy, s and ds)
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import accumulator, dropout_numbers, multiprocessors, statistics_dtype
 from .philox import keep_mask
 
-MAX_COLUMNS = 4096  # a row is held in registers; with dropout the backward of 8192 columns spills on capability 12.0
-
-# Registers a thread: six and five blocks of 128 threads to a multiprocessor. Left alone, ptxas aims at fewer for some
-# widths and capabilities and spills 8 bytes for it.
-_FORWARD_REGISTERS, _BACKWARD_REGISTERS = 80, 96
+MAX_COLUMNS = 16384  # a row is held in registers
+ONE_PASS_COLUMNS = 4096  # of the backward, whose sums are held beside it; with dropout 8192 spill on capability 12.0
 
 _SITE = tl.constexpr(1)  # this file's dropout, in the counter of philox.keep_mask
 
 
-def _tiles(columns: int, backward: bool) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_C and num_warps for rows of `columns`: 16 elements a thread, 8 in the backward, which keeps three
-    sums beside them. Not measured on any GPU yet."""
+class Tiles(NamedTuple):
+    block_m: int
+    block_c: int
+    num_warps: int
+    registers: int  # a thread; left alone, ptxas aims at fewer for some widths and capabilities, and spills for it
+
+
+def _tiles(columns: int, dtype: torch.dtype, backward: bool) -> Tiles:
+    """A block of rows of `columns`: 16 elements a thread, 8 in the backward while it keeps three sums beside them.
+    Registers for five or six blocks of 128 threads to a multiprocessor; the widest rows take all of one.
+    Not measured on any GPU yet."""
     block_c = max(16, triton.next_power_of_2(columns))
-    elements = max(block_c, 1024 if backward else 2048)
-    return elements // block_c, block_c, elements // 32 // (8 if backward else 16)
+    if block_c > 8192:
+        return Tiles(1, block_c, 32, 64) if dtype.itemsize > 2 else Tiles(1, block_c, 16, 128)
+    sums = backward and block_c <= ONE_PASS_COLUMNS
+    elements = max(block_c, 1024 if sums else 2048)
+    return Tiles(elements // block_c, block_c, elements // 32 // (8 if sums else 16), 96 if backward else 80)
+
+
+@triton.jit
+def _load_rows(
+    pointer, rows, stride_m, stride_c, M, C: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_M, C] of a matrix of any strides, zero outside. A row's offset passes 2**31 long before its number."""
+    cols = tl.arange(0, BLOCK_C)
+    places = rows.to(tl.int64)[:, None] * stride_m + cols.to(tl.int64)[None, :] * stride_c
+    return tl.load(pointer + places, (rows < M)[:, None] & (cols < C)[None, :], 0.0).to(ACC)
+
+
+@triton.jit
+def _store_rows(pointer, values, rows, M, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_M, C] into a matrix (M, C) in one piece."""
+    cols = tl.arange(0, BLOCK_C)
+    places = rows.to(tl.int64)[:, None] * C + cols[None, :]
+    tl.store(pointer + places, values.to(pointer.dtype.element_ty), (rows < M)[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
+def _load_row(pointer, C: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[1, C] of a vector, zero past C."""
+    cols = tl.arange(0, BLOCK_C)
+    return tl.load(pointer + cols, cols < C, 0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def _normed(s, stats_ptr, rows, M, ACC: tl.constexpr):
+    """(s - mean) rstd, and rstd [BLOCK_M]; rows past M give zeros."""
+    mean = tl.load(stats_ptr + rows, rows < M, 0.0)
+    correction = tl.load(stats_ptr + M + rows, rows < M, 0.0)
+    rstd = tl.load(stats_ptr + 2 * M + rows, rows < M, 0.0)
+    return ((s - mean[:, None]) - correction[:, None]) * rstd[:, None], rstd
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    x_bias_ptr,
-    seed_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr,
     y_ptr,  # (M, C)
     sum_ptr,  # (M, C), only with a residual
     stats_ptr,  # (3, M): m, c, rstd
     M,
-    stride_xm,
-    stride_xc,
-    stride_rm,
-    stride_rc,
-    eps,
-    threshold,
-    keep_scale,
-    C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_X_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    stride_xm, stride_xc, stride_rm, stride_rc,
+    eps, threshold, keep_scale,
+    C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_C)
-    in_rows = rows < M
-    in_cols = cols < C
-    mask = in_rows[:, None] & in_cols[None, :]
-    rows64 = rows.to(tl.int64)  # a row's offset passes 2**31 long before its number does
+    in_rows, in_cols = rows < M, tl.arange(0, BLOCK_C) < C
 
-    s = tl.load(x_ptr + rows64[:, None] * stride_xm + cols[None, :] * stride_xc, mask, 0.0).to(
-        ACC
-    )  # [BLOCK_M, BLOCK_C]
+    s = _load_rows(x_ptr, rows, stride_xm, stride_xc, M, C, ACC, BLOCK_C)  # [BLOCK_M, BLOCK_C]
     if HAS_X_BIAS:
-        s += tl.load(x_bias_ptr + cols, in_cols, 0.0).to(ACC)[None, :]
+        s += _load_row(x_bias_ptr, C, ACC, BLOCK_C)
     if DROPOUT:
         keep = keep_mask(tl.load(seed_ptr), rows, 0, 0, _SITE, threshold, BLOCK_M, BLOCK_C)
         s = tl.where(keep, s * keep_scale, 0.0)
     if HAS_RESIDUAL:
-        s += tl.load(residual_ptr + rows64[:, None] * stride_rm + cols[None, :] * stride_rc, mask, 0.0).to(ACC)
+        s += _load_rows(residual_ptr, rows, stride_rm, stride_rc, M, C, ACC, BLOCK_C)
         rounded = s.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + rows64[:, None] * C + cols[None, :], rounded, mask)
+        _store_rows(sum_ptr, rounded, rows, M, C, BLOCK_C)
         s = rounded.to(ACC)
 
     mean = tl.sum(s, axis=1) / C
@@ -100,86 +124,114 @@ def _layer_norm_fwd_kernel(
     tl.store(stats_ptr + M + rows, correction, in_rows)
     tl.store(stats_ptr + 2 * M + rows, rstd, in_rows)
 
-    y = centred * rstd[:, None] * tl.load(weight_ptr + cols, in_cols, 0.0).to(ACC)[None, :]
+    y = centred * rstd[:, None] * _load_row(weight_ptr, C, ACC, BLOCK_C)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + cols, in_cols, 0.0).to(ACC)[None, :]
-    tl.store(y_ptr + rows64[:, None] * C + cols[None, :], y.to(y_ptr.dtype.element_ty), mask)
+        y += _load_row(bias_ptr, C, ACC, BLOCK_C)
+    _store_rows(y_ptr, y, rows, M, C, BLOCK_C)
 
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr,
-    dsum_ptr,
-    sum_ptr,
-    weight_ptr,
+    dy_ptr, dsum_ptr, sum_ptr, weight_ptr,
     stats_ptr,  # (3, M)
     seed_ptr,
     ds_ptr,  # (M, C)
     dx_ptr,  # (M, C), only where it differs from ds
     partials_ptr,  # (2 or 3, programs, C): dweight, dbias, dx_bias
     M,
-    stride_gm,
-    stride_gc,
-    stride_dm,
-    stride_dc,
-    stride_sm,
-    stride_sc,
-    threshold,
-    keep_scale,
-    C: tl.constexpr,
-    HAS_DSUM: tl.constexpr,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_DX_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    stride_gm, stride_gc, stride_dm, stride_dc, stride_sm, stride_sc,
+    threshold, keep_scale,
+    C: tl.constexpr, HAS_DSUM: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DX_BIAS: tl.constexpr,
+    SUMS: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """SUMS: the sums over rows too; else _layer_norm_sums_kernel makes them, and dx."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_C)
-    in_cols = cols < C
-    dweight = tl.zeros([BLOCK_M, BLOCK_C], ACC)
-    dbias = tl.zeros([BLOCK_M, BLOCK_C], ACC)
-    dx_bias = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    if SUMS:
+        dweight = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+        dbias = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+        dx_bias = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
     for start in range(program * BLOCK_M, M, programs * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        in_rows = rows < M
-        mask = in_rows[:, None] & in_cols[None, :]
-        rows64 = rows.to(tl.int64)
-        dy = tl.load(dy_ptr + rows64[:, None] * stride_gm + cols[None, :] * stride_gc, mask, 0.0).to(ACC)
-        s = tl.load(sum_ptr + rows64[:, None] * stride_sm + cols[None, :] * stride_sc, mask, 0.0).to(ACC)
-        mean = tl.load(stats_ptr + rows, in_rows, 0.0)
-        correction = tl.load(stats_ptr + M + rows, in_rows, 0.0)
-        rstd = tl.load(stats_ptr + 2 * M + rows, in_rows, 0.0)
-
-        n = tl.where(mask, ((s - mean[:, None]) - correction[:, None]) * rstd[:, None], 0.0)
-        dweight += dy * n
-        dbias += dy
-        g = dy * tl.load(weight_ptr + cols, in_cols, 0.0).to(ACC)[None, :]
+        mask = (rows < M)[:, None] & (cols < C)[None, :]
+        dy = _load_rows(dy_ptr, rows, stride_gm, stride_gc, M, C, ACC, BLOCK_C)
+        n, rstd = _normed(
+            _load_rows(sum_ptr, rows, stride_sm, stride_sc, M, C, ACC, BLOCK_C), stats_ptr, rows, M, ACC
+        )  # fmt: skip
+        if SUMS:  # what n holds past C meets dy's zeros
+            dweight += dy * n
+            dbias += dy
+        g = dy * _load_row(weight_ptr, C, ACC, BLOCK_C)
         avg_g = tl.sum(g, axis=1) / C
         avg_gn = tl.sum(g * n, axis=1) / C
         ds = rstd[:, None] * ((g - avg_g[:, None]) - n * avg_gn[:, None])
         if HAS_DSUM:
-            ds += tl.load(dsum_ptr + rows64[:, None] * stride_dm + cols[None, :] * stride_dc, mask, 0.0).to(ACC)
-        tl.store(ds_ptr + rows64[:, None] * C + cols[None, :], ds.to(ds_ptr.dtype.element_ty), mask)
+            ds += _load_rows(dsum_ptr, rows, stride_dm, stride_dc, M, C, ACC, BLOCK_C)
+        _store_rows(ds_ptr, ds, rows, M, C, BLOCK_C)
 
         dx = ds
         if DROPOUT:
             keep = keep_mask(seed, rows, 0, 0, _SITE, threshold, BLOCK_M, BLOCK_C)
             dx = tl.where(keep, ds * keep_scale, 0.0)
         if NEEDS_DX:
-            tl.store(dx_ptr + rows64[:, None] * C + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask)
-        if NEEDS_DX_BIAS:
+            _store_rows(dx_ptr, dx, rows, M, C, BLOCK_C)
+        if SUMS and NEEDS_DX_BIAS:
             dx_bias += tl.where(mask, dx, 0.0)
 
+    if SUMS:
+        offsets = program * C + cols
+        tl.store(partials_ptr + offsets, tl.sum(dweight, axis=0), cols < C)
+        tl.store(partials_ptr + programs * C + offsets, tl.sum(dbias, axis=0), cols < C)
+        if NEEDS_DX_BIAS:
+            tl.store(partials_ptr + 2 * programs * C + offsets, tl.sum(dx_bias, axis=0), cols < C)
+
+
+@triton.jit
+def _layer_norm_sums_kernel(
+    dy_ptr, sum_ptr,
+    stats_ptr,  # (3, M)
+    seed_ptr,
+    ds_ptr,  # (M, C)
+    dx_ptr,  # (M, C), only where it differs from ds
+    partials_ptr,  # (2 or 3, programs, C): dweight, dbias, dx_bias
+    M, C,
+    stride_gm, stride_gc, stride_sm, stride_sc,
+    threshold, keep_scale,
+    NEEDS_DX: tl.constexpr, NEEDS_DX_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx and the sums over rows of a block of columns, where a whole row and all this do not fit the registers."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = tl.program_id(1) * BLOCK_C
+    cols = first + tl.arange(0, BLOCK_C)
+    dweight = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    dbias = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    dx_bias = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    for start in range(program * BLOCK_M, M, programs * BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        mask = (rows < M)[:, None] & (cols < C)[None, :]
+        rows64, cols64 = rows.to(tl.int64)[:, None], cols.to(tl.int64)[None, :]
+        dy = tl.load(dy_ptr + rows64 * stride_gm + cols64 * stride_gc, mask, 0.0).to(ACC)
+        s = tl.load(sum_ptr + rows64 * stride_sm + cols64 * stride_sc, mask, 0.0).to(ACC)
+        n, _ = _normed(s, stats_ptr, rows, M, ACC)
+        dweight += dy * n  # dy is zero outside
+        dbias += dy
+        if NEEDS_DX or NEEDS_DX_BIAS:
+            dx = tl.load(ds_ptr + rows64 * C + cols64, mask, 0.0).to(ACC)
+            if DROPOUT:
+                keep = keep_mask(tl.load(seed_ptr), rows, first, 0, _SITE, threshold, BLOCK_M, BLOCK_C)
+                dx = tl.where(keep, dx * keep_scale, 0.0)
+            if NEEDS_DX:
+                tl.store(dx_ptr + rows64 * C + cols64, dx.to(dx_ptr.dtype.element_ty), mask)
+            dx_bias += dx
     offsets = program * C + cols
-    tl.store(partials_ptr + offsets, tl.sum(dweight, axis=0), in_cols)
-    tl.store(partials_ptr + programs * C + offsets, tl.sum(dbias, axis=0), in_cols)
+    tl.store(partials_ptr + offsets, tl.sum(dweight, axis=0), cols < C)
+    tl.store(partials_ptr + programs * C + offsets, tl.sum(dbias, axis=0), cols < C)
     if NEEDS_DX_BIAS:
-        tl.store(partials_ptr + 2 * programs * C + offsets, tl.sum(dx_bias, axis=0), in_cols)
+        tl.store(partials_ptr + 2 * programs * C + offsets, tl.sum(dx_bias, axis=0), cols < C)
 
 
 def layer_norm_fwd(
@@ -199,9 +251,9 @@ def layer_norm_fwd(
     columns = x.shape[-1]
     x_rows = x.reshape(-1, columns)
     residual_rows = x_rows if residual is None else residual.reshape(-1, columns)
-    block_m, block_c, num_warps = _tiles(columns, backward=False)
+    tiles = _tiles(columns, x.dtype, backward=False)
     if x_rows.shape[0]:
-        _layer_norm_fwd_kernel[(triton.cdiv(x_rows.shape[0], block_m),)](
+        _layer_norm_fwd_kernel[(triton.cdiv(x_rows.shape[0], tiles.block_m),)](
             x_rows,
             residual_rows,
             weight.contiguous(),
@@ -215,17 +267,17 @@ def layer_norm_fwd(
             *x_rows.stride(),
             *residual_rows.stride(),
             eps,
-            *_dropout_numbers(dropout_p),
+            *dropout_numbers(dropout_p),
             C=columns,
             HAS_RESIDUAL=residual is not None,
             HAS_BIAS=bias is not None,
             HAS_X_BIAS=x_bias is not None,
             DROPOUT=dropout_p > 0,
-            ACC=_accumulator(x),
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            num_warps=num_warps,
-            maxnreg=_FORWARD_REGISTERS,
+            ACC=accumulator(x),
+            BLOCK_M=tiles.block_m,
+            BLOCK_C=tiles.block_c,
+            num_warps=tiles.num_warps,
+            maxnreg=tiles.registers,
         )
     return y, s, stats
 
@@ -235,7 +287,7 @@ def layer_norm_fwd_outputs(x, residual, weight, bias, x_bias, seed, eps, dropout
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     s = torch.empty((0,) if residual is None else x.shape, dtype=residual_dtype, device=x.device)
     rows = x.numel() // x.shape[-1]
-    return y, s, torch.empty((3, rows), dtype=_statistics_dtype(x), device=x.device)
+    return y, s, torch.empty((3, rows), dtype=statistics_dtype(x), device=x.device)
 
 
 def layer_norm_bwd(
@@ -258,9 +310,11 @@ def layer_norm_bwd(
         return ds, dx, sums.zero_()
     dy_rows, s_rows = dy.reshape(-1, columns), s.reshape(-1, columns)
     dsum_rows = dy_rows if dsum is None else dsum.reshape(-1, columns)
-    block_m, block_c, num_warps = _tiles(columns, backward=True)
-    programs = min(triton.cdiv(rows, block_m), _programs(s))
-    partials = torch.empty((sums.shape[0], programs, columns), dtype=stats.dtype, device=s.device)
+    tiles = _tiles(columns, s.dtype, backward=True)
+    programs = min(triton.cdiv(rows, tiles.block_m), _programs(s))
+    one_pass = columns <= ONE_PASS_COLUMNS
+    shape = (sums.shape[0], programs, columns)
+    partials = torch.empty(shape if one_pass else (0,), dtype=stats.dtype, device=s.device)
     _layer_norm_bwd_kernel[(programs,)](
         dy_rows,
         dsum_rows,
@@ -275,18 +329,21 @@ def layer_norm_bwd(
         *dy_rows.stride(),
         *dsum_rows.stride(),
         *s_rows.stride(),
-        *_dropout_numbers(dropout_p),
+        *dropout_numbers(dropout_p),
         C=columns,
         HAS_DSUM=dsum is not None,
-        NEEDS_DX=dx.numel() > 0,
-        NEEDS_DX_BIAS=needs_x_bias,
-        DROPOUT=dropout_p > 0,
-        ACC=_accumulator(s),
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        num_warps=num_warps,
-        maxnreg=_BACKWARD_REGISTERS,
+        NEEDS_DX=one_pass and dx.numel() > 0,
+        NEEDS_DX_BIAS=one_pass and needs_x_bias,
+        SUMS=one_pass,
+        DROPOUT=one_pass and dropout_p > 0,
+        ACC=accumulator(s),
+        BLOCK_M=tiles.block_m,
+        BLOCK_C=tiles.block_c,
+        num_warps=tiles.num_warps,
+        maxnreg=tiles.registers,
     )
+    if not one_pass:
+        partials = _wide_sums(dy_rows, s_rows, stats, seed, ds, dx, dropout_p, needs_x_bias)
     torch.sum(partials, dim=1, out=sums)
     return ds, dx, sums
 
@@ -299,22 +356,38 @@ def layer_norm_bwd_outputs(dy, dsum, s, weight, stats, seed, dropout_p, x_dtype,
     return ds, dx, torch.empty((3 if needs_x_bias else 2, s.shape[-1]), dtype=stats.dtype, device=s.device)
 
 
-def _dropout_numbers(dropout_p: float) -> tuple[int, float]:
-    """The threshold that a kept element's word reaches, and the factor it is scaled by."""
-    return int(dropout_p * 2**32), 0.0 if dropout_p == 1 else 1 / (1 - dropout_p)
-
-
-def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    """float64 keeps its own precision, so that gradcheck is sharp under the interpreter."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _accumulator(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+def _wide_sums(dy, s, stats, seed, ds, dx, dropout_p: float, needs_x_bias: bool) -> torch.Tensor:
+    """Of rows (M, C) too wide for sums beside them: writes dx if it is not empty, and returns the partial sums
+    (2 or 3, programs, C)."""
+    rows, columns = dy.shape
+    block_m, block_c, num_warps = 4, 512, 4
+    across = triton.cdiv(columns, block_c)
+    programs = min(triton.cdiv(rows, block_m), max(2, _programs(s) // across))
+    partials = torch.empty((3 if needs_x_bias else 2, programs, columns), dtype=stats.dtype, device=s.device)
+    _layer_norm_sums_kernel[(programs, across)](
+        dy,
+        s,
+        stats,
+        stats if seed is None else seed,
+        ds,
+        dx,
+        partials,
+        rows,
+        columns,
+        *dy.stride(),
+        *s.stride(),
+        *dropout_numbers(dropout_p),
+        NEEDS_DX=dx.numel() > 0,
+        NEEDS_DX_BIAS=needs_x_bias,
+        DROPOUT=dropout_p > 0,
+        ACC=accumulator(s),
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=num_warps,
+    )
+    return partials
 
 
 def _programs(x: torch.Tensor) -> int:
     """How many programs of the backward share the rows: enough to fill the card, with partials that stay small."""
-    if not x.is_cuda:
-        return 4  # the interpreter runs one after another; more than one so that walking rows is tested
-    return 4 * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 4 * (multiprocessors(x) or 1)  # in the interpreter 4, so that walking over rows is tested

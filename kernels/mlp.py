@@ -1,21 +1,21 @@
-"""The GELU MLP: matmuls by cuBLAS, and everything between them in one elementwise pass each way.
+"""The GELU MLP: matmuls, and everything between them in one pass or in none.
 
     pre = x w_inᵀ + b_in        act = gelu(pre)        y = act w_outᵀ + b_out
 
-    gelu(z) = z sigmoid(2u),  u = √(2/π) (z + 0.044715 z³)      "tanh"
-    gelu(z) = z (1 + erf(z / √2)) / 2                           "none", the exact one
-
-1 + tanh(u) is 2 sigmoid(2u), but the sigmoid keeps its digits in the tail and does not overflow. The forward's pass
-adds b_in, writes pre in place and act beside it: 3 M F elements. The backward's pass turns dact into
-dpre = dact gelu'(pre) in place and sums its columns for b_in's gradient: 3 M F elements, 4 if act is made again
-(`recompute`). The derivative is taken at pre as it was rounded. Column sums are float32 partials, one row a program,
-added up by torch: the same bits every time. A matmul with the GELU in its epilogue is not here before it was measured.
-(Hendrycks, Gimpel, "Gaussian Error Linear Units", 2016.)
+By default the matmuls are cuBLAS's. The forward's pass then adds b_in, writes pre in place and act beside it: 3 M F
+elements. The backward's pass turns dact into dpre = dact gelu'(pre) in place and sums its columns for b_in's
+gradient: 3 M F elements, 4 if act is made again (`recompute`). Where it was measured to win, kernels/linear_gelu.py
+does this work in the matmul's epilogue instead. The derivative is taken at pre as it was rounded. Column sums are
+float32 partials, added up by torch: the same bits every time.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from . import linear_gelu
+from .gelu import gelu, gelu_derivative
+from .launch import accumulator, multiprocessors, statistics_dtype
 
 _BLOCK_F = 128
 _NUM_WARPS = 4
@@ -27,27 +27,6 @@ def _tiles(rows: int, hidden: int, multiprocessors: int | None) -> tuple[int, in
         return 8, 2
     columns = triton.cdiv(hidden, _BLOCK_F)
     return 16, min(triton.cdiv(rows, 16), max(1, 8 * multiprocessors // columns))
-
-
-@triton.jit
-def _sigmoid_2u(z):
-    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))  # 2 √(2/π)
-
-
-@triton.jit
-def _gelu(z, TANH: tl.constexpr):
-    if TANH:
-        return z * _sigmoid_2u(z)
-    return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-
-
-@triton.jit
-def _gelu_derivative(z, TANH: tl.constexpr):
-    z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))  # 1 and 0 from there on; z² could overflow
-    if TANH:
-        s = _sigmoid_2u(z)
-        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327  # 1 / √(2π)
 
 
 @triton.jit
@@ -72,7 +51,7 @@ def _bias_gelu_fwd_kernel(
         rounded = (z + tl.load(bias_ptr + cols, cols < F, 0.0).to(ACC)[None, :]).to(pre_ptr.dtype.element_ty)
         tl.store(pre_ptr + places, rounded, mask)
         z = rounded.to(ACC)
-    tl.store(act_ptr + places, _gelu(z, TANH).to(act_ptr.dtype.element_ty), mask)
+    tl.store(act_ptr + places, gelu(z, TANH).to(act_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -96,11 +75,11 @@ def _bias_gelu_bwd_kernel(
         mask = (rows[:, None] < M) & (cols[None, :] < F)
         places = rows.to(tl.int64)[:, None] * F + cols[None, :]
         z = tl.load(pre_ptr + places, mask, 0.0).to(ACC)
-        dz = tl.load(dact_ptr + places, mask, 0.0).to(ACC) * _gelu_derivative(z, TANH)
+        dz = tl.load(dact_ptr + places, mask, 0.0).to(ACC) * gelu_derivative(z, TANH)
         sums += dz
         tl.store(dact_ptr + places, dz.to(dact_ptr.dtype.element_ty), mask)
         if RECOMPUTE:
-            tl.store(act_ptr + places, _gelu(z, TANH).to(act_ptr.dtype.element_ty), mask)
+            tl.store(act_ptr + places, gelu(z, TANH).to(act_ptr.dtype.element_ty), mask)
     tl.store(partials_ptr + tl.program_id(0) * F + cols, tl.sum(sums, axis=0), cols < F)
 
 
@@ -115,24 +94,13 @@ def gelu_mlp_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x (M, C), w_in (F, C), w_out (C, F) -> y (M, C), pre (M, F) and act (M, F), which is empty with recompute."""
     y, pre, act = gelu_mlp_fwd_outputs(x, w_in, b_in, w_out, b_out, tanh, recompute)
-    rows, hidden = pre.shape
-    torch.mm(x, w_in.t(), out=pre)
     full_act = torch.empty_like(pre) if recompute else act
-    if pre.numel():
-        block_m, _ = _tiles(rows, hidden, _multiprocessors(x))
-        _bias_gelu_fwd_kernel[(triton.cdiv(rows, block_m), triton.cdiv(hidden, _BLOCK_F))](
-            pre,
-            pre if b_in is None else b_in.contiguous(),
-            full_act,
-            rows,
-            hidden,
-            HAS_BIAS=b_in is not None,
-            TANH=tanh,
-            ACC=_accumulator(x),
-            BLOCK_M=block_m,
-            BLOCK_F=_BLOCK_F,
-            num_warps=_NUM_WARPS,
-        )
+    tiles = linear_gelu.measured_tiles("fwd", x, w_in.shape[0])
+    if pre.numel() and x.shape[1] and tiles is not None:
+        linear_gelu.linear_gelu_fwd(x, w_in, b_in, tanh, pre, full_act, tiles)
+    else:
+        torch.mm(x, w_in.t(), out=pre)
+        _bias_gelu(pre, b_in, tanh, full_act)
     if b_out is None:
         torch.mm(full_act, w_out.t(), out=y)
     else:
@@ -166,28 +134,14 @@ def gelu_mlp_bwd(
         torch.sum(dy, dim=0, out=db_out)
     recompute = act.numel() == 0 and needs_w_out
     if needs_x or needs_w_in or needs_b_in or recompute:
-        rows, hidden = pre.shape
-        dpre = torch.mm(dy, w_out)
         act = torch.empty_like(pre) if recompute else act
-        block_m, programs = _tiles(rows, hidden, _multiprocessors(x))
-        partials = torch.empty((programs, hidden), dtype=_statistics_dtype(x), device=x.device)
-        if pre.numel():
-            _bias_gelu_bwd_kernel[(programs, triton.cdiv(hidden, _BLOCK_F))](
-                dpre,
-                pre,
-                act,
-                partials,
-                rows,
-                hidden,
-                RECOMPUTE=recompute,
-                TANH=tanh,
-                ACC=_accumulator(x),
-                BLOCK_M=block_m,
-                BLOCK_F=_BLOCK_F,
-                num_warps=_NUM_WARPS,
-            )
+        tiles = linear_gelu.measured_tiles("bwd", dy, pre.shape[1])
+        if pre.numel() and dy.shape[1] and tiles is not None:
+            dpre = torch.empty_like(pre)
+            partials = linear_gelu.linear_gelu_bwd(dy, w_out, pre, tanh, dpre, act, recompute, tiles)
         else:
-            partials.zero_()
+            dpre = torch.mm(dy, w_out)
+            partials = _gelu_backward(dpre, pre, tanh, act, recompute)
         if needs_b_in:
             db_in.copy_(partials.sum(0))
         if needs_x:
@@ -208,13 +162,47 @@ def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
     ]
 
 
-def _accumulator(x: torch.Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+def _bias_gelu(pre, b_in, tanh, act) -> None:
+    """Adds b_in to pre (M, F) and writes act (M, F)."""
+    rows, hidden = pre.shape
+    if pre.numel() == 0:
+        return
+    block_m, _ = _tiles(rows, hidden, multiprocessors(pre))
+    _bias_gelu_fwd_kernel[(triton.cdiv(rows, block_m), triton.cdiv(hidden, _BLOCK_F))](
+        pre,
+        pre if b_in is None else b_in.contiguous(),
+        act,
+        rows,
+        hidden,
+        HAS_BIAS=b_in is not None,
+        TANH=tanh,
+        ACC=accumulator(pre),
+        BLOCK_M=block_m,
+        BLOCK_F=_BLOCK_F,
+        num_warps=_NUM_WARPS,
+    )
 
 
-def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _multiprocessors(x: torch.Tensor) -> int | None:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else None
+def _gelu_backward(dact, pre, tanh, act, recompute) -> torch.Tensor:
+    """Turns dact (M, F) into dpre and writes act (M, F) if recompute. Returns partial sums (programs, F) of dpre's
+    columns."""
+    rows, hidden = pre.shape
+    block_m, programs = _tiles(rows, hidden, multiprocessors(pre))
+    partials = torch.empty((programs, hidden), dtype=statistics_dtype(pre), device=pre.device)
+    if pre.numel() == 0:
+        return partials.zero_()
+    _bias_gelu_bwd_kernel[(programs, triton.cdiv(hidden, _BLOCK_F))](
+        dact,
+        pre,
+        act,
+        partials,
+        rows,
+        hidden,
+        RECOMPUTE=recompute,
+        TANH=tanh,
+        ACC=accumulator(pre),
+        BLOCK_M=block_m,
+        BLOCK_F=_BLOCK_F,
+        num_warps=_NUM_WARPS,
+    )
+    return partials

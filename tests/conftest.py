@@ -1,11 +1,16 @@
 """The roads a test can take. `pytest` alone takes all that the machine has.
 
 A test that asks for `device` runs Triton kernels. It is made twice: marked `interpreter`, on CPU tensors, which runs
-only under TRITON_INTERPRET=1, in the process that test_roads.py spawns; and marked `gpu`, which runs where there is a
+only under TRITON_INTERPRET=1, in a process that test_roads.py waits for; and marked `gpu`, which runs where there is a
 GPU. Everything else runs in the main process alone. What a process can't run is deselected there, never skipped.
 """
 
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -65,3 +70,42 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = [item for item in items if runs_here(item)]
+    items.sort(key=_waits_for_the_interpreter)  # last, when it has nothing else to do
+
+
+class Road(NamedTuple):
+    process: subprocess.Popen
+    report: Path
+
+
+_ROAD = pytest.StashKey[Road]()
+
+
+def _waits_for_the_interpreter(item):
+    return "interpreter_road" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_finish(session):
+    """Start the interpreter's process where a test will wait for it."""
+    if not any(map(_waits_for_the_interpreter, session.items)) or session.config.option.collectonly:
+        return
+    handle, name = tempfile.mkstemp(prefix="interpreter-", suffix=".txt")
+    with open(handle, "wb") as report:
+        command = [sys.executable, "-m", "pytest", "tests", "-m", "interpreter", "-q", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        root = Path(__file__).parent.parent
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=report, stderr=subprocess.STDOUT)
+    session.config.stash[_ROAD] = Road(process, Path(name))
+
+
+def pytest_sessionfinish(session):
+    road = session.config.stash.get(_ROAD, None)
+    if road is not None:
+        road.process.kill()  # nothing if it has ended
+        road.process.wait()
+        road.report.unlink()
+
+
+@pytest.fixture
+def interpreter_road(pytestconfig):
+    return pytestconfig.stash[_ROAD]

@@ -1,4 +1,4 @@
-"""Seeded bugs, to prove that the tests of the kernels can fail: `python -m tests.mutate [NAME …]`.
+"""Seeded bugs, to prove that the tests of the kernels, of the swap and of the weights can fail: `python -m tests.mutate [NAME …]`.
 
 Each mutant changes one place of a copy of the tree and names the test that must kill it. It is killed only by an
 assertion of that test or a finding of the sanitizer: a crash, an import error or another test's failure is no kill, and
@@ -25,9 +25,12 @@ class Mutant(NamedTuple):
     old: str
     new: str
     test: str  # below tests/, as pytest selects it; every parameter of it may kill
+    interpreted: bool = True  # whether that test runs Triton kernels in their interpreter, or is an ordinary one
 
 
 NORM, HEAD, LOSS, MLP = "kernels/layernorm.py", "kernels/attention.py", "kernels/cross_entropy.py", "kernels/mlp.py"
+GELU, FUSED, EMBEDDING = "kernels/gelu.py", "kernels/linear_gelu.py", "kernels/embedding.py"
+BACK, DECODE = "kernels/attention_backward.py", "kernels/decode.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
 NORM_STRIDES, HEAD_STRIDES = (
     "test_layernorm.py::test_strides_change_no_bit",
@@ -41,7 +44,22 @@ LARGE_MEAN, ENTROPY = (
     "test_layernorm.py::test_a_large_mean_costs_no_digits",
     "test_cross_entropy.py::test_loss_and_gradients",
 )
+ATTENTION_DROPS, KEY_MASK, DOCUMENTS = (
+    "test_attention_masks.py::test_dropout_drops_what_the_fallback_drops",
+    "test_attention_masks.py::test_key_mask",
+    "test_attention_masks.py::test_documents",
+)
+SKIPS, OTHERS = (
+    "test_attention_masks.py::test_foreign_tiles_are_not_walked_over",
+    "test_attention_masks.py::test_another_document_changes_no_bit",
+)
+GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::test_lengths"
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
+WIDE = "test_layernorm.py::test_wide_rows"
+FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
+PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
+GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
+CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
 
 MUTANTS = [
     # LayerNorm
@@ -57,16 +75,20 @@ MUTANTS = [
     Mutant("avg(g n) dropped", NORM, "- n * avg_gn[:, None]", "", WIDTHS),
     Mutant("avg(g) dropped", NORM, "(g - avg_g[:, None])", "g", WIDTHS),
     Mutant("rstd dropped from ds", NORM, "ds = rstd[:, None] * (", "ds = (", WIDTHS),
-    Mutant("weight dropped from g", NORM, "g = dy * tl.load(weight_ptr + cols, in_cols, 0.0).to(ACC)[None, :]", "g = dy", WIDTHS),
+    Mutant("weight dropped from g", NORM, "g = dy * _load_row(weight_ptr, C, ACC, BLOCK_C)", "g = dy", WIDTHS),
     Mutant("dsum not added", NORM, "if HAS_DSUM:", "if False:", WIDTHS),
-    Mutant("residual not added", NORM, "s += tl.load(residual_ptr", "s += 0 * tl.load(residual_ptr", WIDTHS),
-    Mutant("x_bias not added", NORM, "s += tl.load(x_bias_ptr", "s += 0 * tl.load(x_bias_ptr", WIDTHS),
+    Mutant("wide: dropout's columns counted anew in each block", NORM, "tl.load(seed_ptr), rows, first, 0, _SITE", "tl.load(seed_ptr), rows, 0, 0, _SITE", WIDE),
+    Mutant("wide: only the first program's rows", NORM, "for start in range(program * BLOCK_M, M, programs * BLOCK_M):\n        rows = start + tl.arange(0, BLOCK_M)\n        mask = (rows < M)[:, None] & (cols < C)[None, :]\n        rows64", "for start in range(program * BLOCK_M, program * BLOCK_M + 1, BLOCK_M):\n        rows = start + tl.arange(0, BLOCK_M)\n        mask = (rows < M)[:, None] & (cols < C)[None, :]\n        rows64", WIDE),
+    Mutant("wide: dx_bias of ds", NORM, "            dx_bias += dx\n", "            dx_bias += tl.load(ds_ptr + rows64 * C + cols64, mask, 0.0).to(ACC)\n", WIDE),
+    Mutant("wide: dx not written", NORM, "        NEEDS_DX=dx.numel() > 0,", "        NEEDS_DX=False,", WIDE),
+    Mutant("residual not added", NORM, "s += _load_rows(residual_ptr", "s += 0 * _load_rows(residual_ptr", WIDTHS),
+    Mutant("x_bias not added", NORM, "s += _load_row(x_bias_ptr", "s += 0 * _load_row(x_bias_ptr", WIDTHS),
     Mutant("s normalised before it is rounded", NORM, "s = rounded.to(ACC)", "s = s", WIDTHS),
     Mutant("last rows skipped", NORM, "range(program * BLOCK_M, M,", "range(program * BLOCK_M, M - BLOCK_M,", "test_layernorm.py::test_row_counts"),
     Mutant("rows walked twice as fast", NORM, "programs * BLOCK_M):", "2 * programs * BLOCK_M):", "test_layernorm.py::test_row_counts"),
-    Mutant("dy read as if contiguous", NORM, "rows64[:, None] * stride_gm", "rows64[:, None] * C", NORM_STRIDES),
-    Mutant("dsum read with dy's strides", NORM, "rows64[:, None] * stride_dm", "rows64[:, None] * stride_gm", "test_layernorm.py::test_a_gradient_for_one_output_alone"),
-    Mutant("y stored past the row", NORM, "y.to(y_ptr.dtype.element_ty), mask)", "y.to(y_ptr.dtype.element_ty), in_rows[:, None])", WIDTHS),
+    Mutant("dy read as if contiguous", NORM, "_load_rows(dy_ptr, rows, stride_gm,", "_load_rows(dy_ptr, rows, C,", NORM_STRIDES),
+    Mutant("dsum read with dy's strides", NORM, "_load_rows(dsum_ptr, rows, stride_dm,", "_load_rows(dsum_ptr, rows, stride_gm,", "test_layernorm.py::test_a_gradient_for_one_output_alone"),
+    Mutant("y stored past the row", NORM, "values.to(pointer.dtype.element_ty), (rows < M)[:, None] & (cols < C)[None, :])", "values.to(pointer.dtype.element_ty), (rows < M)[:, None] & (cols >= 0)[None, :])", WIDTHS),
     Mutant("partials shared", NORM, "offsets = program * C + cols", "offsets = cols", "test_layernorm.py::test_row_counts"),
     Mutant("dx not dropped", NORM, "dx = tl.where(keep, ds * keep_scale, 0.0)", "dx = ds * keep_scale", DROPS),
     Mutant("kept not scaled", NORM, "s = tl.where(keep, s * keep_scale, 0.0)", "s = tl.where(keep, s, 0.0)", DROPS),
@@ -74,28 +96,61 @@ MUTANTS = [
     Mutant("seed ignored", "kernels/philox.py", "tl.philox(seed,", "tl.philox(0,", DROPS),
     Mutant("threshold itself dropped", "kernels/philox.py", "tl.int64) >= threshold", "tl.int64) > threshold", "test_layernorm.py::test_a_word_at_the_threshold_is_kept"),
     # attention
-    Mutant("no scale", HEAD, "        scale * math.log2(math.e),\n        **_constants(q, tiles),", "        math.log2(math.e),\n        **_constants(q, tiles),", LENGTHS),
-    Mutant("a query does not see itself", HEAD, "cols[None, :] <= rows", "cols[None, :] < rows", LENGTHS),
-    Mutant("a query sees the next key", HEAD, "<= rows[:, None] + (keys - queries)", "<= rows[:, None] + (keys - queries) + 1", LENGTHS),
-    Mutant("causal aligned at the start", HEAD, "<= rows[:, None] + (keys - queries)", "<= rows[:, None]", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
+    Mutant("no scale", HEAD, "qk_scale=scale * math.log2(math.e)", "qk_scale=math.log2(math.e)", LENGTHS),
+    Mutant("a query does not see itself", HEAD, "seen = k <= q", "seen = k < q", LENGTHS),
+    Mutant("a query sees the next key", HEAD, "(first_query + (keys - queries) - first_key)", "(first_query + (keys - queries) - first_key + 1)", LENGTHS),
+    Mutant("causal aligned at the start", HEAD, "(first_query + (keys - queries) - first_key)", "(first_query - first_key)", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
     Mutant("one tile too many unmasked", HEAD, "// BLOCK_N * BLOCK_N  # keys in whole tiles", "// BLOCK_N * BLOCK_N + BLOCK_N  # keys in whole tiles", RATIOS),
     Mutant("sum not rescaled", HEAD, "acc * rescale[:, None]", "acc", LENGTHS),
     Mutant("row sum not rescaled", HEAD, "l * rescale + ", "l + ", LENGTHS),
     Mutant("no running maximum", HEAD, "m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)", "m_new = tl.zeros_like(m)", "test_attention.py::test_small_and_large_scores"),
     Mutant("lse in base e", HEAD, "m + tl.log2(l)", "m + tl.log(l)", LENGTHS),
     Mutant("lse without the maximum", HEAD, "m + tl.log2(l)", "tl.log2(l)", LENGTHS),
-    Mutant("Δ missing in dk", HEAD, "dst = pt * (dpt - delta[None, :])", "dst = pt * dpt", LENGTHS),
-    Mutant("Δ missing in dq", HEAD, "ds = p * (dp - delta[:, None])", "ds = p * dp", LENGTHS),
-    Mutant("Δ added", HEAD, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
-    Mutant("dk not scaled", HEAD, "(dk * scale)", "dk", LENGTHS),
-    Mutant("dq not scaled", HEAD, "(dq * scale)", "dq", LENGTHS),
-    Mutant("diagonal skipped in dkdv", HEAD, "range(begin, below, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
-    Mutant("below the diagonal skipped in dkdv", HEAD, "range(below, queries, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
-    Mutant("dv overwritten", HEAD, "do, dv, input_precision", "do, input_precision", RATIOS),
-    Mutant("do read with q's strides in dq", HEAD, "do = _load(do_ptr, first, stride_gt, stride_gd,", "do = _load(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
-    Mutant("batch and head swapped", HEAD, "(head // heads).to(tl.int64) * stride_b + (head % heads)", "(head % heads).to(tl.int64) * stride_b + (head // heads)", "test_attention.py::test_heads_and_batches"),
-    Mutant("TF32 where IEEE was promised", HEAD, '"tf32" if tf32 else "ieee"', '"tf32"', LENGTHS),
+    Mutant("Δ missing in dk", BACK, "dst = pt * (dpt - delta[None, :])", "dst = pt * dpt", LENGTHS),
+    Mutant("Δ missing in dq", BACK, "ds = p * (dp - delta[:, None])", "ds = p * dp", LENGTHS),
+    Mutant("Δ added", BACK, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
+    Mutant("dk not scaled", BACK, "dk * scale", "dk", LENGTHS),
+    Mutant("dq not scaled", BACK, "dq * scale", "dq", LENGTHS),
+    Mutant("diagonal skipped in dkdv", BACK, "range(begin, below, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("below the diagonal skipped in dkdv", BACK, "range(below, end, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("dv overwritten", BACK, "do, dv, input_precision", "do, input_precision", RATIOS),
+    Mutant("do read with q's strides in dq", BACK, "do = load_rows(do_ptr, first, stride_gt, stride_gd,", "do = load_rows(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
+    Mutant("batch and head swapped", HEAD, "batch, head, first = plane // heads, plane % heads, tile", "batch, head, first = plane % heads, plane // heads, tile", "test_attention.py::test_heads_and_batches"),
+    Mutant("TF32 where IEEE was promised", "kernels/launch.py", 'return "tf32" if torch', 'return "tf32" if True or torch', LENGTHS),
     Mutant("probabilities in float16", HEAD, "tl.dot(p.to(v.dtype), v,", "tl.dot(p.to(tl.float16).to(v.dtype), v,", LENGTHS),
+    # attention's dropout, masks, documents and grouped heads
+    Mutant("another mask in the backward", BACK, "tl.trans(keep_mask(seed, rows, first, plane", "tl.trans(keep_mask(seed, rows, first, plane + 1", ATTENTION_DROPS),
+    Mutant("dP not dropped in dq", BACK, "dp = tl.where(keep, dp * keep_scale, 0.0)", "dp = dp * keep_scale", ATTENTION_DROPS),
+    Mutant("dP not scaled in dkdv", BACK, "dpt = tl.where(keep, dpt * keep_scale, 0.0)", "dpt = tl.where(keep, dpt, 0.0)", ATTENTION_DROPS),
+    Mutant("dv not dropped", BACK, "kept = tl.where(keep, pt * keep_scale, 0.0)", "kept = pt * keep_scale", ATTENTION_DROPS),
+    Mutant("dropout before the row sum", HEAD, "    l = l * rescale + tl.sum(p, axis=1)\n    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n", "    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n    l = l * rescale + tl.sum(p, axis=1)\n", ATTENTION_DROPS),
+    Mutant("kept probabilities not scaled", HEAD, "o *= keep_scale", "o *= 1.0", ATTENTION_DROPS),
+    Mutant("one mask for all heads", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, start, 0, ATTENTION_SITE", "test_attention_masks.py::test_the_same_seed_keeps_the_same_on_both_roads"),
+    Mutant("LayerNorm's site", HEAD, "ATTENTION_SITE = tl.constexpr(0)", "ATTENTION_SITE = tl.constexpr(1)", ATTENTION_DROPS),
+    Mutant("columns counted from the tile", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, 0, plane, ATTENTION_SITE", ATTENTION_DROPS),
+    Mutant("hidden keys seen", HEAD, "    if mask_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", KEY_MASK),
+    Mutant("hidden keys read", HEAD, "there = there & tl.load(mask_ptr + cols, there, False).to(tl.int1)", "there = there", "test_attention_masks.py::test_what_a_key_mask_hides_changes_no_bit"),
+    Mutant("rows that see nothing divided by zero", HEAD, "o = tl.where(l[:, None] == 0.0, 0.0, o)", "o = o", KEY_MASK),
+    Mutant("no guard before the first key", HEAD, 'base = tl.where(m_new == float("-inf"), 0.0, m_new)', "base = m_new", KEY_MASK),
+    Mutant("first row's key mask for all", HEAD, "mask_ptr += batch.to(tl.int64) * keys", "mask_ptr += 0", KEY_MASK),
+    Mutant("other documents seen", HEAD, "    if ids_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", DOCUMENTS),
+    Mutant("documents compared by the tile's lowest", HEAD, "(lowest <= ids) & (ids <= highest)", "(ids == lowest)", DOCUMENTS),
+    Mutant("span one tile short", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop - BLOCK_N)", DOCUMENTS),
+    Mutant("foreign tiles walked over", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below = 0", SKIPS),
+    Mutant("foreign tiles walked over in dkdv", BACK, "_, end = span_of(spans_ptr, batch, tile, tiles)", "end = queries", SKIPS),
+    Mutant("NaN of another document", HEAD, "there = there & (poison == 0.0)", "there = there", OTHERS),
+    Mutant("NaN of the own document hidden", HEAD, "s += poison[None, :]", "s += 0.0", "test_attention_masks.py::test_nan_in_the_own_document_is_heard"),
+    Mutant("query heads dealt round", HEAD, "k_ptr = head_of(k_ptr, batch, head // group,", "k_ptr = head_of(k_ptr, batch, head % (heads // group),", GROUPS),
+    Mutant("dk of the first head of a group", BACK, "range(group)", "range(1)", GROUPS),
+    # decode
+    Mutant("one empty slot read", DECODE, "tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)\n    begin", "tl.minimum(tl.load(lengths_ptr + batch) + 1, slots).to(tl.int32)\n    begin", CACHE),
+    Mutant("all new tokens see the last", DECODE, "last = length - steps + step", "last = length - 1 + 0 * step", "test_decode.py::test_groups_and_steps"),
+    Mutant("splits merged without their maximum", DECODE, "weights, rescale = tl.exp2(lse - base), tl.exp2(m - base)", "weights, rescale = tl.exp2(lse * 0.0), tl.exp2(m - m)", CACHE),
+    Mutant("last split left out", DECODE, "range(0, tl.cdiv(length, SPLIT), BLOCK_S)", "range(0, length // SPLIT, BLOCK_S)", CACHE),
+    Mutant("splits of a row in one slot", DECODE, "* SPLITS + split\n", "* SPLITS\n", CACHE),
+    Mutant("a length past the cache believed", DECODE, "tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)\n    begin", "tl.minimum(tl.load(lengths_ptr + batch), slots + 16).to(tl.int32)\n    begin", "test_decode.py::test_a_length_past_the_cache_reads_nothing_past_it"),
+    Mutant("empty slots seen as zeros", DECODE, "cols[None, :] <= last[:, None]", "cols[None, :] <= last[:, None] + steps", CACHE),
+    Mutant("splits by the batch", DECODE, "max(128, triton.next_power_of_2(triton.cdiv(slots, 64)))", "max(128, triton.next_power_of_2(triton.cdiv(slots, rows)))", "test_decode.py::test_the_split_depends_on_the_cache_alone"),
     # cross entropy
     Mutant("one-hot missing", LOSS, "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
     Mutant("no maximum taken off", LOSS, "new_top = tl.maximum(top, tl.max(z, axis=0))", "new_top = tl.zeros_like(top)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),
@@ -105,25 +160,74 @@ MUTANTS = [
     Mutant("z-loss halved in the gradient", LOSS, "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "test_cross_entropy.py::test_smoothing_and_z_loss"),
     Mutant("smoothing over the block", LOSS, "grad * smoothing / V", "grad * smoothing / BLOCK_V", "test_cross_entropy.py::test_smoothing_and_z_loss"),
     Mutant("target read out of range", LOSS, "tl.load(logits_ptr + target, valid, 0.0)", "tl.load(logits_ptr + target)", "test_cross_entropy.py::test_ignored_rows_and_targets_out_of_range"),
-    Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "dweight.addmm_(", "dweight.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
+    Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
     Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # MLP
     Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
-    Mutant("0.044751", MLP, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
-    Mutant("no factor 3 in the derivative", MLP, "0.134145", "0.044715", MLP_WIDTHS),
+    Mutant("0.044751", GELU, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
+    Mutant("no factor 3 in the derivative", GELU, "0.134145", "0.044715", MLP_WIDTHS),
     Mutant("b_in dropped", MLP, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", MLP_WIDTHS),
     Mutant("db_in zero", MLP, "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
-    Mutant("derivative overflows", MLP, "z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))", "z = z", POINTS),
+    Mutant("derivative overflows", GELU, "z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
     Mutant("activation not made again", MLP, "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
+    Mutant("fused: b_in dropped", FUSED, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", FUSED_WIDTHS),
+    Mutant("fused: channels past the last whole step", FUSED, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)", FUSED_WIDTHS),
+    Mutant("fused: gelu of what was not rounded", FUSED, "gelu(rounded.to(z.dtype), TANH)", "gelu(z, TANH)", "test_linear_gelu.py::test_recompute_changes_no_bit"),
+    Mutant("fused: halves swapped", FUSED, "    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))", "    a, b = tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))\n    return b, a", FUSED_WIDTHS),
+    Mutant("fused: the last band's height", FUSED, "height = tl.minimum(down - 8 * band, 8)", "height = 8", "test_linear_gelu.py::test_row_counts"),
+    Mutant("fused: one row of partials for all", FUSED, "(first_row // BLOCK_M).to(tl.int64) * F", "(first_row // BLOCK_M * 0).to(tl.int64) * F", "test_linear_gelu.py::test_row_counts"),
+    Mutant("fused: TF32 where IEEE was promised", FUSED, '"PRECISION": matmul_precision()', '"PRECISION": "tf32"', "test_linear_gelu.py::test_float32_stays_float32"),
+    # Embedding
+    Mutant("positions not added", EMBEDDING, "x += tl.load(position_ptr", "x += 0 * tl.load(position_ptr", "test_embedding.py::test_widths"),
+    Mutant("positions taken from the row", EMBEDDING, "places = time\n", "places = rows.to(tl.int64)\n", "test_embedding.py::test_widths"),
+    Mutant("an id out of range read as 0", EMBEDDING, 'x = tl.where(known[:, None], x, float("nan"))', "x = x", "test_embedding.py::test_an_id_out_of_range_is_nan_and_reads_nothing"),
+    Mutant("an id past the vocabulary", EMBEDDING, "(ids < vocab)", "(ids <= vocab)", "test_embedding.py::test_an_id_out_of_range_is_nan_and_reads_nothing"),
+    Mutant("runs not joined", EMBEDDING, "for part in range(chunk + 1, last + 1):", "for part in range(chunk + 1, last):", RUNS),
+    Mutant("a run counted twice", EMBEDDING, "            total = tl.zeros([BLOCK_C], ACC)\n            begins_here", "            begins_here", RUNS),
+    Mutant("a head taken for a whole run", EMBEDDING, "begins_here = (start == 0) | (tl.load(keys_ptr + start - 1, start > 0, 0).to(tl.int64) != key)\n    total", "begins_here = start >= 0\n    total", RUNS),
+    Mutant("dropout of another row", EMBEDDING, "rows = tl.zeros([1], tl.int32) + row.to(tl.int32)", "rows = tl.zeros([1], tl.int32) + i", "test_embedding.py::test_dropout_drops_what_the_fallback_drops"),
+    Mutant("dropout's columns counted anew in each block", EMBEDDING, "tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_C, 0", "tl.load(seed_ptr), rows, 0, 0", "test_embedding.py::test_dropout_beyond_the_first_block_of_columns"),
+    Mutant("gradient rows assumed in one piece", EMBEDDING, "batch * stride_gb + time * stride_gt + cols64 * stride_gc, in_cols", "row * C + cols64, in_cols", "test_embedding.py::test_strides_change_no_bit"),
+    # the swap
+    Mutant("hooks not looked for", PARTS, 'state["_forward_hooks"] or state', "state", PART, False),
+    Mutant("hooks before not looked for", PARTS, 'or state["_forward_pre_hooks"] or', "or", CHILD, False),
+    Mutant("parametrizations bypassed", PARTS, 'if "parametrizations" in', 'if "nothing" in', "test_swap.py::test_what_must_be_called", False),
+    Mutant("a stranger's subclass bypassed", PARTS, "type(module).forward is nn.Linear.forward or", "isinstance(module, nn.Linear) or", CHILD, False),
+    Mutant("a forward of its own bypassed", PARTS, 'if "forward" in state and not is_ours(state["forward"]):', "if False:", CHILD, False),
+    Mutant("a replaced activation bypassed", PARTS, "if act is not swap.act or occupied", "if occupied", "test_swap.py::test_a_replaced_activation_is_called", False),
+    Mutant("the dropout module's own mode", PARTS, "float(module.p) if module.training else 0.0", "float(module.p)", "test_swap.py::test_nanogpts_dropout_stays_where_it_is", False),
+    Mutant("no trial", SWAP, "if swap.width == 0:", "if True:", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial in training mode", SWAP, "for training in (False, True):", "for training in (False,):", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("a lenient trial", SWAP, "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("restore leaves the swap", SWAP, 'module.__dict__.pop("fastgpt_swap", None)', "pass", "test_swap.py::test_restore_undoes_all_of_it", False),
+    Mutant("scale not read", GPT2, 'scale=getattr(attn, "scaling", None)', "scale=None", "test_families_huggingface.py::test_scale_flags", False),
+    Mutant("padding not handed on", GPT2, "return padding is not None and padding.shape == (mask.shape[0], keys), padding", "return padding is not None, None", "test_families_huggingface.py::test_padding", False),
+    Mutant("any mask taken for padding", GPT2, "if queries == 1:", "if queries >= 1:", "test_families_huggingface.py::test_packed_documents_and_masks_of_four_axes", False),
+    Mutant("checkpointing lost", GPT2, "is not None or checkpointed:", "is not None:", "test_swap_composes.py::test_checkpointing_happens", False),
+    Mutant("a cache that is never filled", RASCHKA, "if use_cache and cache is not None:", "if False:", "test_families_raschka.py::test_the_cache_of_the_packages_variant_works", False),
+    Mutant("loss ignores -100", "fastgpt/families/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
+    Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
+    # weights
+    Mutant("the square c_proj not transposed", GPT2, '"attn.c_attn.weight", "attn.c_proj.weight", "mlp', '"attn.c_attn.weight", "mlp', "test_convert.py::test_square_weights_are_transposed_by_value", False),
+    Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
+    Mutant("an untied head lost", "fastgpt/weights.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
+    Mutant("nanoGPT's GELU taken for GPT-2's", "fastgpt/families/nanogpt.py", '{"gelu": "none", **fields}', '{"gelu": "tanh", **fields}', "test_convert.py::test_nanogpts_model_gives_its_own_logits", False),
+    Mutant("sizes of storages unchecked", FILES, "if tensor.numel() * tensor.element_size() >", "if 0 >", "test_convert.py::test_a_claim_of_more_than_is_stored", False),
+    Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert.py::test_an_index_never_leaves_its_folder", False),
+    Mutant("old mask buffers kept", FILES, "if _MASK.search(plain):", "if False:", "test_convert.py::test_mask_buffers_say_nothing", False),
+    Mutant("padding with copies", "fastgpt/weights.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
 ]  # fmt: skip
 
 
-_FINDING = r"AssertionError|assert |fastgpt\.sanitizer\.SanitizerError"
+_FINDING = r"AssertionError|assert |Failed: DID NOT RAISE|fastgpt\.sanitizer\.SanitizerError"
 
 
-def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
+def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tuple[bool, str]:
     """Whether the tests failed by an assertion, and what they said, in a copy of the tree with the mutation."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if interpreted:
+        inherited["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         for name in ("fastgpt", "kernels", "tests"):
             shutil.copytree(ROOT / name, Path(folder, name), ignore=shutil.ignore_patterns("__pycache__"))
@@ -135,10 +239,11 @@ def run(mutant: Mutant | None, tests: list[str]) -> tuple[bool, str]:
                 raise ValueError(f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}")
             file.write_text(text.replace(mutant.old, mutant.new, 1), encoding="utf-8")
         result = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-m", "interpreter"]
+            [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
+            + ["-m", "interpreter" if interpreted else "not interpreter and not gpu"]
             + [f"tests/{test}" for test in tests],
             cwd=folder,
-            env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTHONPATH": folder},
+            env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTHONPATH": folder},
             capture_output=True,
             text=True,
         )  # fmt: skip
@@ -152,13 +257,17 @@ def main(names: list[str]) -> int:
     chosen = [mutant for mutant in MUTANTS if not names or mutant.name in names]
     if unknown := set(names) - {mutant.name for mutant in MUTANTS}:
         raise ValueError(f"no mutant {', '.join(sorted(unknown))}")
-    failed, said = run(None, sorted({mutant.test for mutant in chosen}))
-    if failed or "passed" not in said:
-        print(f"the tests fail without a mutation: {said}")
-        return 1
+    for interpreted in sorted({mutant.interpreted for mutant in chosen}):
+        tests = sorted({mutant.test for mutant in chosen if mutant.interpreted == interpreted})
+        failed, said = run(None, tests, interpreted)
+        if failed or "passed" not in said:
+            print(f"the tests fail without a mutation: {said}")
+            return 1
     survivors = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, (killed, said) in zip(chosen, pool.map(lambda m: run(m, [m.test]), chosen), strict=True):
+        for mutant, (killed, said) in zip(
+            chosen, pool.map(lambda m: run(m, [m.test], m.interpreted), chosen), strict=True
+        ):
             survivors += not killed
             print(f"{'killed  ' if killed else 'SURVIVED'} {mutant.name:40} {mutant.test:68} {said}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} killed")

@@ -194,7 +194,7 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     assert skipped <= {"SDPA cuDNN", "SDPA efficient", "flex_attention"}
     assert len(timed) + sum(row.status == "skipped" for row in rows) == len(rows)
     tried = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
-    assert len(tried) == 8 and all(record["status"] == "ok" for record in tried)
+    assert len(tried) == 11 and all(record["status"] == "ok" for record in tried)
     profile = json.loads((out / "profile.json").read_text())
     launched = {part["part"] for part in profile["parts"] if part["calls"]}
     assert {"attention, forward", "attention, backward", "cross entropy", "matmuls", "AdamW"} <= launched

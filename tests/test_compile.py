@@ -7,7 +7,16 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from bench import compile as gate
 
-SAMPLE = ("C 768 bfloat16", "D 64 bfloat16", "V 50257 bfloat16", "F 3072 tanh bfloat16")
+SAMPLE = (
+    "C 768 bfloat16",
+    "D 64 bfloat16",
+    "D 64 bfloat16 all",
+    "cache D 64 bfloat16",
+    "V 50257 bfloat16",
+    "F 3072 tanh bfloat16",
+    "K 768 bfloat16",
+    "V 50257 C 768 bfloat16",
+)
 
 
 @pytest.mark.parametrize("capability", gate.CAPABILITIES)
@@ -15,16 +24,18 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
     """All that is shipped for 9.0, one width for the others."""
     table = list(gate.rows([capability], lambda case: capability == 90 or case in SAMPLE))
     norms = {f"layer_norm_{kind}_kernel" for kind in ("fwd", "bwd")}
-    gelu = {f"bias_gelu_{kind}_kernel" for kind in ("fwd", "bwd")}
-    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "delta", "dq", "dkdv")}
-    assert {row.kernel for row in table} == norms | heads | gelu | {"cross_entropy_kernel"}
+    gelu = {f"{form}_gelu_{kind}_kernel" for form in ("bias", "linear") for kind in ("fwd", "bwd")}
+    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "dq", "dkdv")}
+    heads |= {"row_products_kernel", "spans_kernel", "decode_kernel", "merge_kernel"}
+    lookups = {"embedding_fwd_kernel", "run_sums_kernel", "join_runs_kernel"}
+    assert {row.kernel for row in table} == norms | heads | gelu | lookups | {"cross_entropy_kernel"}
     assert [row for row in table if not row.passes] == []
 
 
 def test_the_gate_sees_a_spill():
     """A row of 32768 channels does not fit the registers that the tiles give it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate.layernorm, "_tiles", lambda columns, backward: (1, columns, 4))
+        patch.setattr(gate.layernorm, "_tiles", lambda columns, *_, **__: gate.layernorm.Tiles(1, columns, 4, 96))
         _, backward = gate.launches(lambda: gate._layer_norm(32768, torch.bfloat16, 0.1), 90)
     row = gate.measure("too wide", backward, 90)
     assert row.spilled > 0 and not row.passes

@@ -68,6 +68,14 @@ def test_widths(columns, device):
         check(operands((3, 2), columns, dtype, device))
 
 
+@pytest.mark.parametrize("columns", [4096, 4100, 8192, 16384])
+def test_wide_rows(columns, device):
+    """Past 4096 channels the backward's sums are a launch of their own: 19 rows are five blocks of rows for it."""
+    for dtype in DTYPES if columns == 4100 else [torch.bfloat16]:
+        check(operands((19,), columns, dtype, device), dropout_p=0.25, seed=3)
+    check(operands((2,), columns, torch.float32, device))
+
+
 @pytest.mark.parametrize("rows", [(), (1,), (2, 1), (257,), (3, 50)], ids=str)
 def test_row_counts(rows, device):
     """257 rows of 20 channels are three blocks of rows, of which the four programs of the backward walk over one each;
@@ -77,7 +85,7 @@ def test_row_counts(rows, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("columns", [768, 1024, 1280, 1600, 4096])
+@pytest.mark.parametrize("columns", [768, 1024, 1280, 1600, 4096, 16384])
 def test_the_sizes_that_people_train(columns):
     for dtype in DTYPES:
         check(operands((4, 1024), columns, dtype, "cuda"))

@@ -1,5 +1,7 @@
 """GPT: transformers' numbers at transformers' weights, GPT-2's names and sizes, and its own errors."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.model import MLP, PRESETS, CausalSelfAttention
+from fastgpt.model import MLP, PRESETS, Block, CausalSelfAttention
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D keeps (in, out)
 
@@ -215,14 +217,119 @@ def test_compiled_in_one_graph_a_step_equals_eager(backend):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_under_autocast_the_stream_stays_float32():
-    model, idx = GPT(tiny()), torch.randint(0, 257, (2, 32))
+@pytest.mark.parametrize(
+    ("weights", "autocast", "residual", "stream"),
+    [
+        (torch.float32, False, "compute", torch.float32),
+        (torch.float32, True, "compute", torch.bfloat16),
+        (torch.float32, True, "float32", torch.float32),
+        (torch.bfloat16, False, "compute", torch.bfloat16),
+        (torch.bfloat16, False, "float32", torch.float32),
+    ],
+)
+def test_the_dtype_of_the_stream(weights, autocast, residual, stream):
+    """Branches and what the head sees are in the compute dtype either way, gradients in the weights'."""
+    model, idx = GPT(tiny(residual=residual)), torch.randint(0, 257, (2, 32))
     expected = model(idx, idx)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(idx, idx)
+    model = model.to(weights)
+    seen = []
+    for block in model.h:
+        block.register_forward_hook(lambda _, args, outputs: seen.append([t.dtype for t in outputs]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        features, loss = model.features(idx), model(idx, idx)
     loss.backward()
-    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
-    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0)
+    compute = torch.bfloat16 if autocast else weights
+    assert seen == [[stream, compute]] * 4 and features.dtype == compute
+    assert loss.dtype == torch.float32 and all(p.grad.dtype == weights for p in model.parameters())
+    torch.testing.assert_close(loss, expected, rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_checkpointing_changes_no_gradient(dropout):
+    gradients = {}
+    for choice in ("off", "mlp", "block"):
+        torch.manual_seed(3)
+        model = GPT(tiny(n_layer=2, dropout=dropout, activation_checkpointing=choice))
+        idx = torch.randint(0, 257, (2, 32))
+        model(idx, idx).backward()
+        gradients[choice] = [p.grad for p in model.parameters()]
+    for choice in ("mlp", "block"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients["off"], gradients[choice], strict=True))
+
+
+def training_block(**changes):
+    """A block of C = 32 with two heads, and a stream, a branch and its bias that are within a model, not before it."""
+    block = Block(tiny(n_embd=32, n_head=2, n_layer=1, **changes))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((2, 16, 32), (2, 16, 32), (32,))]
+    return block, leaves
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("choice", "elements"), [("off", 16), ("mlp", 12), ("block", 2)])
+def test_a_layer_keeps_what_its_docstring_says(choice, elements):
+    block, leaves = training_block(activation_checkpointing=choice)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    known = {t.untyped_storage().data_ptr() for t in (*block.parameters(), leaves[2])}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if choice == "block":
+            stream, branch = checkpoint(block, *leaves, use_reentrant=False)
+            kept |= {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in leaves[:2]}
+        else:
+            stream, branch = block(*leaves)
+    statistics = 0 if choice == "block" else 6 + 2
+    bytes_a_token = 4 * (elements * 32 + statistics)
+    assert sum(size for place, size in kept.items() if place not in known) == 32 * bytes_a_token
+    assert stream.requires_grad and branch.requires_grad
+
+
+@pytest.mark.interpreter
+def test_a_layer_launches_what_its_docstring_lists(monkeypatch):
+    """Kernels by name; and of PyTorch's operations, those that touch as much as the activations (2 * 16 * 32)."""
+    from triton.runtime import interpreter
+
+    block, leaves = training_block()
+    torch.use_deterministic_algorithms(False)  # it would fill what is only allocated
+    execute = interpreter.GridExecutor.__call__
+
+    def launch(self, *args, **kwargs):
+        with torch.profiler.record_function(f"kernel {self.fn.__name__}"):
+            return execute(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+    ways = []
+    grads = [torch.randn(2, 16, 32), torch.randn(2, 16, 32)]
+    for way in (lambda: ways.append(block(*leaves)), lambda: torch.autograd.backward(ways[0], grads)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            way()
+        ways.append(launched(profile))
+    listed = Block.__doc__.split("backward   ")
+    assert ways[1] == listed[0].split("forward    ")[1].split()
+    assert sorted(ways[2]) == sorted(listed[1].split("Under autocast")[0].split())
+
+
+def launched(profile):
+    """The kernels and large operations of a profile, in order, as Block's docstring writes them."""
+    names = []
+    for event in sorted(profile.events(), key=lambda event: event.time_range.start):
+        parents, parent = [], event.cpu_parent
+        while parent is not None:
+            parents.append(parent.name)
+            parent = parent.cpu_parent
+        others = ("aten::mm", "aten::addmm", "aten::sum", "torch::autograd::AccumulateGrad")  # the last is the leaves'
+        inside = any(name.startswith("kernel ") or name in others for name in parents)
+        large = any(math.prod(shape) >= 2 * 16 * 32 for shape in event.input_shapes if shape)
+        if event.name.startswith("kernel "):
+            names.append(event.name.removeprefix("kernel _").removesuffix("_kernel"))
+        elif event.name.startswith("aten::") and not inside and (large or event.name == "aten::sum"):
+            names.append(event.name.removeprefix("aten::"))
+    free = ("t", "view", "reshape", "transpose", "permute", "unflatten", "unbind", "select", "as_strided", "detach")
+    free += ("linear", "matmul", "_unsafe_view", "expand", "to", "empty_like", "resolve_conj", "alias")
+    return [name for name in names if name not in free]
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -238,3 +345,15 @@ def test_a_checkpointed_block_has_the_same_gradients(reentrant):
     assert len(results[0]) == len(results[1]) == 11  # all but mlp.c_proj.bias, which the next norm adds
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_head_of_its_own():
+    model = GPT(tiny(tie=False)).double()
+    assert model.num_parameters() == GPT(tiny()).num_parameters() + model.wte.weight.numel()
+    assert "lm_head.weight" in model.state_dict() and "lm_head.weight" not in GPT(tiny()).state_dict()
+    idx, targets = torch.randint(0, 257, (2, 9)), torch.randint(0, 257, (2, 9))
+    logits = model(idx)
+    torch.testing.assert_close(logits, model.features(idx) @ model.lm_head.weight.T)
+    expected = torch.autograd.grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), list(model.parameters()))
+    loss = model(idx, targets)
+    torch.testing.assert_close(torch.autograd.grad(loss, list(model.parameters())), expected)

@@ -193,13 +193,6 @@ def test_grad_clip_bounds_the_gradient(run):
     )
 
 
-def test_only_matrices_decay():
-    decayed, others = train._optimizer(GPT(MODEL), FEW).param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (FEW.weight_decay, 0.0)
-    assert {parameter.dim() for parameter in decayed["params"]} == {2}
-    assert {parameter.dim() for parameter in others["params"]} == {1}
-
-
 def test_without_data_the_builtin_corpus_is_used(run, monkeypatch, capsys):
     monkeypatch.setattr(data, "builtin_documents", lambda: (["x" * 999_999], ["y" * 199_999]))
     run(source=None)

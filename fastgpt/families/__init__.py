@@ -1,0 +1,221 @@
+"""What fastgpt puts in place of a live module's forward, and the parts that every family shares.
+
+A swapped module keeps its class, its parameters and its hooks. Two plain attributes are set on the instance:
+`fastgpt_swap`, a Swap that says what runs, and `forward`, a partial of `run` below. Both survive deepcopy and pickle,
+and a module whose `fastgpt_swap` is taken away does what its class says, even where a stranger wrapped its forward.
+
+A function of a Swap reads eps, scale, dropout and weights from the module at each call, and calls the class's own
+forward for what it does not cover. A child is bypassed only where `free` says so: one with hooks, a parametrization, an
+adapter around it, a quantised weight or a forward of its own is called.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+
+class Swap(NamedTuple):
+    """What runs in place of a module's forward: function(module, swap, *args, **kwargs)."""
+
+    function: Callable
+    flag: Literal["attention", "layer_norm", "mlp", "loss", "model"]  # the flag of accelerate() it belongs to
+    what: str  # for the report
+    names: tuple = ()  # of the module's children or parameters that the function asks for
+    width: int = 0  # channels of the input, for the trial; 0 needs none
+    gelu: Literal["tanh", "none"] = "tanh"
+    act: Any = None  # the activation that was found to be that GELU
+    backend: ops.Backend = "auto"
+
+
+def run(module: nn.Module, /, *args, **kwargs):
+    """The forward of a swapped module."""
+    swap = module.__dict__.get("fastgpt_swap")
+    if swap is None:
+        return class_forward(module, *args, **kwargs)
+    return swap.function(module, swap, *args, **kwargs)
+
+
+def class_forward(module: nn.Module, *args, **kwargs):
+    """What the module did before."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+def swap_of(module) -> Swap | None:
+    """The module's Swap, where its forward is still ours and calling it would do nothing more."""
+    if not isinstance(module, nn.Module) or occupied(module):
+        return None
+    return module.__dict__.get("fastgpt_swap")
+
+
+def is_ours(forward) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is run
+
+
+# What a module's call does beside its class's forward.
+
+
+def occupied(module: nn.Module) -> str | None:
+    """Why the module must be called, or None where its forward is all that a call does."""
+    state = module.__dict__
+    if (
+        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+        or state["_backward_pre_hooks"] or torch.nn.modules.module._has_any_global_hook()
+    ):  # fmt: skip
+        return "it has hooks"
+    if "parametrizations" in state["_modules"]:
+        return "it is parametrized"
+    if state.get("_compiled_call_impl") is not None:
+        return "it is compiled by itself"
+    if "forward" in state and not is_ours(state["forward"]):
+        return "it has a forward of its own"
+    return None
+
+
+def plain(*tensors) -> bool:
+    """Ordinary floating-point tensors: not quantised, not distributed, no other subclass. None is passed over."""
+    return all(t is None or (type(t) in (nn.Parameter, Tensor) and t.is_floating_point()) for t in tensors)
+
+
+def own_type(module: nn.Module) -> Any:
+    """The module's class as it was written: fully_shard puts one of its own in front."""
+    kind = type(module)
+    return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
+
+
+def is_linear(module) -> bool:
+    """An nn.Linear, or a Conv1D, Hugging Face's linear layer with a weight of (in, out); not a subclass's forward."""
+    if not isinstance(module, nn.Module):
+        return False
+    return type(module).forward is nn.Linear.forward or (
+        own_type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and list(module._parameters) == ["weight", "bias"]
+    )
+
+
+def free_linear(module) -> bool:
+    return is_linear(module) and not occupied(module) and plain(module.weight, module.bias)
+
+
+def linear_weight(module: Any) -> Tensor:
+    """(out, in): a Conv1D's is a view."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.t()
+
+
+def dropout_p(module) -> float | None:
+    """The probability that an nn.Dropout applies now, 0 for an nn.Identity; None where it must be called."""
+    if not isinstance(module, nn.Module) or occupied(module):
+        return None
+    if type(module).forward is nn.Dropout.forward:
+        return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    return 0.0 if type(module).forward is nn.Identity.forward else None
+
+
+# LayerNorm, and the residual add before it.
+
+
+def layer_norm(norm: Any, swap: Swap, x: Tensor) -> Tensor:
+    weight, bias = _affine(norm, swap)
+    if not plain(x, weight, bias):
+        return class_forward(norm, x)
+    return ops.layer_norm(x, weight, bias, getattr(norm, "eps", 1e-5), backend=swap.backend)
+
+
+def _affine(norm: Any, swap: Swap) -> tuple[Any, Any]:
+    weight, bias = swap.names
+    return getattr(norm, weight), getattr(norm, bias)
+
+
+def recognise_norm(module: Any) -> Swap | str | None:
+    """nn.LayerNorm, nanoGPT's (weight, bias or none) and the book's (scale, shift)."""
+    own = list(module._parameters)
+    if type(module).forward is nn.LayerNorm.forward:
+        if len(module.normalized_shape) != 1:
+            return f"it normalises {len(module.normalized_shape)} axes"
+        if module.weight is None:
+            return "it has no weight"
+    elif not own_type(module).__name__.endswith("LayerNorm") or own not in (["weight", "bias"], ["scale", "shift"]):
+        return None
+    names = ("scale", "shift") if own == ["scale", "shift"] else ("weight", "bias")
+    weight = getattr(module, names[0])
+    if module._modules or weight is None or weight.dim() != 1:
+        return None
+    return Swap(layer_norm, "layer_norm", "layer_norm", names, width=weight.shape[0])
+
+
+def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
+    """The stream x with dropout(branch + bias) added: its norm and itself, in one pass where the norm is ours."""
+    swap = swap_of(norm)
+    if swap is not None and swap.function is layer_norm:
+        weight, shift = _affine(norm, swap)
+        if plain(branch, x, weight, shift):
+            eps = getattr(norm, "eps", 1e-5)
+            return ops.add_layer_norm(branch, x, weight, shift, eps, x_bias=bias, dropout_p=p, backend=swap.backend)
+    x = x + F.dropout(branch if bias is None else branch + bias, p)
+    return norm(x), x
+
+
+# Linear, GELU, Linear, and perhaps a dropout.
+
+
+def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
+    parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
+    linear_in, linear_out, act, dropout = parts
+    if act is not swap.act or occupied(act) or not (free_linear(linear_in) and free_linear(linear_out)):
+        return class_forward(module, x)
+    y = ops.gelu_mlp(
+        x,
+        linear_weight(linear_in),
+        linear_in.bias,
+        linear_weight(linear_out),
+        linear_out.bias,
+        approximate=swap.gelu,
+        backend=swap.backend,
+    )
+    return y if dropout is None else dropout(y)
+
+
+def recognise_mlp(module: nn.Module) -> Swap | str | None:
+    """A module whose children are two linear layers, an activation and perhaps a dropout, under any names."""
+    children = module._modules
+    linears = [name for name, child in children.items() if is_linear(child)]
+    dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+    others = [name for name in children if name not in linears + dropouts]
+    if {"c_fc", "c_proj"} <= children.keys() and len(linears) != 2:
+        return "its layers are of another kind"
+    if len(linears) != 2 or len(others) != 1 or len(dropouts) > 1 or module._parameters:
+        return None
+    first, last = (linear_weight(children[name]) for name in linears)
+    act = children[others[0]]
+    if act is None or first.dim() != 2 or last.dim() != 2 or first.shape[0] != last.shape[1]:
+        return None
+    if first.shape != last.t().shape:
+        return f"its output is {last.shape[0]} wide, its input {first.shape[1]}"
+    gelu = None if list(act.parameters()) else gelu_kind(act)
+    if gelu is None:
+        return f"its activation, {type(act).__name__}, is no GELU"
+    names = (*linears, others[0], dropouts[0] if dropouts else None)
+    return Swap(mlp, "mlp", f"gelu_mlp ({gelu})", names, width=first.shape[1], gelu=gelu, act=act)
+
+
+def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
+    """Which GELU an activation computes, by its values: GPT-2's or the exact one; None for anything else."""
+    points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            values = type(act).forward(act, points.clone())
+    except Exception:  # whatever it is, it takes no tensor alone
+        return None
+    if not isinstance(values, Tensor) or values.shape != points.shape:
+        return None
+    kinds: tuple[Literal["tanh", "none"], ...] = ("tanh", "none")
+    for kind in kinds:  # the two differ by 5e-4; a constant kept in float32 makes 1e-7
+        if (values - F.gelu(points, approximate=kind)).abs().max() < 1e-6:
+            return kind
+    return None

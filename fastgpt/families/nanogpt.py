@@ -1,0 +1,120 @@
+"""nanoGPT's GPT: its block, attention and loss, and its weights by fastgpt's names."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.families import (
+    Swap,
+    add_then_norm,
+    class_forward,
+    dropout_p,
+    free_linear,
+    is_linear,
+    linear_weight,
+    plain,
+    swap_of,
+)
+
+
+def recognise(module: Any) -> Swap | str | None:
+    children = module._modules
+    if {"ln_1", "attn", "ln_2", "mlp"} <= children.keys() and hasattr(children["attn"], "n_head"):
+        width = children["ln_1"].weight.shape[0]
+        return Swap(block, "layer_norm", "the first residual add inside ln_2", width=width)
+    if {"transformer", "lm_head"} <= children.keys() and hasattr(getattr(module, "config", None), "block_size"):
+        if "wte" not in getattr(children["transformer"], "_modules", {}) or not is_linear(children["lm_head"]):
+            return None
+        return Swap(model, "loss", "linear_cross_entropy in training", width=children["lm_head"].weight.shape[1])
+    if {"c_attn", "c_proj"} <= children.keys() and all(
+        isinstance(getattr(module, name, None), int) for name in ("n_head", "n_embd")
+    ):
+        return Swap(attention, "attention", "causal_attention_qkv", width=module.n_embd)
+    return None
+
+
+def _attention_dropout(attn: Any) -> float | None:
+    """The probability, or None where a module that must be called sees the attention's weights."""
+    if getattr(attn, "flash", False):
+        return float(attn.dropout) if attn.training else 0.0
+    return dropout_p(getattr(attn, "attn_dropout", None))
+
+
+def _heads(attn: Any, swap: Swap, x: Tensor) -> Tensor | None:
+    """The heads' result, merged, before c_proj: (B, T, C) -> (B, T, C); None where that is not covered."""
+    p = _attention_dropout(attn)
+    if p is None or x.dim() != 3 or not plain(x):
+        return None
+    return ops.causal_attention_qkv(attn.c_attn(x), attn.n_head, dropout_p=p, backend=swap.backend)
+
+
+def attention(attn: Any, swap: Swap, x: Tensor) -> Tensor:
+    y = _heads(attn, swap, x)
+    return class_forward(attn, x) if y is None else attn.resid_dropout(attn.c_proj(y))
+
+
+def block(block: Any, swap: Swap, x: Tensor) -> Tensor:
+    normed, attn = block.ln_1(x), block.attn
+    inner, y = swap_of(attn), None
+    p = dropout_p(getattr(attn, "resid_dropout", None))
+    if inner is not None and inner.function is attention and p is not None and free_linear(attn.c_proj):
+        y = _heads(attn, inner, normed)
+    if y is None:
+        normed, x = add_then_norm(attn(normed), x, block.ln_2, None, 0.0)
+    else:
+        branch = F.linear(y, linear_weight(attn.c_proj))
+        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0)
+    return x + block.mlp(normed)
+
+
+def model(module: Any, swap: Swap, idx: Tensor, targets: Tensor | None = None) -> Any:
+    """GPT's forward; in training, with targets, it returns no logits."""
+    parts, head = module.transformer, module.lm_head
+    covered = free_linear(head) and head.bias is None and idx.shape[1] <= module.config.block_size
+    if targets is None or not module.training or not covered:
+        return class_forward(module, idx, targets)
+    x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], device=idx.device)))
+    for layer in parts.h:
+        x = layer(x)
+    x = parts.ln_f(x)
+    return None, ops.linear_cross_entropy(x, head.weight, targets, ignore_index=-1, backend=swap.backend)
+
+
+# Weights: fastgpt's names behind "transformer.", and the tied head a second time.
+
+_FIELDS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+
+
+def holds(tensors: dict[str, Tensor]) -> bool:
+    first = tensors.get("transformer.h.0.attn.c_attn.weight")
+    return first is not None and first.dim() == 2 and first.shape[0] == 3 * first.shape[1]
+
+
+def read_weights(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tensor], dict]:
+    """Its tensors and model_args -> fastgpt's tensors and fields of its GPTConfig."""
+    fields = {name: settings[name] for name in _FIELDS if name in settings and name != "bias"}
+    return {name.removeprefix("transformer."): t for name, t in tensors.items()}, {"gelu": "none", **fields}
+
+
+def write_weights(config: Any, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor], list[str]]:
+    """fastgpt's GPTConfig and tensors -> model_args, tensors, and notes. ValueError for what nanoGPT has not."""
+    expect(config, "nanoGPT", tie=True, layer_norm_eps=1e-5, n_inner=4 * config.n_embd)
+    notes = []
+    if config.gelu != "none":
+        notes.append("nanoGPT computes the exact GELU, this model was made with the tanh one: its logits will differ")
+    theirs = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    theirs["lm_head.weight"] = theirs["transformer.wte.weight"]
+    return {name: getattr(config, name) for name in _FIELDS}, theirs, notes
+
+
+def expect(config: Any, family: str, **needed) -> None:
+    """ValueError for a field that the family's code fixes to another value."""
+    for name, value in needed.items():
+        given = getattr(config, name)
+        if name == "n_inner" and given is None:
+            continue
+        if given != value:
+            raise ValueError(f"{family} has {name} = {value!r} alone, this model has {given!r}")

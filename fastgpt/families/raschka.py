@@ -1,0 +1,213 @@
+"""The models of the book "Build a Large Language Model (From Scratch)" and of its package llms-from-scratch: GPTModel,
+GPTModelFast and the variant with a KV cache; their blocks and attention, and their weights by fastgpt's names."""
+
+import inspect
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.families import (
+    Swap,
+    add_then_norm,
+    class_forward,
+    dropout_p,
+    free_linear,
+    linear_weight,
+    own_type,
+    plain,
+    swap_of,
+)
+from fastgpt.families.gpt2 import with_biases
+from fastgpt.families.nanogpt import expect
+
+SPLIT = ("W_query", "W_key", "W_value")
+
+
+def recognise(module: Any) -> Swap | str | None:
+    children = module._modules
+    if {"att", "ff", "norm1", "norm2"} <= children.keys():
+        width = next(children["norm1"].parameters()).shape[0]
+        return Swap(block, "layer_norm", "the first residual add inside norm2", (_residual_dropout(module),), width)
+    if not all(isinstance(getattr(module, name, None), int) for name in ("num_heads", "d_out")):
+        return None
+    out = (
+        "out_proj" if {*SPLIT, "out_proj"} <= children.keys() else "proj" if {"qkv", "proj"} <= children.keys() else ""
+    )
+    if not out or not hasattr(module, "dropout"):
+        return None
+    caches = "cache" in inspect.signature(own_type(module).forward).parameters
+    what = "causal_attention" if out == "out_proj" else "causal_attention_qkv"
+    return Swap(attention, "attention", what, (out, caches), width=module.d_out)
+
+
+def _residual_dropout(block: Any) -> str:
+    """The package's ch04 says drop_resid, the book and the other variants drop_shortcut."""
+    return "drop_resid" if hasattr(block, "drop_resid") else "drop_shortcut"
+
+
+def _attention_dropout(attn: Any) -> float | None:
+    if isinstance(attn.dropout, float | int):
+        return float(attn.dropout) if attn.training else 0.0
+    return dropout_p(attn.dropout)
+
+
+def _heads(attn: Any, swap: Swap, x: Tensor, use_cache=False, cache=None) -> tuple[Tensor, Any] | None:
+    """The heads' result, merged, before the output layer, (B, T, C), and the new cache; None if that is not covered."""
+    p = _attention_dropout(attn)
+    if p is None or x.dim() != 3 or not plain(x):
+        return None
+    batch, time, _ = x.shape
+    options: dict = dict(dropout_p=p, backend=swap.backend)
+    if "qkv" in attn._modules:
+        return ops.causal_attention_qkv(attn.qkv(x), attn.num_heads, **options), None
+    k, v, q = (  # in the order of the book's forward, for the sake of hooks
+        linear(x).view(batch, time, attn.num_heads, -1).transpose(1, 2)
+        for linear in (attn.W_key, attn.W_value, attn.W_query)
+    )
+    if use_cache and cache is not None:
+        k, v = torch.cat((cache[0], k), dim=2), torch.cat((cache[1], v), dim=2)
+    y = ops.causal_attention(q, k, v, **options)
+    return y.transpose(1, 2).reshape(batch, time, -1), (k, v) if use_cache else None
+
+
+def attention(attn: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
+    out, caches = swap.names
+    options = _cache_options(args, kwargs) if caches else None if args or kwargs else {}
+    found = None if options is None else _heads(attn, swap, x, **options)
+    if found is None:
+        return class_forward(attn, x, *args, **kwargs)
+    y = getattr(attn, out)(found[0])
+    return (y, found[1]) if caches else y
+
+
+def _cache_options(args: tuple, kwargs: dict) -> dict | None:
+    """use_cache and cache of a call (x, use_cache, start_pos, cache), None for any other."""
+    given = {**dict(zip(("use_cache", "start_pos", "cache"), args, strict=False)), **kwargs}
+    if not given.keys() <= {"use_cache", "start_pos", "cache"}:
+        return None
+    return dict(use_cache=given.get("use_cache", False), cache=given.get("cache"))
+
+
+def block(block: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
+    attn, dropout = block.att, getattr(block, swap.names[0])
+    inner = swap_of(attn)
+    p = dropout_p(dropout)
+    if p is None:  # it must see each branch
+        return class_forward(block, x, *args, **kwargs)
+    normed, found, caches = block.norm1(x), None, False
+    if inner is not None and inner.function is attention:
+        out, caches = inner.names
+        options = _cache_options(args, kwargs) if caches else None if args or kwargs else {}
+        if options is not None and free_linear(getattr(attn, out)):
+            found = _heads(attn, inner, normed, **options)
+    if found is not None:
+        last = getattr(attn, out)
+        branch, bias, new_cache = F.linear(found[0], linear_weight(last)), last.bias, found[1]
+    else:
+        result = attn(normed, *args, **kwargs)
+        caches = isinstance(result, tuple)
+        (branch, new_cache), bias = result if caches else (result, None), None
+    normed, x = add_then_norm(branch, x, block.norm2, bias, p)
+    x = dropout(block.ff(normed)) + x
+    return (x, new_cache) if caches else x
+
+
+# Weights.
+
+VARIANTS = ("GPTModel", "GPTModelFast", "cache")  # split qkv and mask buffers; fused qkv; split qkv alone
+_LAYERS = {
+    "att.qkv": "attn.c_attn",
+    "att.out_proj": "attn.c_proj",
+    "att.proj": "attn.c_proj",
+    "ff.layers.0": "mlp.c_fc",
+    "ff.layers.2": "mlp.c_proj",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+}
+_FIELDS = {
+    "vocab_size": "vocab_size",
+    "context_length": "block_size",
+    "emb_dim": "n_embd",
+    "n_heads": "n_head",
+    "n_layers": "n_layer",
+    "drop_rate": "dropout",
+}
+_TOP = {"tok_emb": "wte", "pos_emb": "wpe", "final_norm": "ln_f", "out_head": "lm_head"}
+
+
+def holds(tensors: dict[str, Tensor]) -> bool:
+    return "tok_emb.weight" in tensors and "out_head.weight" in tensors
+
+
+def read_weights(tensors: dict[str, Tensor], settings: dict) -> tuple[dict[str, Tensor], dict]:
+    """Its tensors and cfg -> fastgpt's tensors and fields of its GPTConfig."""
+    found: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        kind = {"scale": "weight", "shift": "bias"}.get(kind, kind)
+        inside = re.fullmatch(r"trf_blocks\.(\d+)\.(.+)", module)
+        if inside is None:
+            found[f"{_TOP.get(module, module)}.{kind}"] = tensor
+        elif inside[2].startswith("att.W_"):
+            parts.setdefault(f"h.{inside[1]}.attn.c_attn.{kind}", {})[inside[2].removeprefix("att.")] = tensor
+        else:
+            found[f"h.{inside[1]}.{_LAYERS.get(inside[2], inside[2])}.{kind}"] = tensor
+    for name, split in parts.items():
+        if missing := [part for part in SPLIT if part not in split]:
+            raise ValueError(f"there is no att.{missing[0]} for {name}")
+        found[name] = torch.cat([split[part] for part in SPLIT])
+    fields: dict = {"gelu": "tanh"}
+    for theirs, ours in _FIELDS.items():
+        if theirs in settings:
+            fields[ours] = settings[theirs]
+    return found, fields
+
+
+def write_weights(
+    config: Any, tensors: dict[str, Tensor], variant: str = "GPTModel"
+) -> tuple[dict, dict[str, Tensor], list[str]]:
+    """fastgpt's GPTConfig and tensors -> cfg, tensors, and notes. A qkv bias that is all zeros is left out.
+
+    ValueError for what the book's code has not.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}, not one of {', '.join(VARIANTS)}")
+    expect(config, "the book's GPTModel", layer_norm_eps=1e-5, n_inner=4 * config.n_embd)
+    notes = []
+    if config.gelu != "tanh":
+        notes.append("the book computes the tanh GELU, this model was made with the exact one: its logits will differ")
+    complete = with_biases(tensors)
+    biases = [t for name, t in complete.items() if name.endswith("attn.c_attn.bias")]
+    settings = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+    settings["qkv_bias"] = any(bool(bias.any()) for bias in biases)
+    fast = variant == "GPTModelFast"
+    layers = {ours: theirs for theirs, ours in _LAYERS.items() if theirs != ("att.out_proj" if fast else "att.proj")}
+    tops = {ours: theirs for theirs, ours in _TOP.items()}
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in complete.items():
+        module, _, kind = name.rpartition(".")
+        if "ln_" in module and not fast:
+            kind = {"weight": "scale", "bias": "shift"}[kind]
+        if module in tops:
+            theirs[f"{tops[module]}.{kind}"] = tensor
+            continue
+        _, number, inside = module.split(".", 2)
+        block = f"trf_blocks.{number}."
+        if inside != "attn.c_attn":
+            theirs[f"{block}{layers[inside]}.{kind}"] = tensor
+        elif kind == "bias" and not settings["qkv_bias"]:
+            continue
+        elif fast:
+            theirs[f"{block}att.qkv.{kind}"] = tensor
+        else:
+            theirs.update({f"{block}att.{part}.{kind}": t for part, t in zip(SPLIT, tensor.chunk(3), strict=True)})
+    theirs.setdefault("out_head.weight", theirs["tok_emb.weight"])
+    if variant == "GPTModel":
+        mask = torch.ones(config.block_size, config.block_size).triu(diagonal=1)
+        theirs.update({f"trf_blocks.{i}.att.mask": mask for i in range(config.n_layer)})
+    return settings, theirs, notes

@@ -1,0 +1,133 @@
+"""Files of weights that anyone may have written: read without running code, and held to what they claim.
+
+A .safetensors or .pt file, or a folder with one of them, whole or in parts, and the settings beside it.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WEIGHTS, CONFIG, CHECKPOINT, STATE = "model.safetensors", "config.json", "ckpt.pt", "model.pth"
+_WHOLE = (WEIGHTS, "pytorch_model.bin", CHECKPOINT, STATE)
+_INDEXES = (f"{WEIGHTS}.index.json", "pytorch_model.bin.index.json")
+_PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
+_MASK = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|att\.mask)$")  # buffers of old files, which say nothing
+
+
+def read_weights_of(source: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a file or folder by their own names, and the settings it came with ({} if none).
+
+    Prefixes of wrappers are taken off and mask buffers left out. FileNotFoundError or ValueError says what is wrong.
+    """
+    if source.is_dir():
+        tensors, settings = _read_folder(source)
+    elif source.is_file():
+        tensors, settings = _read_file(source)
+    else:
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    named: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = _without_prefixes(name)
+        if _MASK.search(plain):
+            continue
+        if plain in named:
+            raise ValueError(f"{source} holds {plain} twice")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{source}: {plain} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.dim() not in (1, 2):
+            kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{source}: {plain} is {kind}, not a vector or matrix of floating-point numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            shape, stored = tuple(tensor.shape), tensor.untyped_storage().nbytes()
+            raise ValueError(f"{source}: {plain} claims the shape {shape} and holds {stored} bytes")
+        named[plain] = tensor
+    return named, settings
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object")
+    return found
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict]:
+    settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    for name in _WHOLE:
+        if (folder / name).is_file():
+            tensors, inner = _read_file(folder / name)
+            return tensors, {**settings, **inner}
+    for name in _INDEXES:
+        if (folder / name).is_file():
+            return _read_parts(folder, name), settings
+    raise FileNotFoundError(f"no weights in {folder}: none of {', '.join((*_WHOLE, *_INDEXES))}")
+
+
+def _read_parts(folder: Path, index: str) -> dict[str, Any]:
+    """The tensors of an index: its file names must be names alone, for a stranger may have written them."""
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{folder / index} has no weight_map")
+    tensors: dict[str, Any] = {}
+    for part in sorted({str(name) for name in places.values()}):
+        if Path(part).name != part or "\\" in part or part in ("", ".", ".."):
+            raise ValueError(f"{folder / index} names the file {part!r}, which is not in its folder")
+        if not (folder / part).is_file():
+            raise FileNotFoundError(f"{folder / index} names {part}, which is not there")
+        found, _ = _read_file(folder / part)
+        for name in (name for name, place in places.items() if place == part):
+            if name not in found:
+                raise ValueError(f"{folder / part} has no {name}, which {index} says it has")
+            tensors[name] = found[name]
+    return tensors
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
+    """The tensors and the settings of one file; a checkpoint's state dict is found by its usual names."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path), {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError(f"{path} is compressed, as torch.save writes nothing")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a file of weights that torch.load reads without running code: {reason}"
+        ) from error
+    settings: Any = {}
+    if isinstance(found, dict):
+        settings = found.get("model_args", {})
+        for name in ("model", "model_state_dict", "state_dict"):
+            if isinstance(found.get(name), dict):
+                found = found[name]
+                break
+    if (
+        not isinstance(found, dict)
+        or not all(isinstance(name, str) for name in found)
+        or not isinstance(settings, dict)
+    ):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
+    return found, settings

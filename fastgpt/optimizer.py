@@ -1,0 +1,144 @@
+"""The optimizer's side of a training step: AdamW with decay groups, clipping without a pass of its own, the whole step
+as one CUDA graph.
+
+Weights and AdamW's moments stay float32, and autocast casts for the matmuls. Bytes a parameter and step:
+
+    autocast            cast 4 + 2, gradient back 2 + 4, norm 4, AdamW 16 + 12               44
+    bfloat16 weights    gradient 2 + 4, norm 4, AdamW on float32 masters 16 + 12, back 4 + 2  44
+
+They move the same, but autocast keeps one set of weights, adds the gradients of several batches in float32, and needs
+no optimizer but PyTorch's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def adamw(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    graph: bool = False,
+) -> torch.optim.AdamW:
+    """PyTorch's fused AdamW: matrices decay, biases and norms do not. graph: to be captured in a CUDA graph, which
+    reads the learning rate from the device."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    rate = torch.tensor(learning_rate, device=parameters[0].device) if graph else learning_rate
+    return torch.optim.AdamW([g for g in groups if g["params"]], rate, betas, fused=True, capturable=graph)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of all groups, in place where it is a tensor that a CUDA graph reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(learning_rate)
+        else:
+            group["lr"] = learning_rate
+
+
+def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
+    """optimizer.step() with the norm of all gradients together bounded to max_norm; returns the norm that they had, a
+    float32 scalar on the device.
+
+    The fused step divides gradients by a scale while it reads them anyway, so none is written again for this, and the
+    host waits for nothing. Gradients that are not finite leave weights and moments as they were; the norm tells.
+    ValueError for an optimizer that is not fused.
+    """
+    if not optimizer.defaults.get("fused"):
+        raise ValueError(
+            "clipped_step: the optimizer is not fused, and only that one scales gradients as it reads them"
+        )
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).float()
+    scales: Any = optimizer  # what the fused step looks for on itself, as torch.amp.GradScaler puts it there
+    scales.grad_scale = (norm / max_norm).clamp(min=1)
+    scales.found_inf = 1 - norm.isfinite().float()
+    try:
+        optimizer.step()
+    finally:
+        del scales.grad_scale, scales.found_inf
+    return norm
+
+
+class TrainingStep:
+    """One optimizer step on batches of windows: step(idx, targets) -> (loss, norm), float32 scalars on the device.
+
+    idx, targets: (B, T), or (N, B, T) for N batches one after another whose mean loss is followed. autocast: the dtype
+    of matmuls, None for the weights' own. max_norm: of all gradients together, None leaves them; the norm is then NaN.
+    graph: after two calls that run as usual, the third one captures the step in a CUDA graph, which it and all later
+    ones replay: the host then launches once a step. Shapes must stay, the optimizer comes from adamw(graph=True), and
+    ValueError says what stands in the way. The loss that is returned is overwritten by the next replay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        max_norm: float | None = 1.0,
+        autocast: torch.dtype | None = None,
+        graph: bool = False,
+    ):
+        device = next(model.parameters()).device
+        if graph and device.type != "cuda":
+            raise ValueError(f"TrainingStep: the model is on {device}, a CUDA graph needs an NVIDIA GPU")
+        if graph and not optimizer.defaults["capturable"]:
+            raise ValueError("TrainingStep: a CUDA graph needs an optimizer from adamw(graph=True)")
+        self.model, self.optimizer, self.max_norm, self.autocast = model, optimizer, max_norm, autocast
+        self.device, self.graph = device, graph
+        self._calls = 0
+        self._captured: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, Tensor]
+        self._outputs: tuple[Tensor, Tensor]
+
+    def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.graph:
+            return self._step(idx, targets)
+        if self._calls < 2:  # what a capture can't do: compile kernels, create handles and the optimizer's state
+            self._calls += 1
+            return self._on_a_side_stream(idx, targets)
+        if self._captured is None:
+            self._capture(idx, targets)
+        for static, given in zip(self._inputs, (idx, targets), strict=True):
+            if static.shape != given.shape:
+                shapes = f"{tuple(given.shape)}, the graph was captured for {tuple(static.shape)}"
+                raise ValueError(f"TrainingStep: a batch of shape {shapes}")
+            static.copy_(given)
+        assert self._captured is not None
+        self._captured.replay()
+        return self._outputs
+
+    def _step(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        batches = [(idx, targets)] if idx.dim() == 2 else list(zip(idx, targets, strict=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss = self.model(*batch) / len(batches)
+            loss.backward()
+            total += loss.detach()
+        if self.max_norm is not None:
+            return total, clipped_step(self.optimizer, self.max_norm)
+        self.optimizer.step()
+        return total, torch.full((), torch.nan, device=self.device)
+
+    def _on_a_side_stream(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            outputs = self._step(idx, targets)
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        return outputs
+
+    def _capture(self, idx: Tensor, targets: Tensor) -> None:
+        self._inputs = idx.clone(), targets.clone()
+        self.optimizer.zero_grad(set_to_none=True)  # the graph's own memory is to hold the gradients
+        self._captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._captured):
+            self._outputs = self._step(*self._inputs)

@@ -1,0 +1,264 @@
+"""accelerate(model): fastgpt's functions in place of a live model's own, on the instance; restore(model) undoes it.
+
+Nothing is recognised by name alone. A module that looks like one of the families' is tried: a copy of it with random
+weights, on the CPU in float64, must give the same numbers by its class's forward and by ours, in eval and in training
+mode; else it is left as it is, and the report says so. One trial serves all modules of a class and shape.
+"""
+
+import contextlib
+import copy
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import families, ops
+from fastgpt.families import Swap, gpt2, nanogpt, raschka
+
+_TOKENS = 16  # the vocabulary and context of a whole model's trial
+_RECOGNISE = (gpt2.recognise, nanogpt.recognise, raschka.recognise, families.recognise_mlp, families.recognise_norm)
+
+
+class Row(NamedTuple):
+    """What became of one module: `now` is what took its place, None where it was left, and then `why` says why."""
+
+    name: str
+    kind: str  # its class
+    now: str | None
+    why: str | None = None
+
+
+class Report(NamedTuple):
+    """What accelerate did, a Row a module; as text a table, in which layers that fared alike share a line."""
+
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        lines: dict[tuple, int] = {}
+        for row in self.rows:
+            outcome = row.now if row.why is None else f"left: {row.why}"
+            line = (re.sub(r"\b\d+\b", "*", row.name) or "(the model)", row.kind, outcome)
+            lines[line] = lines.get(line, 0) + 1
+        if not lines:
+            return "fastgpt recognised nothing in this model"
+        cells = [("module", "class", "", "now")]
+        cells += [(name, kind, f"x{count}", outcome) for (name, kind, outcome), count in lines.items()]
+        widths = [max(len(row[i]) for row in cells) for i in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in cells
+        )
+
+
+def accelerate(
+    model: nn.Module,
+    attention: bool = True,
+    layer_norm: bool = True,
+    mlp: bool = True,
+    loss: bool = False,
+    backend: ops.Backend = "auto",
+) -> Report:
+    """Let fastgpt's functions do the work of `model`'s blocks, attention, norms and MLPs, on this instance alone.
+
+    The model stays the same object with the same parameters, state-dict keys, hooks, mode, dtype and device; no class
+    is touched. Known are Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any
+    nn.LayerNorm and linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
+    all logits: while it trains, it then returns None in their place. A second call replaces the first. nn.DataParallel
+    is not served: its replicas would run on the first one's weights.
+    Returns a Report; print it. TypeError and ValueError for bad arguments, before anything is changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: model is a {type(model).__name__}, not an nn.Module")
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"accelerate: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
+    flags = {"attention": attention, "layer_norm": layer_norm, "mlp": mlp, "loss": loss, "model": attention}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"accelerate: {name} is {value!r}, not True or False")
+    restore(model)
+    tried: dict[Any, str | None] = {}
+    rows, losses = [], 0
+    for name, module in reversed(list(model.named_modules())):  # children first: a block's trial asks for them
+        found = next((found for recognise in _RECOGNISE if (found := recognise(module)) is not None), None)
+        if found is None or (isinstance(found, Swap) and not flags[found.flag]):
+            continue
+        losses += isinstance(found, Swap) and found.flag == "loss"
+        kind = families.own_type(module).__name__
+        why = found if isinstance(found, str) else _install(module, found._replace(backend=backend), tried)
+        rows.append(Row(name, kind, None if why else found.what, why))  # type: ignore[union-attr]
+    if loss and not losses:
+        why = "loss=True was asked for, and it holds no model that computes its own loss"
+        rows.append(Row("", families.own_type(model).__name__, None, why))
+    return Report(tuple(reversed(rows)))
+
+
+def restore(model: nn.Module) -> None:
+    """Undo accelerate: every module does again what its class says. Another model stays as it is."""
+    for module in model.modules():
+        _put_back(module, {})
+
+
+@contextlib.contextmanager
+def accelerated(model: nn.Module, **options) -> Iterator[nn.Module]:
+    """accelerate(model, **options) for the length of a with block; then the model is as it was before."""
+    before = {
+        module: {name: module.__dict__[name] for name in ("forward", "fastgpt_swap") if name in module.__dict__}
+        for module in model.modules()
+    }
+    accelerate(model, **options)
+    try:
+        yield model
+    finally:
+        for module in model.modules():
+            _put_back(module, before.get(module, {}))
+
+
+def _put_back(module: nn.Module, state: dict) -> None:
+    """Take our two attributes away, or set them as they were. A forward that a stranger wrapped around ours stays."""
+    module.__dict__.pop("fastgpt_swap", None)
+    if families.is_ours(module.__dict__.get("forward")):
+        del module.__dict__["forward"]
+    if "fastgpt_swap" in state:
+        module.__dict__["fastgpt_swap"] = state["fastgpt_swap"]
+        module.__dict__.setdefault("forward", state["forward"])
+
+
+def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
+    """Set the module's two attributes, or say why not."""
+    state = module.__dict__
+    if "forward" in state:
+        return "it has a forward of its own"
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    parts = tuple(
+        (families.own_type(part), "fastgpt_swap" in part.__dict__, *_settings(part)) for part in module.modules()
+    )
+    key = (shapes, parts, swap.function, swap.names, swap.gelu)
+    if key not in tried:
+        tried[key] = _trial(module, swap)
+    if tried[key] is None:
+        state["fastgpt_swap"] = swap
+        state["forward"] = forward = functools.partial(families.run, module)
+        forward.__signature__ = _signature(module)  # type: ignore[attr-defined]
+    return tried[key]
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """Of the class's forward, for those who ask what it takes, as transformers' Trainer and generate() do.
+
+    Without annotations, and with plain defaults alone, so that it can be pickled.
+    """
+    parameters = list(inspect.signature(families.own_type(module).forward).parameters.values())[1:]
+    empty = inspect.Parameter.empty
+    plain = (type(None), bool, int, float, str, type)
+    return inspect.Signature(
+        [p.replace(annotation=empty, default=p.default if isinstance(p.default, plain) else None) for p in parameters]
+    )
+
+
+def _settings(module: nn.Module) -> list[tuple]:
+    """The numbers and words that may change what the module computes, but for its place among its like."""
+    return [(n, v) for n, v in module.__dict__.items() if isinstance(v, int | float | str) and n != "layer_idx"]
+
+
+def _trial(module: nn.Module, swap: Swap) -> str | None:
+    """Why the swap won't do for modules like this one: other numbers, or an error. None if it will."""
+    if swap.width == 0:
+        return None
+    kind = families.own_type(module).__name__
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                twin, inputs = _twin(module, swap), _inputs(swap)
+                for training in (False, True):
+                    twin.train(training)
+                    torch.manual_seed(1)  # a stranger's part may be random; it must be called at the same time
+                    expected = families.class_forward(twin, *inputs)
+                    torch.manual_seed(1)
+                    actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
+                    if swap.flag == "loss" and training:  # without its logits
+                        expected, actual = expected[-1], actual[-1]
+                    if not _agree(actual, expected):
+                        return f"this {kind} computes something else"
+    except Exception as error:  # a stranger's code: whatever it raises, it is left alone
+        return f"a trial of it failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _inputs(swap: Swap) -> tuple[Tensor, ...]:
+    if swap.flag == "loss":
+        ids = torch.randint(0, _TOKENS, (2, 6))
+        targets = ids.roll(1, dims=1).index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(-1))
+        return ids, targets
+    x = torch.randn(2, 5, swap.width, dtype=torch.float64)
+    x[:, 1:3] *= 1e-2  # where eps counts
+    return (x,)
+
+
+def _agree(actual, expected) -> bool:
+    """Tensors, or tuples of them, equal within what a constant kept in float32 makes."""
+    if isinstance(expected, tuple):
+        return (
+            isinstance(actual, tuple)
+            and len(actual) == len(expected)
+            and all(_agree(a, e) for a, e in zip(actual, expected, strict=True))
+        )
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return actual is None and expected is None
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    return bool((actual - expected).norm() <= 1e-6 * expected.norm())
+
+
+def _twin(module: nn.Module, swap: Swap) -> Any:
+    """A copy with random float64 weights on the CPU, without hooks and dropout, its children swapped as the module's.
+
+    copy.deepcopy would do, but for hooks that hold half a process group, classes that forbid it (fully_shard's), and
+    weights that are on another device, distributed or large.
+    """
+    memo: dict[int, Any] = {}
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and swap.flag == "loss"]
+    skipped = {part for layers in lists for layer in list(layers)[1:] for part in layer.modules()}
+    parts = [part for part in module.modules() if part not in skipped]
+    for part in parts:
+        kind = families.own_type(part)
+        memo[id(part)] = kind.__new__(kind)
+        for name, value in part.__dict__.items():
+            if name.endswith("_hooks") or "hooks_with_kwargs" in name or "hooks_always_called" in name:
+                memo[id(value)] = type(value)()
+        for parameter in part._parameters.values():
+            if parameter is not None and id(parameter) not in memo:  # tied
+                shape = list(parameter.shape)
+                if swap.flag == "loss" and (isinstance(part, nn.Embedding) or part is getattr(module, "lm_head", None)):
+                    shape[0] = _TOKENS
+                memo[id(parameter)] = nn.Parameter(_random(shape), requires_grad=False)
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    for layers in lists:  # a whole model is tried with its first layer in the place of all
+        memo.update({id(layer): memo[id(layers[0])] for layer in list(layers)[1:]})
+    for part in parts:
+        twin = memo[id(part)]
+        own = {name: value for name, value in part.__dict__.items() if not name.startswith("__composable_api")}
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
+        twin.__dict__.pop("gradient_checkpointing", None)
+        if "fastgpt_swap" in twin.__dict__:
+            twin.fastgpt_swap = twin.fastgpt_swap._replace(backend="torch")
+        if isinstance(twin, nn.Dropout):
+            twin.p = 0.0
+        elif isinstance(twin.__dict__.get("dropout"), float):  # nanoGPT's attention and the book's fast one
+            twin.dropout = 0.0
+        if hasattr(twin.__dict__.get("config"), "_attn_implementation"):
+            twin.config._attn_implementation = "sdpa"
+    twin = memo[id(module)]
+    twin.__dict__["fastgpt_swap"] = copy.deepcopy(swap._replace(backend="torch"), memo)
+    return twin
+
+
+def _random(shape: list[int]) -> Tensor:
+    """Values of the size that a trained weight's outputs have: neither lost beside others nor past a GELU's bend."""
+    deviation = 0.5 if len(shape) < 2 else max(shape) ** -0.5
+    return torch.randn(shape, dtype=torch.float64) * deviation + (len(shape) < 2)

@@ -1,0 +1,170 @@
+"""A model before and after accelerate: how far its logits, loss and gradients are from float64, by its own error.
+
+`fastgpt verify FOLDER` or `fastgpt verify MODULE:FACTORY` on the command line, `verify_model` in Python, and the
+fixtures of fastgpt.pytest_plugin in a test suite.
+"""
+
+import copy
+import importlib
+import inspect
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt.files import CONFIG, read_json
+from fastgpt.model import GPT
+from fastgpt.swap import Report, accelerate, accelerated
+from fastgpt.weights import from_pretrained
+
+TOLERANCE = 4.0  # as assert_accurate's for float32: two roundings of the same formula differ by less
+
+
+class Difference(NamedTuple):
+    """The largest distance from float64 before and after, and after's in units of what before excuses."""
+
+    what: str
+    before: float
+    after: float
+    ratio: float
+
+
+class Verification(NamedTuple):
+    report: Report | None  # of accelerate; None for fastgpt's own GPT, whose kernels are compared with PyTorch
+    differences: tuple[Difference, ...]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return all(difference.ratio <= self.tolerance for difference in self.differences)
+
+    def __str__(self) -> str:
+        lines = [] if self.report is None else [str(self.report), ""]
+        lines.append(f"{'largest distance from float64':42} {'before':>10} {'after':>10} {'ratio':>7}")
+        for what, before, after, ratio in self.differences:
+            verdict = "" if ratio <= self.tolerance else f"  more than {self.tolerance:g}"
+            lines.append(f"{what:42} {before:10.2e} {after:10.2e} {ratio:7.2f}{verdict}")
+        return "\n".join([*lines, "passed" if self.passed else "FAILED"])
+
+
+def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE, **options) -> Verification:
+    """Compare `model` in eval mode before and after accelerate(model, **options) on token ids (B, T), T at least 2.
+
+    Each token's target is the next one. The ratio is the distance after by the distance before, or by a few units in
+    the last place of the largest value where before happens to be closer. The model is left as it was, but for the
+    gradients, which are cleared. ValueError for ids or a model that can't be asked.
+    """
+    if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
+        raise ValueError(f"verify_model: ids are {ids.dtype} of shape {tuple(ids.shape)}, not integers (B, T), T > 1")
+    if not 0 < tolerance < float("inf"):
+        raise ValueError(f"verify_model: tolerance is {tolerance}, not a positive number")
+    training = model.training
+    model.eval()
+    try:
+        with accelerated(copy.deepcopy(model).double(), attention=False, layer_norm=False, mlp=False) as plain:
+            oracle = _ask(_on_torch(plain), ids)
+        report = None
+        if isinstance(model, GPT):
+            before, after = _ask(_on_torch(copy.deepcopy(model)), ids), _ask(model, ids)
+        else:
+            with accelerated(model, attention=False, layer_norm=False, mlp=False):
+                before = _ask(model, ids)
+                report = accelerate(model, **options)
+                after = _ask(model, ids)
+    finally:
+        model.train(training)
+        model.zero_grad()
+    return Verification(report, _differences(oracle, before, after), tolerance)
+
+
+def _on_torch(model: nn.Module) -> nn.Module:
+    """fastgpt's own GPT with PyTorch's functions for its kernels; any other model as it is."""
+    for module in model.modules() if isinstance(model, GPT) else ():
+        if hasattr(module, "backend"):
+            module.backend = "torch"  # type: ignore[assignment]
+    return model
+
+
+def _ask(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    """Logits (B, T, V), the loss, and every gradient by its parameter's name."""
+    model.zero_grad()
+    targets = ids[:, 1:]
+    more = (targets,) if "targets" in inspect.signature(type(model).forward).parameters else ()
+    output = model(ids[:, :-1]) if isinstance(model, GPT) else model(ids[:, :-1], *more)
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[:2] != targets.shape:
+        raise ValueError(f"{type(model).__name__} gives no logits (B, T, V) for ids (B, T)")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if isinstance(model, GPT):  # the head that training runs on
+        loss = model(ids[:, :-1], targets)
+    else:
+        loss = F.cross_entropy(logits.to(dtype).flatten(0, 1), targets.flatten())
+    loss.backward()
+    grads = {n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+
+
+def _differences(oracle: dict, before: dict, after: dict) -> tuple[Difference, ...]:
+    largest = max(value.abs().max().item() for name, value in oracle.items() if name not in ("logits", "loss"))
+    found = []
+    for name, expected in oracle.items():
+        unit = torch.finfo(before[name].dtype).eps
+        size = expected.abs().max().item()
+        excuse = 2 * unit * size
+        if name not in ("logits", "loss"):  # one that is zero but for rounding, as a key's bias, has the others' size
+            excuse += unit * largest / 8
+        theirs, ours = ((side[name].double() - expected).abs().max().item() for side in (before, after))
+        ratio = ours / max(theirs, excuse, torch.finfo(torch.float64).tiny)
+        found.append(Difference(name, theirs, ours, ratio if ratio == ratio else float("inf")))
+    logits, loss, *grads = found
+    worst = max(grads, key=lambda difference: difference.ratio)
+    return logits, loss, worst._replace(what=f"gradient of {worst.what}")
+
+
+def load(source: str) -> nn.Module:
+    """The model of a folder, or the one that MODULE:FACTORY makes, looked for in the working folder too.
+
+    A folder of Hugging Face's is read by transformers, where that is installed, and any other as fastgpt's GPT.
+    """
+    if Path(source).exists():
+        folder = Path(source)
+        ours = not (folder / CONFIG).is_file() or read_json(folder / CONFIG).get("model_type") != "gpt2"
+        if ours or find_spec("transformers") is None:
+            return from_pretrained(source)
+        from transformers import GPT2LMHeadModel
+
+        return GPT2LMHeadModel.from_pretrained(source)
+    module, separator, factory = source.partition(":")
+    if not separator or not module or not factory:
+        raise ValueError(f"{source!r} is no folder and not of the form MODULE:FACTORY")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        make = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{source!r} can't be had: {error}") from error
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{source!r} makes a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def limits(model: nn.Module) -> tuple[int, int]:
+    """The vocabulary and the context: rows of the first two embeddings."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if len(tables) < 2:
+        raise ValueError(f"{type(model).__name__} has no embeddings of tokens and of positions")
+    return tables[0].num_embeddings, tables[1].num_embeddings
+
+
+def random_ids(model: nn.Module, rows: int = 2, tokens: int = 33, seed: int = 0) -> Tensor:
+    """Token ids (rows, tokens), or as many as the context holds with one to predict, on the model's device."""
+    vocabulary, context = limits(model)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (rows, min(tokens, context + 1)), generator=generator)
+    return ids.to(next(model.parameters()).device)

@@ -1,0 +1,130 @@
+"""The book's models: scale and shift, mask buffers, either name of the residual dropout, caches, its own generation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastgpt import accelerate, restore
+from tests.models import CONTEXT, VOCAB, book, book_package
+
+IDX = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+KINDS = {
+    "ch04": dict(kind="GPTModel"),
+    "fast": dict(kind="GPTModelFast"),
+    "cache": dict(kind="GPTModel", module="kv_cache.gpt2"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def make(request):
+    return lambda **changes: book(**KINDS[request.param], **changes)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("time", [1, 2, CONTEXT])
+def test_every_length_with_and_without_bias(make, qkv_bias, time):
+    model = make(qkv_bias=qkv_bias).double()
+    idx = torch.randint(0, VOCAB, (3, time))
+    before = model(idx)
+    report = accelerate(model)
+    assert all(row.now for row in report.rows) and len(report.rows) == 11
+    torch.testing.assert_close(model(idx), before, rtol=1e-6, atol=1e-7)
+
+
+def test_heads_of_25_channels(make):
+    model = make(emb_dim=100).double()
+    before = model(IDX)
+    accelerate(model)
+    torch.testing.assert_close(model(IDX), before, rtol=1e-6, atol=1e-7)
+
+
+def test_mask_buffers_stay_in_the_state_dict():
+    model = book()
+    accelerate(model)
+    masks = [name for name in model.state_dict() if name.endswith("att.mask")]
+    assert len(masks) == 2 and model.state_dict()[masks[0]].shape == (CONTEXT, CONTEXT)
+    fresh = book()
+    fresh.load_state_dict(model.state_dict())
+
+
+def test_either_name_of_the_residual_dropout(make):
+    """A hook on it sees both branches of each block, the attention's first."""
+
+    def seen(accelerates):
+        model, shapes = make(drop_rate=0.2).double().eval(), []
+        if accelerates:
+            accelerate(model)
+        for block in model.trf_blocks:
+            name = "drop_resid" if hasattr(block, "drop_resid") else "drop_shortcut"
+            getattr(block, name).register_forward_hook(lambda module, args, output: shapes.append(args[0].detach()))
+        model(IDX)
+        return shapes
+
+    before, after = seen(False), seen(True)
+    assert len(before) == 4
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-7)
+
+
+def test_monte_carlo_dropout_follows_the_dropout_modules_own_mode(make):
+    model = make(drop_rate=0.5).eval()
+    accelerate(model)
+    quiet = model(IDX)
+    assert torch.equal(model(IDX), quiet)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module is not model.drop_emb:
+            module.train()
+    assert not torch.equal(model(IDX), quiet)
+
+
+def test_a_hook_that_watches_the_attentions_weights_sees_them():
+    model, seen = book(), []
+    accelerate(model)
+    model.trf_blocks[0].att.dropout.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(IDX)
+    assert seen == [(2, 4, 9, 9)]
+
+
+def test_its_own_generation_gives_the_same_tokens(make):
+    model = make().double().eval()
+    generate = book_package("ch04").generate_text_simple
+    before = generate(model, IDX, 8, CONTEXT)
+    accelerate(model)
+    assert torch.equal(generate(model, IDX, 8, CONTEXT), before)
+
+
+def test_the_cache_of_the_packages_variant_works():
+    """Its own decoding step raises (a mask cut on the wrong side); ours aligns the mask at the end."""
+    model = book(**KINDS["cache"]).double().eval()
+    expected = model(IDX)
+
+    def stepwise():
+        model.current_pos = 0
+        cache = book_package("kv_cache.utils").KVCache(2)
+        parts = [model(IDX[:, a:b], use_cache=True, cache=cache) for a, b in ((0, 5), (5, 6), (6, 9))]
+        return torch.cat(parts, dim=1)
+
+    with pytest.raises(RuntimeError, match="doesn't match"):
+        stepwise()
+    accelerate(model)
+    torch.testing.assert_close(stepwise(), expected, rtol=1e-6, atol=1e-7)
+    model.current_pos = 0
+    restore(model)
+    assert torch.equal(model(IDX), expected)
+
+
+def test_parts_of_the_book_in_a_model_of_ones_own():
+    chapter = book_package()
+    cfg = dict(
+        vocab_size=VOCAB, context_length=CONTEXT, emb_dim=48, n_layers=2, n_heads=4, drop_rate=0.0, qkv_bias=False
+    )
+    model = nn.Sequential(nn.Linear(7, 48), chapter.TransformerBlock(cfg), chapter.LayerNorm(48), nn.Linear(48, 3))
+    model = model.double()
+    x = torch.randn(2, 9, 7, dtype=torch.float64)
+    before = copy.deepcopy(model)(x)
+    report = accelerate(model)
+    assert [row.kind for row in report.rows] == [
+        "TransformerBlock", "MultiHeadAttention", "Sequential", "LayerNorm", "LayerNorm", "LayerNorm",
+    ]  # fmt: skip
+    torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-7)
