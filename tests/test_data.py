@@ -76,7 +76,7 @@ def test_no_source_is_the_builtin_corpus(monkeypatch):
 def test_text_file_gives_its_last_tenth_to_validation(tmp_path):
     text = "é" + "x" * 97  # 99 bytes, and the end of the text is the 100th token
     (tmp_path / "a.txt").write_bytes(text.encode())
-    train, val, name = load_corpus(tmp_path / "a.txt", BYTE, 9)
+    train, val, name, _ = load_corpus(tmp_path / "a.txt", BYTE, 9)
     assert (len(train), len(val)) == (90, 10)
     assert [*train, *val] == [*text.encode(), 256]
     assert name == str(tmp_path / "a.txt")
@@ -124,7 +124,7 @@ def test_folder_is_hidden_only_by_names_inside_it(tmp_path, monkeypatch, source)
 
 def test_token_file_is_mapped_and_gives_its_last_tenth_to_validation(tmp_path):
     np.arange(200, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
-    train, val, _ = load_corpus(tmp_path / "tokens.bin", BYTE, 19)
+    train, val, *_ = load_corpus(tmp_path / "tokens.bin", BYTE, 19)
     assert isinstance(train, np.memmap)
     assert train.tolist() == list(range(180))
     assert val.tolist() == list(range(180, 200))
@@ -134,7 +134,7 @@ def test_folder_of_token_files(tmp_path):
     np.arange(50, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.arange(60, 70, dtype=np.uint16).tofile(tmp_path / "val.bin")
     (tmp_path / "input.txt").write_text("the text that they were made from")
-    train, val, _ = load_corpus(tmp_path, BYTE, 9)
+    train, val, *_ = load_corpus(tmp_path, BYTE, 9)
     assert train.tolist() == list(range(50))
     assert val.tolist() == list(range(60, 70))
 
