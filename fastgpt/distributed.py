@@ -98,6 +98,15 @@ def shard(model: GPT, world: World) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what an evaluation gathered: only shards are the optimizer's, and go into a checkpoint."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def replicate(model: nn.Module, world: World) -> nn.Module:
     """DDP around the model: gradients are averaged over the processes while the backward still runs."""
     ids = [world.device] if world.device.type == "cuda" else None

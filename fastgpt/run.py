@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastgpt import data, monitor, ops, state
 from fastgpt.checkpoint import Checkpoints
-from fastgpt.distributed import World, leave, replicate, shard
+from fastgpt.distributed import World, leave, replicate, reshard, shard
 from fastgpt.model import GPT
 from fastgpt.optimizer import adamw, set_learning_rate
 from fastgpt.settings import TrainConfig
@@ -223,6 +223,7 @@ class Run:
             part = parts[min(mine, len(parts) - 1)]
             loss = self.step_on.loss(self.model, *data.windows(tokens, part, block, self.device))
             total += loss.float() * (len(part) if mine < len(parts) else 0)
+        reshard(self.model)
         return world.mean(total).item() * world.size / windows
 
     def report(self) -> None:
