@@ -196,7 +196,7 @@ class Run:
         ranks = [rank for rank, each in enumerate(owns) if not math.isfinite(each)]
         self.model.train()
         module = self.forward if self.config.fsdp else self.model  # FSDP's forward is all processes' together
-        tensor = first_bad(self.step_on, module, *self.batches(seen))
+        tensor = first_bad(self.step_on, module, *self.batches(seen), self.config.fsdp)
         what = f"the loss of step {before + 1} is {loss}"
         if math.isfinite(loss):
             what = f"the gradients of step {before + 1} have the norm {norm}"

@@ -77,25 +77,35 @@ class Step(TrainingStep):
         return norm.float()
 
 
-def first_bad(step: Step, model: nn.Module, idx: Tensor, targets: Tensor) -> str:
+def first_bad(step: Step, model: nn.Module, idx: Tensor, targets: Tensor, collective: bool) -> str:
     """The first tensor that is not finite, in words: of the weights; else, of a second pass over the batches
-    (N, B, T), of the modules' outputs in the order of their computation, or of the gradients."""
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return f"the weight {name}"
-    with _watched(model) as found:
+    (N, B, T), of the modules' outputs in the order of their computation, or of the gradients.
+
+    collective: the forward is one of all processes together, so each does all of them and no backward; the gradients
+    are those that the step left.
+    """
+    found = [f"the weight {name}" for name, parameter in model.named_parameters() if not _finite(parameter)]
+    with _watched(model) as outputs:
         for number in range(len(idx)):
-            step.optimizer.zero_grad(set_to_none=True)
-            loss = step.loss(model, idx[number], targets[number])
-            if found:
-                return f"the output of {found[0]}"
+            if found and not collective:
+                break
+            with torch.set_grad_enabled(not collective):
+                loss = step.loss(model, idx[number], targets[number])
+            found += [f"the output of {name}" for name in outputs]
             if not loss.isfinite():
-                return "the loss, from finite activations"
-            loss.backward()
-            for name, parameter in reversed(list(model.named_parameters())):  # as the backward reaches them, nearly
-                if parameter.grad is not None and not _finite(parameter.grad):
-                    return f"the gradient of {name}"
-    return "nothing that a second pass shows"
+                found.append("the loss, from finite activations")
+            if not found and not collective:
+                step.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                found += _bad_gradients(model)
+    found += _bad_gradients(model)
+    return found[0] if found else "nothing that a second pass shows"
+
+
+def _bad_gradients(model: nn.Module) -> list[str]:
+    """The last layer's first, as the backward reaches them, nearly."""
+    named = reversed(list(model.named_parameters()))
+    return [f"the gradient of {name}" for name, p in named if p.grad is not None and not _finite(p.grad)]
 
 
 def _finite(tensor: Any) -> bool:
