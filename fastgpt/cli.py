@@ -149,14 +149,15 @@ def _fields(options: dict, config: type) -> dict:
 
 def _train(options: argparse.Namespace) -> None:
     out = options.out or "out"
+    if getattr(options, "init_from", None) == "resume":  # nanoGPT's way to say it
+        options.resume = True
+        del options.init_from
     chosen = {}
     if options.config is not None:
         chosen = read_settings(options.config)
     elif options.resume and Path(out, SETTINGS).is_file():  # the run's own; what is given here goes over it
         chosen = read_settings(Path(out, SETTINGS))
     chosen.update((name, value) for name, value in vars(options).items() if value is not None)
-    if chosen.get("init_from") == "resume":  # nanoGPT's way to say it
-        chosen["resume"], chosen["init_from"] = True, "scratch"
     source = chosen.get("data")
     preset = chosen.get("preset", "byte-0.8M")
     said = None if source is None or not Path(source).is_dir() else meta_of(Path(source)).get("encoding")
@@ -166,7 +167,7 @@ def _train(options: argparse.Namespace) -> None:
         model_config = GPTConfig.preset(preset, **_fields(chosen, GPTConfig))
     else:
         model_config = pretrained(train_config.init_from, **_fields(chosen, GPTConfig)).config
-    model = fit(model_config, train_config, tokens, source, out, options.overwrite, chosen["resume"])
+    model = fit(model_config, train_config, tokens, source, out, options.overwrite, options.resume)
     if train_config.fsdp or int(os.environ.get("RANK", 0)):  # only a whole model can write, and once is enough
         return
     print(f"\nsaved in {out}; a sample:\n")

