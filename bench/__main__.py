@@ -1,11 +1,53 @@
+"""What fastgpt is measured with: `python -m bench COMMAND`; the benchmarks themselves are `pytest bench/`."""
+
 import argparse
+import importlib
 import sys
 
-from bench import compile as gate
+# A command is a module with add_arguments(parser) and main(options) -> exit code, imported when it is asked for.
+COMMANDS = {
+    "compile": "registers, spills, shared memory and matrix instructions of every kernel, with no GPU",
+    "bytes": "flops, bytes and floor of every part of a training step",
+    "roofs": "what this machine is, and the copy and matmul rates it reaches",
+    "tune": "search tiles for each kernel and propose rows",
+    "profile": "the kernels of one training step: time, share, floor",
+    "smoke": "every kernel once at small shapes",
+    "sanitize": "the same under NVIDIA's compute-sanitizer",
+    "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",
+    "report": "tables and plots of measured rows",
+}
+MODULES = {"bytes": "work", "roofs": "machine", "gpu-day": "gpu_day"}
 
-parser = argparse.ArgumentParser(prog="python -m bench")
-commands = parser.add_subparsers(dest="command", required=True)
-compiling = commands.add_parser("compile", help=gate.__doc__.splitlines()[0])
-compiling.add_argument("--capability", type=int, nargs="*", default=gate.CAPABILITIES, help="80 is 8.0, and so on")
-options = parser.parse_args()
-sys.exit(gate.main(options.capability))
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        if arguments[:1] == [name] == ["compile"]:
+            gate = importlib.import_module("bench.compile")
+            command.add_argument("--capability", type=int, nargs="*", default=gate.CAPABILITIES, help="80 is 8.0 …")
+            command.add_argument("--sass", action="store_true", help="the account of attention's loops instead")
+            command.set_defaults(main=lambda options, gate=gate: _compile(gate, options))
+        elif arguments[:1] == [name]:
+            module = importlib.import_module("bench." + MODULES.get(name, name))
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
+    options = parser.parse_args(arguments)
+    try:
+        return options.main(options)
+    except ValueError as error:
+        print(f"python -m bench {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _compile(gate, options: argparse.Namespace) -> int:
+    if options.sass:
+        print(*gate.accounts(), sep="\n")
+        return 0
+    return gate.main(options.capability)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

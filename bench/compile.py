@@ -19,7 +19,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels import attention, cross_entropy, embedding, layernorm, linear_gelu, mlp
+from bench import account
+from fastgpt.kernels import (
+    attention,
+    attention_backward,
+    cross_entropy,
+    decode,
+    embedding,
+    layernorm,
+    linear_gelu,
+    mlp,
+)
 
 # Shared memory that one block may have, in bytes, by compute capability (CUDA C++ Programming Guide, table of features
 # and technical specifications); Triton itself does not check.
@@ -32,6 +42,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -48,15 +59,16 @@ class Row(NamedTuple):
     registers: int
     spilled: int  # bytes of stack and local memory a thread
     shared: int
-    matrix: str  # the matrix instructions of its PTX
+    matrix: str  # the matrix instructions of its PTX, "serialized" where ptxas lets no two wgmma overlap
 
     @property
     def passes(self) -> bool:
         """No spill, no more shared memory than the card has, no TF32 (the cases never allow it), and on 9.0 nothing but
         wgmma where it is expected: products of half-precision tiles for heads of up to 128."""
         within = self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability]
-        wgmma_only = self.capability == 90 and "float32" not in self.case and "D 256" not in self.case
-        return within and "tf32" not in self.matrix and not (wgmma_only and "mma.sync" in self.matrix)
+        wgmma_only = self.capability == 90 and not any(word in self.case for word in ("float32", "D 256", "cache"))
+        well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and "serialized" not in self.matrix
+        return within and "tf32" not in self.matrix and well_multiplied
 
 
 def cases() -> dict[str, Callable[[], object]]:
@@ -74,6 +86,16 @@ def cases() -> dict[str, Callable[[], object]]:
         f"D {dim} {str(dtype).removeprefix('torch.')}": lambda dim=dim, dtype=dtype: _attention(dim, dtype)
         for dim in (64, 80, 128, 256)
         for dtype in (halves_and_full if dim == 64 else (torch.bfloat16, torch.float32))
+    }
+    extras = {
+        f"D {dim} bfloat16 {extra}": lambda dim=dim, extra=extra: _attention(dim, torch.bfloat16, extra)
+        for dim in (64, 128, 256)
+        for extra in (("all",) if dim == 256 else ("dropout", "documents", "all"))
+    }
+    decoding = {
+        f"cache D {dim} {str(dtype).removeprefix('torch.')}": lambda dim=dim, dtype=dtype: _decode(dim, dtype)
+        for dim in (64, 128, 256)
+        for dtype in (torch.bfloat16, torch.float32)
     }
     losses = {
         f"V 50257 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _cross_entropy(50257, dtype)
@@ -94,7 +116,7 @@ def cases() -> dict[str, Callable[[], object]]:
         f"V 50257 C 768 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _embedding(dtype)
         for dtype in halves_and_full
     }
-    return {**norms, **heads, **losses, **mlps, **fused, **embeddings}
+    return {**norms, **heads, **extras, **decoding, **losses, **mlps, **fused, **embeddings}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -104,10 +126,24 @@ def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
     layernorm.layer_norm_bwd(y, y, s, weight, stats, seed, p, dtype, True)
 
 
-def _attention(dim: int, dtype: torch.dtype) -> None:
-    qkv = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype)
-    out, lse = attention.attention_qkv_fwd(qkv, 12, 0.125)
-    attention.attention_qkv_bwd(out, qkv, out, lse, 12, 0.125)
+def _attention(dim: int, dtype: torch.dtype, extra: str = "") -> None:
+    qkv, seed = torch.empty(2, 1024, 3 * 12 * dim, dtype=dtype), torch.empty(1, dtype=torch.int64)
+    key_mask, documents = torch.empty(2, 1024, dtype=torch.bool), torch.empty(2, 1024, dtype=torch.int32)
+    options = (
+        seed if extra in ("dropout", "all") else None,
+        key_mask if extra in ("key mask", "all") else None,
+        documents if extra in ("documents", "all") else None,
+        12,
+        0.125,
+        0.1 if extra in ("dropout", "all") else 0.0,
+    )
+    out, lse = attention.attention_qkv_fwd(qkv, *options)
+    attention_backward.attention_qkv_bwd(out, qkv, out, lse, *options)
+
+
+def _decode(dim: int, dtype: torch.dtype) -> None:
+    q, cache = torch.empty(32, 12, 1, dim, dtype=dtype), torch.empty(32, 12, 1024, dim, dtype=dtype)
+    decode.decode_attention_fwd(q, cache, cache, torch.empty(32, dtype=torch.int64), 0.125)
 
 
 def _cross_entropy(vocab: int, dtype: torch.dtype) -> None:
@@ -148,7 +184,8 @@ def launches(call: Callable[[], object], capability: int) -> list[Launch]:
 
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(attention, "_capability", lambda tensor: capability),
+        mock.patch.object(attention, "_card", lambda tensor: attention.Card(capability, SHARED_LIMIT[capability])),
+        mock.patch.object(decode, "_card", lambda tensor: "any"),
         mock.patch.object(linear_gelu, "capability", lambda tensor: capability),
         mock.patch.object(linear_gelu, "multiprocessors", lambda tensor: 132),
         mock.patch.object(mlp, "multiprocessors", lambda tensor: 132),
@@ -162,7 +199,8 @@ def compile_for(launch: Launch, capability: int) -> triton.compiler.CompiledKern
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
@@ -171,7 +209,7 @@ def compile_for(launch: Launch, capability: int) -> triton.compiler.CompiledKern
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and specialised:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -189,9 +227,15 @@ def measure(case: str, launch: Launch, capability: int) -> Row:
     if found is None:
         raise RuntimeError(f"cuobjdump's report is not understood: {usage}")
     registers, stack, local = map(int, found.groups())
-    found = sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|tf32", compiled.asm["ptx"])))
+    found = set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|tf32", compiled.asm["ptx"]))
+    if "wgmma.mma_async" in found and any(loop.serialized for loop in _account(compiled).loops):
+        found.add("serialized")
     name, shared = launch.kernel.__name__.strip("_"), compiled.metadata.shared
-    return Row(name, case, capability, registers, stack + local, shared, " ".join(found))
+    return Row(name, case, capability, registers, stack + local, shared, " ".join(sorted(found)))
+
+
+def _account(compiled: triton.compiler.CompiledKernel) -> account.Account:
+    return account.of(compiled.asm["cubin"], _tool("nvdisasm"))
 
 
 def rows(capabilities=CAPABILITIES, only: Callable[[str], bool] = lambda case: True) -> Iterator[Row]:
@@ -204,6 +248,38 @@ def rows(capabilities=CAPABILITIES, only: Callable[[str], bool] = lambda case: T
 
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def accounts(capability: int = 90) -> Iterator[str]:
+    """Lines of the instruction account of attention at heads of 64 and 128 (bench.account says what it counts)."""
+    time = 1024
+    header = "".join(f"{name:>7}" for name in account.SHOWN)
+    yield f"{'kernel':24}{'D':>4}{'tile':>10}{'warps':>6}  loop  {'all':>5}{header}   clocks a turn: busiest units"
+    for dim in (64, 128):
+        backward = [0.0, 0.0]
+        for launch in launches(lambda dim=dim: _attention(dim, torch.bfloat16), capability):
+            name, warps = launch.kernel.__name__.strip("_"), launch.options["num_warps"]
+            if "attention" not in name:
+                continue
+            counted = _account(compile_for(launch, capability))
+            block_m, block_n = launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]
+            for kind, loop in zip(("whole", "masked"), account.ordered(counted), strict=True):
+                numbers = "".join(f"{loop.counts.get(n, 0):7}" for n in account.SHOWN)
+                busy = sorted(loop.clocks(warps).items(), key=lambda item: -item[1])[:6]
+                units = ", ".join(f"{unit} {round(clocks)}" for unit, clocks in busy)
+                tile = f"{block_m}x{block_n}"
+                yield f"{name:24}{dim:4}{tile:>10}{warps:6}  {kind:6}{loop.instructions:5}{numbers}   {units}"
+            clocks = account.clocks(name, counted, warps, time, block_m, block_n)
+            if "fwd" in name:
+                yield _limits(f"forward D {dim}", 4 * time * time * dim / 2, clocks)
+            else:
+                backward = [a + b for a, b in zip(backward, clocks, strict=True)]
+        yield _limits(f"backward D {dim}", 10 * time * time * dim / 2, backward)
+
+
+def _limits(what: str, flops: float, clocks) -> str:
+    serial, overlapped = (account.teraflops(flops, c) for c in clocks)
+    return f"{what}: T 1024 causal, at most {serial:.0f} TFLOP/s serial, {overlapped:.0f} overlapped"
 
 
 def main(capabilities) -> int:

@@ -11,7 +11,7 @@ import torch
 import triton
 
 from fastgpt import loss
-from fastgpt.kernels import attention, cross_entropy, layernorm, mlp
+from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
@@ -30,13 +30,21 @@ def add_layer_norm(
 
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
     q, k, v = _autocast(q, k, v)
-    return CausalAttention.apply(q, k, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    seed = _seed_tensor(seed, dropout_p, q.device)
+    return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p))
 
 
 def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
     (qkv,) = _autocast(qkv)
-    head_dim = qkv.shape[-1] // 3 // heads
-    return CausalAttentionQKV.apply(qkv, heads, 1 / math.sqrt(head_dim) if scale is None else scale)
+    scale = 1 / math.sqrt(qkv.shape[-1] // 3 // heads) if scale is None else scale
+    seed = _seed_tensor(seed, dropout_p, qkv.device)
+    return CausalAttentionQKV.apply(qkv, seed, key_mask, documents, heads, scale, float(dropout_p))
+
+
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
+    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    return decode_attention_fwd(q, k_cache, v_cache, lengths, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
@@ -96,9 +104,10 @@ def _custom_op(launcher, fake):
 layer_norm_fwd = _custom_op(layernorm.layer_norm_fwd, layernorm.layer_norm_fwd_outputs)
 layer_norm_bwd = _custom_op(layernorm.layer_norm_bwd, layernorm.layer_norm_bwd_outputs)
 attention_fwd = _custom_op(attention.attention_fwd, attention.attention_fwd_outputs)
-attention_bwd = _custom_op(attention.attention_bwd, attention.attention_bwd_outputs)
+attention_bwd = _custom_op(attention_backward.attention_bwd, attention_backward.attention_bwd_outputs)
 attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
-attention_qkv_bwd = _custom_op(attention.attention_qkv_bwd, attention.attention_qkv_bwd_outputs)
+attention_qkv_bwd = _custom_op(attention_backward.attention_qkv_bwd, attention_backward.attention_qkv_bwd_outputs)
+decode_attention_fwd = _custom_op(decode.decode_attention_fwd, decode.decode_attention_fwd_outputs)
 gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
 gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
 embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.embedding_fwd_outputs)
@@ -152,30 +161,30 @@ class AddLayerNorm(torch.autograd.Function):
 
 class CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        o, lse = attention_fwd(q, k, v, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.scale = scale
+    def forward(ctx, q, k, v, seed, key_mask, documents, scale, dropout_p):
+        o, lse = attention_fwd(q, k, v, seed, key_mask, documents, scale, dropout_p)
+        ctx.save_for_backward(q, k, v, o, lse, seed, key_mask, documents)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
         return o
 
     @staticmethod
     def backward(ctx, do):
         _refuse_second_derivative("causal_attention")
-        return *attention_bwd(do, *ctx.saved_tensors, ctx.scale), None
+        return *attention_bwd(do, *ctx.saved_tensors, ctx.scale, ctx.dropout_p), *[None] * 5
 
 
 class CausalAttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, heads, scale):
-        out, lse = attention_qkv_fwd(qkv, heads, scale)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.heads, ctx.scale = heads, scale
+    def forward(ctx, qkv, seed, key_mask, documents, heads, scale, dropout_p):
+        out, lse = attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+        ctx.save_for_backward(qkv, out, lse, seed, key_mask, documents)
+        ctx.numbers = heads, scale, dropout_p
         return out
 
     @staticmethod
     def backward(ctx, dout):
         _refuse_second_derivative("causal_attention_qkv")
-        return attention_qkv_bwd(dout, *ctx.saved_tensors, ctx.heads, ctx.scale), None, None
+        return attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
 
 
 class GeluMLP(torch.autograd.Function):

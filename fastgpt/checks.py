@@ -122,3 +122,13 @@ def in_range(name, what, values, limit, place, ignored=None):
     if outside.any():
         where = tuple(outside.nonzero()[0].tolist())
         raise ValueError(f"{name}: {what} {values[where].item()} at {where} is outside {place}")
+
+
+def cumulative(name, cu_seqlens, time):
+    """0 <= cu_seqlens[0] <= … <= time, on a CPU."""
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    steps = torch.diff(cu_seqlens, prepend=cu_seqlens.new_zeros(1), append=cu_seqlens.new_full((1,), time))
+    if (steps < 0).any():
+        values = cu_seqlens.tolist() if len(cu_seqlens) <= 8 else f"{cu_seqlens[:8].tolist()}…"
+        raise ValueError(f"{name}: cu_seqlens {values} do not rise from 0 to at most {time}")

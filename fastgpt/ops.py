@@ -93,8 +93,10 @@ def causal_attention(
     """Softmax(scale q kᵀ) v, each query over the keys up to its own place: (B, H, Tq, D) -> (B, H, Tq, D).
 
     k, v: (B, Hkv, Tk, D), where Hkv divides H (grouped heads) and Tq <= Tk: the last query sits at the last key.
-    scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding). documents: (B, T) integers, a
-    query sees only keys of its own document. A query that sees no key gives zeros and zero gradients.
+    scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding on either side). documents: (B, T)
+    integers, a query sees only keys of its own document; numbered in order they cost least (`document_ids` makes them
+    from cu_seqlens). A query that sees no key gives zeros and zero gradients. What a query does not see changes no bit
+    of its result, NaN in hidden keys and other documents included.
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
     """
     name = "causal_attention"
@@ -105,7 +107,7 @@ def causal_attention(
         )
     checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return _road(name, backend, q, k=k, **options).causal_attention(q, k, v, seed=seed, **options)
+    return _road(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
 
 
 def causal_attention_qkv(
@@ -130,7 +132,24 @@ def causal_attention_qkv(
     shape = (batch, heads, time, packed // 3 // heads)
     checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return _road(name, backend, qkv, heads=heads, **options).causal_attention_qkv(qkv, heads, seed=seed, **options)
+    return _road(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
+
+
+def document_ids(cu_seqlens: Tensor, time: int) -> Tensor:
+    """The `documents` of one packed row of `time` tokens from its cumulative lengths: (N + 1,) -> (1, time) int32.
+
+    cu_seqlens: int32 or int64, as variable-length attention takes them elsewhere: document i fills the places from
+    cu_seqlens[i] up to cu_seqlens[i + 1]. What lies before the first or after the last is a document of its own. Made
+    once it serves every layer; nothing waits for the device, so a CUDA graph can hold it. On a CPU lengths that
+    decrease or pass `time` are a ValueError.
+    """
+    name = "document_ids"
+    checks.integers(name, getattr(cu_seqlens, "device", None), cu_seqlens=cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(f"{name}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, not (N + 1,)")
+    checks.cumulative(name, cu_seqlens, time)
+    places = torch.arange(time, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens, places, right=True, out_int32=True)[None]
 
 
 def decode_attention(
@@ -146,7 +165,8 @@ def decode_attention(
 
     k_cache, v_cache: (B, Hkv, Tmax, D), where Hkv divides H. lengths: (B,) int32 or int64, the filled slots of each
     row with q's own tokens, which are the last Tq of them, counted in. Slots past a row's length are never read into
-    the result, whatever they hold. No derivative is meant, though PyTorch's road has one.
+    the result, whatever they hold. A length out of range is a ValueError on a CPU; elsewhere one past Tmax counts as
+    Tmax. Only PyTorch's road has a derivative, so "auto" takes it where one is required.
     """
     name = "decode_attention"
     checks.heads(name, q=q, k_cache=k_cache, v_cache=v_cache)
@@ -156,7 +176,9 @@ def decode_attention(
     checks.integers(name, q.device, lengths=lengths)
     checks.shape(name, "lengths", lengths, q.shape[:1])
     checks.in_range(name, "length", lengths, k_cache.shape[2] + 1, f"a cache of {k_cache.shape[2]} slots")
-    return _road(name, backend, q).decode_attention(q, k_cache, v_cache, lengths, scale=scale)
+    return _road(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
+        q, k_cache, v_cache, lengths, scale=scale
+    )
 
 
 def gelu_mlp(
@@ -338,18 +360,18 @@ def _row_limit(x, **_):
     return None
 
 
-def _attention_limit(q, *, k=None, heads=None, dropout_p, key_mask, documents, **_):
-    """q (B, H, T, D) with its k, or a packed qkv with its heads."""
+def _attention_limit(q, *, heads=None, **_):
+    """q (B, H, T, D), or a packed qkv with its heads."""
     head_dim = q.shape[-1] if heads is None else q.shape[-1] // 3 // heads
-    if dropout_p > 0:
-        return f"the attention kernel has no dropout yet, dropout_p is {dropout_p}"
-    if key_mask is not None or documents is not None:
-        return f"the attention kernel has no {'documents' if key_mask is None else 'key_mask'} yet"
-    if k is not None and k.shape[1] != q.shape[1]:
-        return f"the attention kernel has no grouped heads yet, there are {q.shape[1]} and {k.shape[1]}"
     if head_dim > autograd.attention.MAX_HEAD_DIM:
         return f"heads of {head_dim} channels are wider than the kernel's {autograd.attention.MAX_HEAD_DIM}"
     return None
+
+
+def _decode_limit(q, *, k_cache, v_cache, **_):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        return "the decode kernel has no derivative, and an operand requires one"
+    return _attention_limit(q)
 
 
 _LIMITS: dict[str, Callable[..., str | None]] = {
@@ -357,6 +379,7 @@ _LIMITS: dict[str, Callable[..., str | None]] = {
     "add_layer_norm": _row_limit,
     "causal_attention": _attention_limit,
     "causal_attention_qkv": _attention_limit,
+    "decode_attention": _decode_limit,
     "gelu_mlp": lambda x, **_: None,  # none
     "linear_cross_entropy": lambda x, **_: None,
     "embedding": lambda x, **_: None,

@@ -61,6 +61,13 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
         allowed = allowed & key_mask[:, None, None, :]
     if documents is not None:
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
+        # Other documents' keys are multiplied by zero, which NaN survives: such keys are read as zeros, and what sees
+        # one is NaN.
+        broken = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
+        k, v = (t.masked_fill(broken[..., None], 0) for t in (k, v))
+        poisoned = (allowed & broken[:, :, None]).any(-1, keepdim=True)  # (B, Hkv, Tq, 1)
+        poisoned = poisoned.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return torch.where(poisoned, math.nan, _masked_attention(q, k, v, allowed, scale, dropout_p, seed))
     return _masked_attention(q, k, v, allowed, scale, dropout_p, seed)
 
 

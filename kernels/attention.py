@@ -1,36 +1,54 @@
 """Causal attention in tiles that never leave the chip.
 
-    S = scale q kᵀ,  P = softmax(S) over the keys up to the query's own place,  o = P v
+    S = scale q kᵀ,  P = softmax(S) over the keys that the query sees,  o = dropout(P) v
 
-Forward (Dao, "FlashAttention-2", 2023, algorithm 1): for each tile of queries, walk over tiles of keys with a running
-row maximum m and row sum l, and rescale what is summed so far whenever m grows. Exponentials are base 2, with
-log2(e) folded into the scale. What the backward needs is one number a row, lse = m + log2(l).
-
-Backward (the same, algorithm 2), from P = exp2(S - lse), Δ = rowsum(do ∘ o) and
-
-    dv = Pᵀ do      dP = do vᵀ      dS = P ∘ (dP - Δ)      dq = scale dS k      dk = scale dSᵀ q
-
-in two kernels: dk and dv for a tile of keys, dq for a tile of queries. That is 7 products where one kernel with atomics
-has 5, but needs no float32 buffer for dq, and gives the same bits every time. The kernel for dk and dv forms Sᵀ and
-dPᵀ at once (k qᵀ, v doᵀ), never by transposing an accumulator, which Hopper gets wrong.
+A query sees the keys up to its own place, but for those that `key_mask` hides or that belong to another document; one
+that sees none gives zeros. This file is the forward (Dao, "FlashAttention-2", 2023, algorithm 1), attention_backward.py
+the backward: for each tile of queries, walk over tiles of keys with a running row maximum m and row sum l, and rescale
+what is summed so far whenever m grows. Exponentials are base 2, with log2(e) folded into the scale. What the backward
+needs is one number a row, lse = m + log2(l).
 
 Only the tiles on the diagonal are masked; those below it are walked over first and unmasked, those above never. Where
-queries are fewer than keys, the last query sits at the last key. q, k and v are read, and the gradients
-written, through strides, so that they may be views of one packed projection.
+queries are fewer than keys, the last query sits at the last key. Heads may be grouped: query head h reads key head
+h // group. q, k and v are read through strides, so that they may be views of one packed projection.
 
-Flops, causal: 4 B H T² D / 2 forward, 14 B H T² D / 2 backward (one kernel would do with 10). Bytes: the forward reads
-q, k, v and writes o, 4 B H T D elements, and 4 B H T bytes of lse.
+A key mask or documents make every tile a masked one, and `_spans_kernel` finds which keys a tile can meet at all, so
+that foreign documents and padding at either end are never walked over. What a key mask hides is not read. A key of
+another document can't be hidden so, being another query's own; there a key that holds NaN or an infinity is read as
+zeros, and its scores are made NaN, before those that it may not touch are masked. All this is specialised away, down to
+the last instruction, where a call has neither.
+
+Flops, causal: 4 B H T² D / 2. Bytes: reads q, k, v and writes o, 4 B H T D elements, and 4 B H T bytes of lse.
+
+What one turn of the unmasked loop issues on capability 9.0 in bf16, in instructions of one warp, and how many clocks
+the units of an H100's multiprocessor are busy with it for the whole block (`python -m bench compile --sass`; the rates
+and what they leave out stand in bench/account.py, and a test holds these numbers to the machine code):
+
+    D     tile     warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
+    64    128x64       4   519     16    68    68    68    72           512   544    519   683
+    128   128x64       8   349     12    34    34    66    36          1024   544    698  1365
+
+At D = 64 exponentials take as long as the products. With all the causal turns at T = 1024, the diagonal's included,
+that allows at most 354 TFLOP/s of useful work at an assumed 1.755 GHz if the tensor core waits for the rest and the
+rest for it, and 528 if all overlap; at D = 128 434 and 544. Each loop stands under an `if` that it has a turn at all:
+where a loop may be skipped, zeros meet products in flight, and ptxas then lets no two wgmma overlap.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .launch import accumulator, dropout_numbers, matmul_precision, statistics_dtype
+from .philox import keep_mask
+
 MAX_HEAD_DIM = 256
 MAX_ROW_STRIDE = 2**23  # times 256 rows of a tile it still fits 32 bits; tensors past it are copied first
+ATTENTION_SITE = tl.constexpr(0)  # attention's dropout, in the counter of philox.keep_mask
+# Lengths are not specialised: one compiled kernel serves every T.
+LENGTHS = ["queries", "keys", "length"]
 
 
 class Tiles(NamedTuple):
@@ -40,71 +58,117 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, capability: int | None) -> Tiles:
-    """Tiles for "fwd", "dkdv" or "dq" on a card of this compute capability (90 is 9.0; None is the interpreter).
+class Card(NamedTuple):
+    capability: int  # 90 is 9.0
+    shared: int  # bytes of shared memory that one block may have
 
-    Chosen so that nothing spills and 99 KB of shared memory, the least from 8.0 on, is enough. Not measured on any GPU
-    yet. float32 products are no tensor-core work unless TF32 is allowed, and live in registers: small tiles.
+
+def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, extras: bool) -> Tiles:
+    """Tiles for "fwd", "dkdv" or "dq" on a card (None is the interpreter); extras: with dropout or masks.
+
+    Chosen by the instruction account (`python -m bench compile --sass`), so that nothing spills and the card can hold
+    them; not measured on any GPU yet. float32 products are no tensor-core work unless TF32 is allowed, and live in
+    registers: small tiles. wgmma wants 64 rows for every four warps; with more warps it does the work twice.
     """
-    if capability is None:  # small and unequal, so that few tokens make several tiles of each kind
+    if card is None:  # small and unequal, so that few tokens make several tiles of each kind
         return Tiles(16, 32, 4, 1) if kernel == "dkdv" else Tiles(32, 16, 4, 1)
     if dtype == torch.float32:
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(32, 32, 8, 1)
-    hopper = 90 <= capability < 120  # and its successor for data centers: accumulators are spread over four warps each
+    if head_dim > 128:
+        return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
+    if 90 <= card.capability < 120 and card.shared >= 160 * 1024:  # Hopper and its successor in data centers
+        if kernel == "dkdv":
+            return Tiles(64 // (1 + extras) // (1 + (head_dim > 64)), 128, 8, 2)
+        if kernel == "fwd" and head_dim <= 64 and not extras:
+            return Tiles(128, 64, 4, 3)
+        return Tiles(128, 32 if extras and kernel == "dq" and head_dim > 64 else 64, 8, 2)
+    if kernel == "fwd" and head_dim <= 64:
+        return Tiles(64, 64, 8, 2) if extras else Tiles(128, 64, 8, 3)
     if kernel == "fwd":
-        if head_dim <= 64:
-            return Tiles(128, 64, 4 if hopper else 8, 3)
-        if head_dim <= 128:
-            return Tiles(128, 64 if hopper else 32, 8, 2)
+        return Tiles(128, 32, 8, 2)
+    if head_dim <= 64 and not extras:
+        return Tiles(32, 64, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
+    if kernel == "dq":
         return Tiles(64, 32, 8, 2)
-    if head_dim <= 64:
-        return Tiles(64, 128, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
-    if head_dim <= 128:
-        return Tiles(64, 64, 8, 2) if hopper or kernel == "dq" else Tiles(32, 64, 8, 2)
-    return Tiles(32, 32, 8, 1)
+    return Tiles(32, 32 if extras else 64, 8, 2)
 
 
 @triton.jit
-def _head(pointer, head, heads, stride_b, stride_h):
-    """Where head b * H + h of a (B, H, T, D) tensor begins."""
-    return pointer + (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
+def head_of(pointer, batch, head, stride_b, stride_h):
+    """Where a head of a (B, H, T, D) tensor begins."""
+    return pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
 
 
 @triton.jit
-def _rows(pointer, start, stride_t, stride_d, length, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK rows of a (T, D) matrix from `start` on: pointers [BLOCK, BLOCK_D], and whether within T = length and D."""
+def places_of(pointer, start, stride_t, stride_d, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers [BLOCK, BLOCK_D] to rows of a (T, D) matrix from `start` on."""
     rows, cols = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
-    places = pointer + tl.cast(start, tl.int64) * stride_t + rows[:, None] * stride_t + cols[None, :] * stride_d
-    return places, (start + rows[:, None] < length) & (cols[None, :] < D)
+    return pointer + tl.cast(start, tl.int64) * stride_t + rows[:, None] * stride_t + cols[None, :] * stride_d
 
 
 @triton.jit
-def _load(
-    pointer,
-    start,
-    stride_t,
-    stride_d,
-    length,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WHOLE: tl.constexpr = False,
-):
-    """Those rows, zero outside. WHOLE: all of them are known to be there, so that only columns past D need a mask."""
-    places, inside = _rows(pointer, start, stride_t, stride_d, length, D, BLOCK, BLOCK_D)
-    if WHOLE and BLOCK_D == D:
-        return tl.load(places)
-    if WHOLE:
-        return tl.load(places, tl.arange(0, BLOCK_D)[None, :] < D, 0.0)
-    return tl.load(places, inside, 0.0)
+def load_rows(
+    pointer, start, stride_t, stride_d,
+    there,  # [BLOCK]: which rows to read, the others are zeros; None is all
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows [BLOCK, BLOCK_D] of a (T, D) matrix from `start` on, zero past D."""
+    places = places_of(pointer, start, stride_t, stride_d, BLOCK, BLOCK_D)
+    in_cols = tl.arange(0, BLOCK_D)[None, :] < D
+    if there is not None:
+        values = tl.load(places, there[:, None] & in_cols, 0.0)
+    elif BLOCK_D != D:
+        values = tl.load(places, in_cols, 0.0)
+    else:
+        values = tl.load(places)
+    return values
 
 
 @triton.jit
-def _seen(first_query, first_key, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which keys each query sees, [BLOCK_M, BLOCK_N]. The last query sees the last key, so none sees past it."""
-    rows = first_query + tl.arange(0, BLOCK_M)
-    cols = first_key + tl.arange(0, BLOCK_N)
-    return cols[None, :] <= rows[:, None] + (keys - queries)
+def store_rows(
+    pointer, start, stride_t, stride_d, values, length,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Write values [BLOCK, BLOCK_D] to rows of a (length, D) matrix from `start` on, in its dtype."""
+    inside = (start + tl.arange(0, BLOCK)[:, None] < length) & (tl.arange(0, BLOCK_D)[None, :] < D)
+    places = places_of(pointer, start, stride_t, stride_d, BLOCK, BLOCK_D)
+    tl.store(places, values.to(pointer.dtype.element_ty), inside)
+
+
+@triton.jit
+def open_keys(cols, keys, mask_ptr, poison_ptr):
+    """Which of the keys `cols` may be read, [BLOCK_N], and what to add to their scores.
+
+    mask_ptr, poison_ptr: the batch row's key mask and the key head's poison, or None.
+    """
+    there = cols < keys
+    poison = tl.zeros(cols.shape, tl.float32)
+    if mask_ptr is not None:
+        there = there & tl.load(mask_ptr + cols, there, False).to(tl.int1)
+    if poison_ptr is not None:
+        poison = tl.load(poison_ptr + cols, there, 0.0)
+        there = there & (poison == 0.0)
+    return there, poison
+
+
+@triton.jit
+def sees(
+    first_query, first_key, queries, keys, mask_ptr, ids_ptr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Whether each query of a tile sees each key of another, [BLOCK_M, BLOCK_N], or with KEYS_FIRST its transpose.
+
+    mask_ptr, ids_ptr: the batch row's key mask and documents, or None.
+    """
+    q = tl.expand_dims(tl.arange(0, BLOCK_M), 0 if KEYS_FIRST else 1)
+    k = tl.expand_dims(tl.arange(0, BLOCK_N), 1 if KEYS_FIRST else 0)
+    seen = k <= q + (first_query + (keys - queries) - first_key)  # the last query sees the last key, none sees past it
+    q, k = first_query + q, first_key + k
+    if mask_ptr is not None:
+        seen = seen & tl.load(mask_ptr + k, k < keys, False).to(tl.int1)
+    if ids_ptr is not None:
+        seen = seen & (tl.load(ids_ptr + q, q < queries, 0) == tl.load(ids_ptr + k, k < keys, 0))
+    return seen
 
 
 @triton.jit
@@ -113,398 +177,339 @@ def _attend(
     acc,  # [BLOCK_M, BLOCK_D]: the sum so far
     m,  # [BLOCK_M]: the largest score so far, in base 2
     l,  # [BLOCK_M]: the sum of exponentials so far
-    k_ptr, v_ptr,
+    k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
     stride_kt, stride_kd, stride_vt, stride_vd,
-    first, start, queries, keys, qk_scale,
+    first, start, queries, keys, qk_scale, seed, plane, threshold,
     D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax. BELOW: it lies below the diagonal, every query sees all of it."""
-    k = _load(k_ptr, start, stride_kt, stride_kd, keys, D, BLOCK_N, BLOCK_D, BELOW)
-    v = _load(v_ptr, start, stride_vt, stride_vd, keys, D, BLOCK_N, BLOCK_D, BELOW)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # [BLOCK_M, BLOCK_N]
+    """One tile of keys into the running softmax. BELOW: every query sees all of it."""
+    rows, cols = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    there = None
     if not BELOW:
-        s = tl.where(_seen(first, start, queries, keys, BLOCK_M, BLOCK_N), s, float("-inf"))
+        there, poison = open_keys(cols, keys, mask_ptr, poison_ptr)
+    k = load_rows(k_ptr, start, stride_kt, stride_kd, there, D, BLOCK_N, BLOCK_D)
+    v = load_rows(v_ptr, start, stride_vt, stride_vd, there, D, BLOCK_N, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # [BLOCK_M, BLOCK_N]
+    if ids_ptr is not None:
+        s += poison[None, :]
+    if not BELOW:
+        seen = sees(first, start, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False)
+        s = tl.where(seen, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)  # scaled after the maximum: the scale is positive
-    p = tl.exp2(s * qk_scale - m_new[:, None])
-    rescale = tl.exp2(m - m_new)
+    base = m_new
+    if mask_ptr is not None or ids_ptr is not None:  # a query may have seen nothing yet
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * qk_scale - base[:, None])
+    rescale = tl.exp2(m - base)
+    l = l * rescale + tl.sum(p, axis=1)
+    if seed is not None:
+        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
-    return acc, m_new, l * rescale + tl.sum(p, axis=1)
+    return acc, m_new, l
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr,
     lse_ptr,  # (B, H, Tq)
+    seed_ptr,  # (1,), or None: no dropout
+    mask_ptr,  # (B, Tk), or None
+    ids_ptr,  # (B, Tk): documents, or None
+    spans_ptr,  # (B, tiles of queries, 2), where there is either
+    poison_ptr,  # (B, Hkv, Tk), where there are documents
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_ob, stride_oh, stride_ot, stride_od,
-    heads, queries, keys, qk_scale,
+    heads, group, queries, keys, qk_scale, threshold, keep_scale,
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(queries, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the last queries have the most keys: they start first
-    q_ptr = _head(q_ptr, head, heads, stride_qb, stride_qh)
-    k_ptr = _head(k_ptr, head, heads, stride_kb, stride_kh)
-    v_ptr = _head(v_ptr, head, heads, stride_vb, stride_vh)
-    o_ptr = _head(o_ptr, head, heads, stride_ob, stride_oh)
+    plane = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # the last queries have the most keys: they start first
+    batch, head, first = plane // heads, plane % heads, tile * BLOCK_M
+    q_ptr = head_of(q_ptr, batch, head, stride_qb, stride_qh)
+    k_ptr = head_of(k_ptr, batch, head // group, stride_kb, stride_kh)
+    v_ptr = head_of(v_ptr, batch, head // group, stride_vb, stride_vh)
+    o_ptr = head_of(o_ptr, batch, head, stride_ob, stride_oh)
 
-    q = _load(q_ptr, first, stride_qt, stride_qd, queries, D, BLOCK_M, BLOCK_D)
+    begin = 0
+    below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N  # keys in whole tiles that the first query sees
+    end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
+    if spans_ptr is not None:
+        begin, stop = span_of(spans_ptr, batch, tile, tiles)
+        below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+    if mask_ptr is not None:
+        mask_ptr += batch.to(tl.int64) * keys
+    if ids_ptr is not None:
+        ids_ptr += batch.to(tl.int64) * keys
+        poison_ptr += (batch * (heads // group) + head // group).to(tl.int64) * keys
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    rows = first + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, first, stride_qt, stride_qd, rows < queries, D, BLOCK_M, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
-    below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N  # keys in whole tiles that the first query sees
-    end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
-    for start in range(0, below, BLOCK_N):
-        acc, m, l = _attend(
-            q, acc, m, l, k_ptr, v_ptr, stride_kt, stride_kd, stride_vt, stride_vd, first, start, queries, keys,
-            qk_scale, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
-        )  # fmt: skip
-    for start in range(below, end, BLOCK_N):
-        acc, m, l = _attend(
-            q, acc, m, l, k_ptr, v_ptr, stride_kt, stride_kd, stride_vt, stride_vd, first, start, queries, keys,
-            qk_scale, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
+    if spans_ptr is None and below > 0:
+        for start in range(0, below, BLOCK_N):
+            acc, m, l = _attend(
+                q, acc, m, l, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+            )  # fmt: skip
+    if below < end:
+        for start in range(below, end, BLOCK_N):
+            acc, m, l = _attend(
+                q, acc, m, l, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr, stride_kt, stride_kd, stride_vt, stride_vd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+            )  # fmt: skip
 
-    places, inside = _rows(o_ptr, first, stride_ot, stride_od, queries, D, BLOCK_M, BLOCK_D)
-    tl.store(places, (acc / l[:, None]).to(o_ptr.dtype.element_ty), inside)
-    rows = first + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + head.to(tl.int64) * queries + rows, m + tl.log2(l), rows < queries)
-
-
-@triton.jit
-def _attention_delta_kernel(
-    o_ptr, do_ptr,
-    delta_ptr,  # (B, H, Tq)
-    stride_ob, stride_oh, stride_ot, stride_od,
-    stride_gb, stride_gh, stride_gt, stride_gd,
-    heads, queries,
-    D: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Δ = rowsum(do ∘ o)."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    first = tl.program_id(0) % tiles * BLOCK_M
-    o = _load(
-        _head(o_ptr, head, heads, stride_ob, stride_oh), first, stride_ot, stride_od, queries, D, BLOCK_M, BLOCK_D
-    )
-    do = _load(
-        _head(do_ptr, head, heads, stride_gb, stride_gh), first, stride_gt, stride_gd, queries, D, BLOCK_M, BLOCK_D
-    )
-    rows = first + tl.arange(0, BLOCK_M)
-    delta = tl.sum(o.to(ACC) * do.to(ACC), axis=1)
-    tl.store(delta_ptr + head.to(tl.int64) * queries + rows, delta, rows < queries)
+    o = acc / l[:, None]
+    if spans_ptr is not None:
+        o = tl.where(l[:, None] == 0.0, 0.0, o)
+    if seed_ptr is not None:
+        o *= keep_scale
+    store_rows(o_ptr, first, stride_ot, stride_od, o, queries, D, BLOCK_M, BLOCK_D)
+    tl.store(lse_ptr + plane.to(tl.int64) * queries + rows, m + tl.log2(l), rows < queries)
 
 
 @triton.jit
-def _dkdv_step(
-    k,  # [BLOCK_N, BLOCK_D]
-    v,  # [BLOCK_N, BLOCK_D]
-    dk,  # [BLOCK_N, BLOCK_D]: the sums so far
-    dv,
-    q_ptr, do_ptr, lse_ptr, delta_ptr,
-    stride_qt, stride_qd, stride_gt, stride_gd,
-    first, start, queries, keys, qk_scale,
-    D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
+def span_of(spans_ptr, batch, tile, tiles):
+    """What _spans_kernel found for a tile."""
+    place = spans_ptr + (batch.to(tl.int64) * tiles + tile) * 2
+    return tl.load(place), tl.load(place + 1)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _spans_kernel(
+    mask_ptr,  # (B, length), or None
+    ids_ptr,  # (B, length), or None
+    spans_ptr,  # (B, tiles, 2)
+    length, tiles,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries into dk and dv. Queries past the end add nothing: their do and Δ are loaded as zero."""
-    rows = start + tl.arange(0, BLOCK_M)
-    q = _load(q_ptr, start, stride_qt, stride_qd, queries, D, BLOCK_M, BLOCK_D)
-    do = _load(do_ptr, start, stride_gt, stride_gd, queries, D, BLOCK_M, BLOCK_D)
-    lse = tl.load(lse_ptr + rows, rows < queries, 0.0)
-    delta = tl.load(delta_ptr + rows, rows < queries, 0.0)
-    st = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)  # [BLOCK_N, BLOCK_M]
-    pt = tl.exp2(st * qk_scale - lse[None, :])
-    if not BELOW:
-        pt = tl.where(tl.trans(_seen(start, first, queries, keys, BLOCK_M, BLOCK_N)), pt, 0.0)
-    dv = tl.dot(pt.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
-    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)
-    dst = pt * (dpt - delta[None, :])
-    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
-    return dk, dv
+    """For each tile of BLOCK tokens the first and one past the last token that is open and whose document lies between
+    the tile's lowest and highest: exact where documents are numbered in order, and never too narrow."""
+    batch, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if mask_ptr is not None:
+        mask_ptr += batch.to(tl.int64) * length
+    if ids_ptr is not None:
+        ids_ptr += batch.to(tl.int64) * length
+        own = tl.minimum(tile * BLOCK + tl.arange(0, BLOCK), length - 1)
+        own_ids = tl.load(ids_ptr + own)
+        lowest, highest = tl.min(own_ids, axis=0), tl.max(own_ids, axis=0)
+    firsts = tl.full([CHUNK], 0, tl.int32) + length
+    stops = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, length, CHUNK):
+        cols = start + tl.arange(0, CHUNK)
+        meets = cols < length
+        if mask_ptr is not None:
+            meets = meets & tl.load(mask_ptr + cols, cols < length, False).to(tl.int1)
+        if ids_ptr is not None:
+            ids = tl.load(ids_ptr + cols, cols < length, 0)
+            meets = meets & (lowest <= ids) & (ids <= highest)
+        firsts = tl.minimum(firsts, tl.where(meets, cols, length))
+        stops = tl.maximum(stops, tl.where(meets, cols + 1, 0))
+    place = spans_ptr + (batch.to(tl.int64) * tiles + tile) * 2
+    tl.store(place, tl.min(firsts, axis=0))
+    tl.store(place + 1, tl.max(stops, axis=0))
 
 
-@triton.jit
-def _attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr,
-    lse_ptr,  # (B, H, Tq)
-    delta_ptr,  # (B, H, Tq)
-    dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd,
-    stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_dkb, stride_dkh, stride_dkt, stride_dkd,
-    stride_dvb, stride_dvh, stride_dvt, stride_dvd,
-    heads, queries, keys, qk_scale, scale,
-    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=LENGTHS)
+def _row_products_kernel(
+    a_ptr, b_ptr,  # (B, H, T, D)
+    sums_ptr,  # (B, H, T)
+    stride_ab, stride_ah, stride_at, stride_ad,
+    stride_bb, stride_bh, stride_bt, stride_bd,
+    heads, length,
+    POISON: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(keys, BLOCK_N)
-    head = tl.program_id(0) // tiles
-    first = tl.program_id(0) % tiles * BLOCK_N  # the first keys are seen by most queries: they start first
-    q_ptr = _head(q_ptr, head, heads, stride_qb, stride_qh)
-    do_ptr = _head(do_ptr, head, heads, stride_gb, stride_gh)
-    lse_ptr += head.to(tl.int64) * queries
-    delta_ptr += head.to(tl.int64) * queries
-    k_ptr = _head(k_ptr, head, heads, stride_kb, stride_kh)
-    v_ptr = _head(v_ptr, head, heads, stride_vb, stride_vh)
-    k = _load(k_ptr, first, stride_kt, stride_kd, keys, D, BLOCK_N, BLOCK_D)
-    v = _load(v_ptr, first, stride_vt, stride_vd, keys, D, BLOCK_N, BLOCK_D)
-
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    begin = tl.maximum(first - (keys - queries), 0) // BLOCK_M * BLOCK_M  # the first tile with a query that sees a key
-    below = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (keys - queries), 0), BLOCK_M) * BLOCK_M  # all see all from here
-    below = tl.minimum(below, queries)
-    for start in range(begin, below, BLOCK_M):
-        dk, dv = _dkdv_step(
-            k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_qd, stride_gt, stride_gd, first, start,
-            queries, keys, qk_scale, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
-    for start in range(below, queries, BLOCK_M):
-        dk, dv = _dkdv_step(
-            k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_qd, stride_gt, stride_gd, first, start,
-            queries, keys, qk_scale, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
-        )  # fmt: skip
-
-    dk_ptr = _head(dk_ptr, head, heads, stride_dkb, stride_dkh)
-    dv_ptr = _head(dv_ptr, head, heads, stride_dvb, stride_dvh)
-    places, inside = _rows(dk_ptr, first, stride_dkt, stride_dkd, keys, D, BLOCK_N, BLOCK_D)
-    tl.store(places, (dk * scale).to(dk_ptr.dtype.element_ty), inside)
-    places, inside = _rows(dv_ptr, first, stride_dvt, stride_dvd, keys, D, BLOCK_N, BLOCK_D)
-    tl.store(places, dv.to(dv_ptr.dtype.element_ty), inside)
+    """rowsum(a ∘ b); or with POISON 0 where all of a row is finite in both, else NaN."""
+    tiles = tl.cdiv(length, BLOCK)
+    plane = tl.program_id(0) // tiles
+    batch, head, first = plane // heads, plane % heads, tl.program_id(0) % tiles * BLOCK
+    rows = first + tl.arange(0, BLOCK)
+    a_ptr, b_ptr = head_of(a_ptr, batch, head, stride_ab, stride_ah), head_of(b_ptr, batch, head, stride_bb, stride_bh)
+    a = load_rows(a_ptr, first, stride_at, stride_ad, rows < length, D, BLOCK, BLOCK_D).to(ACC)
+    b = load_rows(b_ptr, first, stride_bt, stride_bd, rows < length, D, BLOCK, BLOCK_D).to(ACC)
+    products = a * 0.0 + b * 0.0 if POISON else a * b
+    tl.store(sums_ptr + plane.to(tl.int64) * length + rows, tl.sum(products, axis=1), rows < length)
 
 
-@triton.jit
-def _dq_step(
-    q,  # [BLOCK_M, BLOCK_D]
-    do,  # [BLOCK_M, BLOCK_D]
-    lse,  # [BLOCK_M]
-    delta,  # [BLOCK_M]
-    dq,  # [BLOCK_M, BLOCK_D]: the sum so far
-    k_ptr, v_ptr,
-    stride_kt, stride_kd, stride_vt, stride_vd,
-    first, start, queries, keys, qk_scale,
-    D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys into dq."""
-    k = _load(k_ptr, start, stride_kt, stride_kd, keys, D, BLOCK_N, BLOCK_D, BELOW)
-    v = _load(v_ptr, start, stride_vt, stride_vd, keys, D, BLOCK_N, BLOCK_D, BELOW)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)  # [BLOCK_M, BLOCK_N]
-    p = tl.exp2(s * qk_scale - lse[:, None])
-    if not BELOW:
-        p = tl.where(_seen(first, start, queries, keys, BLOCK_M, BLOCK_N), p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
-
-
-@triton.jit
-def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr,
-    lse_ptr,  # (B, H, Tq)
-    delta_ptr,  # (B, H, Tq)
-    dq_ptr,
-    stride_qb, stride_qh, stride_qt, stride_qd,
-    stride_kb, stride_kh, stride_kt, stride_kd,
-    stride_vb, stride_vh, stride_vt, stride_vd,
-    stride_gb, stride_gh, stride_gt, stride_gd,
-    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
-    heads, queries, keys, qk_scale, scale,
-    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(queries, BLOCK_M)
-    head = tl.program_id(0) // tiles
-    first = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # as in the forward
-    k_ptr = _head(k_ptr, head, heads, stride_kb, stride_kh)
-    v_ptr = _head(v_ptr, head, heads, stride_vb, stride_vh)
-    q_ptr = _head(q_ptr, head, heads, stride_qb, stride_qh)
-    do_ptr = _head(do_ptr, head, heads, stride_gb, stride_gh)
-    q = _load(q_ptr, first, stride_qt, stride_qd, queries, D, BLOCK_M, BLOCK_D)
-    do = _load(do_ptr, first, stride_gt, stride_gd, queries, D, BLOCK_M, BLOCK_D)
-    rows = first + tl.arange(0, BLOCK_M)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * queries + rows, rows < queries, 0.0)
-    delta = tl.load(delta_ptr + head.to(tl.int64) * queries + rows, rows < queries, 0.0)
-
-    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N
-    end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
-    for start in range(0, below, BLOCK_N):
-        dq = _dq_step(
-            q, do, lse, delta, dq, k_ptr, v_ptr, stride_kt, stride_kd, stride_vt, stride_vd, first, start, queries,
-            keys, qk_scale, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
-        )  # fmt: skip
-    for start in range(below, end, BLOCK_N):
-        dq = _dq_step(
-            q, do, lse, delta, dq, k_ptr, v_ptr, stride_kt, stride_kd, stride_vt, stride_vd, first, start, queries,
-            keys, qk_scale, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-        )  # fmt: skip
-    dq_ptr = _head(dq_ptr, head, heads, stride_dqb, stride_dqh)
-    places, inside = _rows(dq_ptr, first, stride_dqt, stride_dqd, queries, D, BLOCK_M, BLOCK_D)
-    tl.store(places, (dq * scale).to(dq_ptr.dtype.element_ty), inside)
-
-
-def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (B, H, Tq, D), k, v (B, H, Tk, D) -> o (B, H, Tq, D), in memory (B, Tq, H, D), and lse (B, H, Tq)."""
-    o, lse = attention_fwd_outputs(q, k, v, scale)
-    _forward(q, k, v, o, lse, scale)
-    return o, lse
-
-
-def attention_fwd_outputs(q, k, v, scale):
-    """What attention_fwd allocates, so it serves as its fake too."""
-    batch, heads, queries, dim = q.shape
-    o = torch.empty((batch, queries, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    return o, torch.empty((batch, heads, queries), dtype=_statistics_dtype(q), device=q.device)
-
-
-def attention_bwd(
-    do: torch.Tensor,
+def attention_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of q, k and v, each (B, H, T, D) and laid out as attention_fwd lays out o."""
-    dq, dk, dv = attention_bwd_outputs(do, q, k, v, o, lse, scale)
-    _backward(do, q, k, v, o, lse, dq, dk, dv, scale)
-    return dq, dk, dv
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), in memory (B, Tq, H, D), and lse (B, H, Tq).
+
+    seed: (1,) int64, needed where dropout_p > 0. key_mask: (B, Tk) bool. documents: (B, Tk) integers.
+    """
+    o, lse = attention_fwd_outputs(q, k, v, seed, key_mask, documents, scale, dropout_p)
+    _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p)
+    return o, lse
 
 
-def attention_bwd_outputs(do, q, k, v, o, lse, scale):
-    """What attention_bwd allocates, so it serves as its fake too."""
-    return tuple(attention_fwd_outputs(t, k, v, scale)[0] for t in (q, k, v))
+def attention_fwd_outputs(q, k, v, seed, key_mask, documents, scale, dropout_p):
+    """What attention_fwd allocates, so it serves as its fake too."""
+    batch, heads, queries, dim = q.shape
+    o = torch.empty((batch, queries, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
+    return o, torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device)
 
 
-def attention_qkv_fwd(qkv: torch.Tensor, heads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_qkv_fwd(
+    qkv: torch.Tensor,
+    seed: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The packed projection qkv (B, T, 3C) -> out (B, T, C) and lse (B, H, T)."""
-    out, lse = attention_qkv_fwd_outputs(qkv, heads, scale)
-    _forward(*_unpack(qkv, 3, heads), *_unpack(out, 1, heads), lse, scale)
+    out, lse = attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+    _forward(*unpack(qkv, 3, heads), *unpack(out, 1, heads), lse, seed, key_mask, documents, scale, dropout_p)
     return out, lse
 
 
-def attention_qkv_fwd_outputs(qkv, heads, scale):
+def attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p):
     """What attention_qkv_fwd allocates, so it serves as its fake too."""
     batch, time, packed = qkv.shape
     out = torch.empty((batch, time, packed // 3), dtype=qkv.dtype, device=qkv.device)
-    return out, torch.empty((batch, heads, time), dtype=_statistics_dtype(qkv), device=qkv.device)
+    return out, torch.empty((batch, heads, time), dtype=statistics_dtype(qkv), device=qkv.device)
 
 
-def attention_qkv_bwd(
-    dout: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, heads: int, scale: float
-) -> torch.Tensor:
-    """The gradient of qkv, packed as it is: (B, T, 3C)."""
-    dqkv = attention_qkv_bwd_outputs(dout, qkv, out, lse, heads, scale)
-    (do,), (o,) = _unpack(dout, 1, heads), _unpack(out, 1, heads)
-    _backward(do, *_unpack(qkv, 3, heads), o, lse, *_unpack(dqkv, 3, heads), scale)
-    return dqkv
-
-
-def attention_qkv_bwd_outputs(dout, qkv, out, lse, heads, scale):
-    """What attention_qkv_bwd allocates, so it serves as its fake too."""
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-
-
-def _unpack(packed: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
+def unpack(packed: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, ...]:
     """(B, T, parts · C) of any strides -> `parts` views (B, H, T, D)."""
     dim = packed.shape[-1] // parts // heads
     return packed.unflatten(-1, (parts, heads, dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _forward(q, k, v, o, lse, scale):
-    batch, heads, queries, dim = q.shape
+def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
+    batch, heads, queries, _ = q.shape
     if q.numel() == 0:
         return
-    q, k, v = (_addressable(t) for t in (q, k, v))
-    tiles = _tiles("fwd", dim, q.dtype, _capability(q))
-    _attention_fwd_kernel[(triton.cdiv(queries, tiles.block_m) * batch * heads,)](
+    q, k, v = (addressable(t) for t in (q, k, v))
+    beyond = options(seed, key_mask, documents, dropout_p)
+    constants = settings("fwd", q, has_extras(beyond))
+    tiles = triton.cdiv(queries, constants["BLOCK_M"])
+    _attention_fwd_kernel[(tiles * batch * heads,)](
         q,
         k,
         v,
         o,
         lse,
-        *q.stride(),
-        *k.stride(),
-        *v.stride(),
-        *o.stride(),
-        heads,
-        queries,
-        k.shape[2],
-        scale * math.log2(math.e),
-        **_constants(q, tiles),
+        **beyond,
+        spans_ptr=spans(key_mask, documents, constants["BLOCK_M"], tiles),
+        poison_ptr=None if documents is None else row_products(k, v, poison=True),
+        **strides(q=q, k=k, v=v, o=o),
+        heads=heads,
+        group=heads // k.shape[1],
+        queries=queries,
+        keys=k.shape[2],
+        qk_scale=scale * math.log2(math.e),
+        **constants,
     )
 
 
-def _backward(do, q, k, v, o, lse, dq, dk, dv, scale):
-    batch, heads, queries, dim = q.shape
-    keys = k.shape[2]
-    if q.numel() == 0:
-        dk.zero_()
-        dv.zero_()
-        return
-    do, q, k, v, o = (_addressable(t) for t in (do, q, k, v, o))
-    delta = torch.empty_like(lse)
-    constants = _constants(q, tiles := _tiles("dq", dim, q.dtype, _capability(q)))
-    grid = (triton.cdiv(queries, tiles.block_m) * batch * heads,)
-    _attention_delta_kernel[grid](
-        o,
-        do,
-        delta,
-        *o.stride(),
-        *do.stride(),
-        heads,
-        queries,
-        **{name: constants[name] for name in ("D", "ACC", "BLOCK_M", "BLOCK_D")},
+def options(seed, key_mask, documents, dropout_p) -> dict[str, Any]:
+    """What the forward and backward kernels take beyond plain attention."""
+    threshold, keep_scale = dropout_numbers(dropout_p)
+    return {
+        "seed_ptr": seed if dropout_p > 0 else None,
+        "mask_ptr": None if key_mask is None else key_mask.contiguous(),
+        "ids_ptr": None if documents is None else documents.contiguous(),
+        "threshold": threshold,
+        "keep_scale": keep_scale,
+    }
+
+
+def has_extras(beyond: dict[str, Any]) -> bool:
+    return any(beyond[name] is not None for name in ("seed_ptr", "mask_ptr", "ids_ptr"))
+
+
+def spans(key_mask, documents, block, tiles):
+    """(B, tiles, 2) int32: for each tile of `block` tokens what _spans_kernel finds; None without masks."""
+    if key_mask is None and documents is None:
+        return None
+    tokens = key_mask if documents is None else documents
+    batch, length = tokens.shape
+    found = torch.empty((batch, tiles, 2), dtype=torch.int32, device=tokens.device)
+    masks = options(None, key_mask, documents, 0.0)
+    _spans_kernel[(batch * tiles,)](
+        masks["mask_ptr"], masks["ids_ptr"], found, length, tiles, BLOCK=block, CHUNK=1024, num_warps=4
+    )
+    return found
+
+
+def row_products(a, b, poison=False):
+    """rowsum(a ∘ b) of a, b (B, H, T, D), (B, H, T), in the statistics' dtype; or `poison` for keys a and values b."""
+    batch, heads, length, dim = a.shape
+    sums = torch.empty((batch, heads, length), dtype=statistics_dtype(a), device=a.device)
+    block_d = max(16, triton.next_power_of_2(dim))
+    block = max(16, 8192 // block_d)  # 32 elements a thread
+    _row_products_kernel[(triton.cdiv(length, block) * batch * heads,)](
+        a,
+        b,
+        sums,
+        **strides(a=a, b=b),
+        heads=heads,
+        length=length,
+        POISON=poison,
+        D=dim,
+        ACC=accumulator(a),
+        BLOCK=block,
+        BLOCK_D=block_d,
         num_warps=8,
     )
-    operands = (q, k, v, do, lse, delta)
-    strides = (*q.stride(), *k.stride(), *v.stride(), *do.stride())
-    numbers = (heads, queries, keys, scale * math.log2(math.e), scale)
-    _attention_dq_kernel[grid](*operands, dq, *strides, *dq.stride(), *numbers, **constants)
-    tiles = _tiles("dkdv", dim, q.dtype, _capability(q))
-    _attention_dkdv_kernel[(triton.cdiv(keys, tiles.block_n) * batch * heads,)](
-        *operands, dk, dv, *strides, *dk.stride(), *dv.stride(), *numbers, **_constants(q, tiles)
-    )
+    return sums
 
 
-def _constants(q, tiles):
-    """The constexprs and options that all three kernels take."""
-    # float32 follows torch's own setting for matmuls: IEEE unless the user allowed TF32
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+def strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """The kernels' arguments stride_qb, stride_qh, stride_qt, stride_qd for q=…, and so on."""
+    return {f"stride_{n}{axis}": s for n, t in tensors.items() for axis, s in zip("bhtd", t.stride(), strict=True)}
+
+
+def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, Any]:
+    """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries; extras: dropout or masks."""
+    card = _card(q)
+    tiles = _tiles(kernel, q.shape[-1], q.dtype, card, extras)
+    registers = None
+    if q.dtype == torch.float32:  # left alone, ptxas aims at 64 for float32 on capability 8.0, and spills
+        registers = 192
+    elif kernel == "dq" and card is not None and card.capability != 90:  # and at 128 for dq, but on 9.0
+        registers = 255
     return {
         "D": q.shape[-1],
-        "ACC": tl.float64 if q.dtype == torch.float64 else tl.float32,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "ACC": accumulator(q),
+        "PRECISION": matmul_precision(),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
-        # left alone, ptxas aims at 64 registers for float32 on capability 8.0 and spills 16 bytes for it
-        "maxnreg": 192 if q.dtype == torch.float32 else None,
+        "maxnreg": registers,
     }
 
 
-def _capability(tensor):
+def _card(tensor) -> Card | None:
     if not tensor.is_cuda:
         return None
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
+    card = torch.cuda.get_device_properties(tensor.device)
+    return Card(10 * card.major + card.minor, getattr(card, "shared_memory_per_block_optin", 99 * 1024))
 
 
-def _addressable(tensor):
+def addressable(tensor):
     """A copy where rows or channels lie so far apart that offsets within a tile would not fit 32 bits."""
     return tensor if max(tensor.stride()[2:]) < MAX_ROW_STRIDE else tensor.contiguous()
-
-
-def _statistics_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

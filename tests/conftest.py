@@ -66,46 +66,62 @@ def pytest_collection_modifyitems(config, items):
             return HAS_GPU and not INTERPRETED
         return not INTERPRETED
 
-    dropped = [item for item in items if not runs_here(item)]
+    share, shares = map(int, (config.getoption("--share") or "0/1").split("/"))
+    files = sorted({item.path for item in items if runs_here(item)})
+    mine = set(files[share::shares])
+    kept = [item for item in items if runs_here(item) and item.path in mine]
+    dropped = [item for item in items if not (runs_here(item) and item.path in mine)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if runs_here(item)]
+        items[:] = kept
     items.sort(key=_waits_for_the_interpreter)  # last, when it has nothing else to do
 
 
 class Road(NamedTuple):
+    """A process that runs its share of the interpreter's tests, and where it reports."""
+
     process: subprocess.Popen
     report: Path
 
 
-_ROAD = pytest.StashKey[Road]()
+_ROADS = pytest.StashKey[list[Road]]()
+_SHARES = 2  # this process is busy too, but waits at times
+
+
+def pytest_addoption(parser):
+    parser.addoption("--share", help="I/N: only every Nth file's tests, from the Ith on")
 
 
 def _waits_for_the_interpreter(item):
-    return "interpreter_road" in getattr(item, "fixturenames", ())
+    return "interpreter_roads" in getattr(item, "fixturenames", ())
 
 
 def pytest_collection_finish(session):
-    """Start the interpreter's process where a test will wait for it."""
+    """Start the interpreter's processes where a test will wait for them."""
     if not any(map(_waits_for_the_interpreter, session.items)) or session.config.option.collectonly:
         return
-    handle, name = tempfile.mkstemp(prefix="interpreter-", suffix=".txt")
-    with open(handle, "wb") as report:
-        command = [sys.executable, "-m", "pytest", "tests", "-m", "interpreter", "-q", "-p", "no:cacheprovider"]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        root = Path(__file__).parent.parent
-        process = subprocess.Popen(command, cwd=root, env=environment, stdout=report, stderr=subprocess.STDOUT)
-    session.config.stash[_ROAD] = Road(process, Path(name))
+    roads = session.config.stash[_ROADS] = []
+    for share in range(_SHARES):
+        handle, name = tempfile.mkstemp(prefix="interpreter-", suffix=".txt")
+        with open(handle, "wb") as report:
+            command = [sys.executable, "-m", "pytest", "tests", "-m", "interpreter", "-q", "-p", "no:cacheprovider"]
+            process = subprocess.Popen(
+                [*command, f"--share={share}/{_SHARES}"],
+                cwd=Path(__file__).parent.parent,
+                env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+                stdout=report,
+                stderr=subprocess.STDOUT,
+            )
+        roads.append(Road(process, Path(name)))
 
 
 def pytest_sessionfinish(session):
-    road = session.config.stash.get(_ROAD, None)
-    if road is not None:
+    for road in session.config.stash.get(_ROADS, []):
         road.process.kill()  # nothing if it has ended
         road.process.wait()
         road.report.unlink()
 
 
 @pytest.fixture
-def interpreter_road(pytestconfig):
-    return pytestconfig.stash[_ROAD]
+def interpreter_roads(pytestconfig):
+    return pytestconfig.stash[_ROADS]

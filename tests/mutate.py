@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 NORM, HEAD, LOSS, MLP = "kernels/layernorm.py", "kernels/attention.py", "kernels/cross_entropy.py", "kernels/mlp.py"
 GELU, FUSED, EMBEDDING = "kernels/gelu.py", "kernels/linear_gelu.py", "kernels/embedding.py"
+BACK, DECODE = "kernels/attention_backward.py", "kernels/decode.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
 NORM_STRIDES, HEAD_STRIDES = (
     "test_layernorm.py::test_strides_change_no_bit",
@@ -43,6 +44,16 @@ LARGE_MEAN, ENTROPY = (
     "test_layernorm.py::test_a_large_mean_costs_no_digits",
     "test_cross_entropy.py::test_loss_and_gradients",
 )
+ATTENTION_DROPS, KEY_MASK, DOCUMENTS = (
+    "test_attention_masks.py::test_dropout_drops_what_the_fallback_drops",
+    "test_attention_masks.py::test_key_mask",
+    "test_attention_masks.py::test_documents",
+)
+SKIPS, OTHERS = (
+    "test_attention_masks.py::test_foreign_tiles_are_not_walked_over",
+    "test_attention_masks.py::test_another_document_changes_no_bit",
+)
+GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::test_lengths"
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
@@ -85,28 +96,61 @@ MUTANTS = [
     Mutant("seed ignored", "kernels/philox.py", "tl.philox(seed,", "tl.philox(0,", DROPS),
     Mutant("threshold itself dropped", "kernels/philox.py", "tl.int64) >= threshold", "tl.int64) > threshold", "test_layernorm.py::test_a_word_at_the_threshold_is_kept"),
     # attention
-    Mutant("no scale", HEAD, "        scale * math.log2(math.e),\n        **_constants(q, tiles),", "        math.log2(math.e),\n        **_constants(q, tiles),", LENGTHS),
-    Mutant("a query does not see itself", HEAD, "cols[None, :] <= rows", "cols[None, :] < rows", LENGTHS),
-    Mutant("a query sees the next key", HEAD, "<= rows[:, None] + (keys - queries)", "<= rows[:, None] + (keys - queries) + 1", LENGTHS),
-    Mutant("causal aligned at the start", HEAD, "<= rows[:, None] + (keys - queries)", "<= rows[:, None]", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
+    Mutant("no scale", HEAD, "qk_scale=scale * math.log2(math.e)", "qk_scale=math.log2(math.e)", LENGTHS),
+    Mutant("a query does not see itself", HEAD, "seen = k <= q", "seen = k < q", LENGTHS),
+    Mutant("a query sees the next key", HEAD, "(first_query + (keys - queries) - first_key)", "(first_query + (keys - queries) - first_key + 1)", LENGTHS),
+    Mutant("causal aligned at the start", HEAD, "(first_query + (keys - queries) - first_key)", "(first_query - first_key)", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
     Mutant("one tile too many unmasked", HEAD, "// BLOCK_N * BLOCK_N  # keys in whole tiles", "// BLOCK_N * BLOCK_N + BLOCK_N  # keys in whole tiles", RATIOS),
     Mutant("sum not rescaled", HEAD, "acc * rescale[:, None]", "acc", LENGTHS),
     Mutant("row sum not rescaled", HEAD, "l * rescale + ", "l + ", LENGTHS),
     Mutant("no running maximum", HEAD, "m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)", "m_new = tl.zeros_like(m)", "test_attention.py::test_small_and_large_scores"),
     Mutant("lse in base e", HEAD, "m + tl.log2(l)", "m + tl.log(l)", LENGTHS),
     Mutant("lse without the maximum", HEAD, "m + tl.log2(l)", "tl.log2(l)", LENGTHS),
-    Mutant("Δ missing in dk", HEAD, "dst = pt * (dpt - delta[None, :])", "dst = pt * dpt", LENGTHS),
-    Mutant("Δ missing in dq", HEAD, "ds = p * (dp - delta[:, None])", "ds = p * dp", LENGTHS),
-    Mutant("Δ added", HEAD, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
-    Mutant("dk not scaled", HEAD, "(dk * scale)", "dk", LENGTHS),
-    Mutant("dq not scaled", HEAD, "(dq * scale)", "dq", LENGTHS),
-    Mutant("diagonal skipped in dkdv", HEAD, "range(begin, below, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
-    Mutant("below the diagonal skipped in dkdv", HEAD, "range(below, queries, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
-    Mutant("dv overwritten", HEAD, "do, dv, input_precision", "do, input_precision", RATIOS),
-    Mutant("do read with q's strides in dq", HEAD, "do = _load(do_ptr, first, stride_gt, stride_gd,", "do = _load(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
-    Mutant("batch and head swapped", HEAD, "(head // heads).to(tl.int64) * stride_b + (head % heads)", "(head % heads).to(tl.int64) * stride_b + (head // heads)", "test_attention.py::test_heads_and_batches"),
-    Mutant("TF32 where IEEE was promised", HEAD, '"tf32" if tf32 else "ieee"', '"tf32"', LENGTHS),
+    Mutant("Δ missing in dk", BACK, "dst = pt * (dpt - delta[None, :])", "dst = pt * dpt", LENGTHS),
+    Mutant("Δ missing in dq", BACK, "ds = p * (dp - delta[:, None])", "ds = p * dp", LENGTHS),
+    Mutant("Δ added", BACK, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
+    Mutant("dk not scaled", BACK, "dk * scale", "dk", LENGTHS),
+    Mutant("dq not scaled", BACK, "dq * scale", "dq", LENGTHS),
+    Mutant("diagonal skipped in dkdv", BACK, "range(begin, below, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("below the diagonal skipped in dkdv", BACK, "range(below, end, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("dv overwritten", BACK, "do, dv, input_precision", "do, input_precision", RATIOS),
+    Mutant("do read with q's strides in dq", BACK, "do = load_rows(do_ptr, first, stride_gt, stride_gd,", "do = load_rows(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
+    Mutant("batch and head swapped", HEAD, "batch, head, first = plane // heads, plane % heads, tile", "batch, head, first = plane % heads, plane // heads, tile", "test_attention.py::test_heads_and_batches"),
+    Mutant("TF32 where IEEE was promised", "kernels/launch.py", 'return "tf32" if torch', 'return "tf32" if True or torch', LENGTHS),
     Mutant("probabilities in float16", HEAD, "tl.dot(p.to(v.dtype), v,", "tl.dot(p.to(tl.float16).to(v.dtype), v,", LENGTHS),
+    # attention's dropout, masks, documents and grouped heads
+    Mutant("another mask in the backward", BACK, "tl.trans(keep_mask(seed, rows, first, plane", "tl.trans(keep_mask(seed, rows, first, plane + 1", ATTENTION_DROPS),
+    Mutant("dP not dropped in dq", BACK, "dp = tl.where(keep, dp * keep_scale, 0.0)", "dp = dp * keep_scale", ATTENTION_DROPS),
+    Mutant("dP not scaled in dkdv", BACK, "dpt = tl.where(keep, dpt * keep_scale, 0.0)", "dpt = tl.where(keep, dpt, 0.0)", ATTENTION_DROPS),
+    Mutant("dv not dropped", BACK, "kept = tl.where(keep, pt * keep_scale, 0.0)", "kept = pt * keep_scale", ATTENTION_DROPS),
+    Mutant("dropout before the row sum", HEAD, "    l = l * rescale + tl.sum(p, axis=1)\n    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n", "    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n    l = l * rescale + tl.sum(p, axis=1)\n", ATTENTION_DROPS),
+    Mutant("kept probabilities not scaled", HEAD, "o *= keep_scale", "o *= 1.0", ATTENTION_DROPS),
+    Mutant("one mask for all heads", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, start, 0, ATTENTION_SITE", "test_attention_masks.py::test_the_same_seed_keeps_the_same_on_both_roads"),
+    Mutant("LayerNorm's site", HEAD, "ATTENTION_SITE = tl.constexpr(0)", "ATTENTION_SITE = tl.constexpr(1)", ATTENTION_DROPS),
+    Mutant("columns counted from the tile", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, 0, plane, ATTENTION_SITE", ATTENTION_DROPS),
+    Mutant("hidden keys seen", HEAD, "    if mask_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", KEY_MASK),
+    Mutant("hidden keys read", HEAD, "there = there & tl.load(mask_ptr + cols, there, False).to(tl.int1)", "there = there", "test_attention_masks.py::test_what_a_key_mask_hides_changes_no_bit"),
+    Mutant("rows that see nothing divided by zero", HEAD, "o = tl.where(l[:, None] == 0.0, 0.0, o)", "o = o", KEY_MASK),
+    Mutant("no guard before the first key", HEAD, 'base = tl.where(m_new == float("-inf"), 0.0, m_new)', "base = m_new", KEY_MASK),
+    Mutant("first row's key mask for all", HEAD, "mask_ptr += batch.to(tl.int64) * keys", "mask_ptr += 0", KEY_MASK),
+    Mutant("other documents seen", HEAD, "    if ids_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", DOCUMENTS),
+    Mutant("documents compared by the tile's lowest", HEAD, "(lowest <= ids) & (ids <= highest)", "(ids == lowest)", DOCUMENTS),
+    Mutant("span one tile short", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop - BLOCK_N)", DOCUMENTS),
+    Mutant("foreign tiles walked over", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below = 0", SKIPS),
+    Mutant("foreign tiles walked over in dkdv", BACK, "_, end = span_of(spans_ptr, batch, tile, tiles)", "end = queries", SKIPS),
+    Mutant("NaN of another document", HEAD, "there = there & (poison == 0.0)", "there = there", OTHERS),
+    Mutant("NaN of the own document hidden", HEAD, "s += poison[None, :]", "s += 0.0", "test_attention_masks.py::test_nan_in_the_own_document_is_heard"),
+    Mutant("query heads dealt round", HEAD, "k_ptr = head_of(k_ptr, batch, head // group,", "k_ptr = head_of(k_ptr, batch, head % (heads // group),", GROUPS),
+    Mutant("dk of the first head of a group", BACK, "range(group)", "range(1)", GROUPS),
+    # decode
+    Mutant("one empty slot read", DECODE, "tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)\n    begin", "tl.minimum(tl.load(lengths_ptr + batch) + 1, slots).to(tl.int32)\n    begin", CACHE),
+    Mutant("all new tokens see the last", DECODE, "last = length - steps + step", "last = length - 1 + 0 * step", "test_decode.py::test_groups_and_steps"),
+    Mutant("splits merged without their maximum", DECODE, "weights, rescale = tl.exp2(lse - base), tl.exp2(m - base)", "weights, rescale = tl.exp2(lse * 0.0), tl.exp2(m - m)", CACHE),
+    Mutant("last split left out", DECODE, "range(0, tl.cdiv(length, SPLIT), BLOCK_S)", "range(0, length // SPLIT, BLOCK_S)", CACHE),
+    Mutant("splits of a row in one slot", DECODE, "* SPLITS + split\n", "* SPLITS\n", CACHE),
+    Mutant("a length past the cache believed", DECODE, "tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)\n    begin", "tl.minimum(tl.load(lengths_ptr + batch), slots + 16).to(tl.int32)\n    begin", "test_decode.py::test_a_length_past_the_cache_reads_nothing_past_it"),
+    Mutant("empty slots seen as zeros", DECODE, "cols[None, :] <= last[:, None]", "cols[None, :] <= last[:, None] + steps", CACHE),
+    Mutant("splits by the batch", DECODE, "max(128, triton.next_power_of_2(triton.cdiv(slots, 64)))", "max(128, triton.next_power_of_2(triton.cdiv(slots, rows)))", "test_decode.py::test_the_split_depends_on_the_cache_alone"),
     # cross entropy
     Mutant("one-hot missing", LOSS, "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
     Mutant("no maximum taken off", LOSS, "new_top = tl.maximum(top, tl.max(z, axis=0))", "new_top = tl.zeros_like(top)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),

@@ -43,20 +43,30 @@ def heads(device, dtype=torch.float32):
     return [*(t.unflatten(-1, (3, 4)).transpose(1, 2) for t in qkv.chunk(3, -1)), qkv]
 
 
+def extras(device):
+    """Seed, key_mask and documents for two rows of nine tokens."""
+    key_mask = torch.ones(2, 9, dtype=torch.bool, device=device)
+    key_mask[1, :4] = False
+    return torch.tensor([5], device=device), key_mask, torch.arange(18, device=device).view(2, 9) // 5
+
+
 def test_opcheck_of_attention(device):
     q, k, v, qkv = heads(device)
-    torch.library.opcheck(autograd.attention_fwd, (q[:, :, 3:], k, v, 0.5))
-    o, lse = autograd.attention_fwd(q, k, v, 0.5)
-    torch.library.opcheck(autograd.attention_bwd, (torch.randn_like(o), q, k, v, o, lse, 0.5))
-    torch.library.opcheck(autograd.attention_qkv_fwd, (qkv, 3, 0.5))
-    out, lse = autograd.attention_qkv_fwd(qkv, 3, 0.5)
-    torch.library.opcheck(autograd.attention_qkv_bwd, (torch.randn_like(out), qkv, out, lse, 3, 0.5))
+    for masks, p in (((None, None, None), 0.0), (extras(device), 0.5)):
+        later = q[:, :, 3:] if masks[2] is None else q
+        torch.library.opcheck(autograd.attention_fwd, (later, k[:, :1], v[:, :1], *masks, 0.5, p))
+        o, lse = autograd.attention_fwd(q, k[:, :1], v[:, :1], *masks, 0.5, p)
+        grads = (torch.randn_like(o), q, k[:, :1], v[:, :1], o, lse, *masks, 0.5, p)
+        torch.library.opcheck(autograd.attention_bwd, grads)
+        torch.library.opcheck(autograd.attention_qkv_fwd, (qkv, *masks, 3, 0.5, p))
+        out, lse = autograd.attention_qkv_fwd(qkv, *masks, 3, 0.5, p)
+        torch.library.opcheck(autograd.attention_qkv_bwd, (torch.randn_like(out), qkv, out, lse, *masks, 3, 0.5, p))
 
 
 def test_opcheck_of_the_embedding(device):
     token, position = torch.randn(5, 20, device=device), torch.randn(7, 20, device=device)
     ids, seed = torch.randint(5, (2, 3), device=device), torch.tensor([5], device=device)
-    for positions, dropout_p in itertools.product((None, ids[0], ids), (0.0, 0.5)):
+    for positions, dropout_p in ((None, 0.0), (ids[0], 0.5), (ids, 0.0)):
         torch.library.opcheck(autograd.embedding_fwd, (token, position, ids, positions, seed, dropout_p, torch.float16))
         dout = torch.randn(3, 2, 20, device=device).transpose(0, 1)
         torch.library.opcheck(autograd.embedding_bwd, (dout, positions, seed, 7, dropout_p, torch.float64))
@@ -76,8 +86,37 @@ def test_gradcheck_of_attention_in_float64():
     q, k, v, qkv = (t.detach().requires_grad_() for t in heads("cpu", torch.float64))
     unpacked = lambda q, k, v: ops.causal_attention(q, k, v, backend="triton")  # noqa: E731
     assert torch.autograd.gradcheck(unpacked, (q, k, v), fast_mode=True)
-    packed = lambda qkv: ops.causal_attention_qkv(qkv, 3, backend="triton")  # noqa: E731
+    seed, key_mask, documents = extras("cpu")
+    options = dict(dropout_p=0.3, seed=seed, key_mask=key_mask, documents=documents, backend="triton")
+    packed = lambda qkv: ops.causal_attention_qkv(qkv, 3, **options)  # noqa: E731
     assert torch.autograd.gradcheck(packed, (qkv,), fast_mode=True)
+
+
+def test_attention_of_any_length_compiles_once(device):
+    """With every option, forward and backward; a new length recompiles nothing where T is marked dynamic."""
+    seed, key_mask, documents = extras(device)
+
+    def loss(qkv, key_mask, documents):
+        options = dict(dropout_p=0.3, seed=seed, key_mask=key_mask, documents=documents, backend="triton")
+        return ops.causal_attention_qkv(qkv, 3, **options).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    *_, qkv = heads(device)
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    for time in (9, 7, 5):
+        args = [t[:, :time].clone() for t in (qkv, key_mask, documents)]
+        for t in args:
+            torch._dynamo.mark_dynamic(t, 1)
+        grads = []
+        for call in (loss, compiled):
+            leaf = args[0].detach().requires_grad_()
+            if call is compiled:
+                torch._dynamo.mark_dynamic(leaf, 1)
+            call(leaf, *args[1:]).backward()
+            grads.append(leaf.grad)
+        assert torch.equal(*grads)
+    assert counters["unique_graphs"] == 1
 
 
 @pytest.mark.interpreter
@@ -131,7 +170,7 @@ def test_a_second_derivative_is_refused_by_name(name, device):
     calls = {
         "layer_norm": (x, lambda x: ops.layer_norm(x, weight, backend="triton")),
         "add_layer_norm": (x, lambda x: ops.add_layer_norm(x, residual, weight, backend="triton")[0]),
-        "causal_attention": (q, lambda q: ops.causal_attention(q, k, v, backend="triton")),
+        "causal_attention": (q, lambda q: ops.causal_attention(q, k, v, dropout_p=0.5, backend="triton")),
         "causal_attention_qkv": (qkv, lambda qkv: ops.causal_attention_qkv(qkv, 3, backend="triton")),
     }
     leaf, call = calls[name]
@@ -143,18 +182,23 @@ def test_a_second_derivative_is_refused_by_name(name, device):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_the_same_mask(reentrant, device):
     x, residual, weight, bias, _ = rows(device)
+    q, k, *_ = heads(device)
 
     def drop(x, residual):
         return ops.add_layer_norm(x, residual, weight, bias, dropout_p=0.5, backend="triton")
 
-    results = []
-    for call in (drop, lambda *args: checkpoint(drop, *args, use_reentrant=reentrant)):
-        torch.manual_seed(3)
-        leaves = [t.clone().requires_grad_() for t in (x, residual)]
-        y, s = call(*leaves)
-        (y.square().sum() + s.sum()).backward()
-        results.append([y, s, *(leaf.grad for leaf in leaves)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    def attend(q, k):
+        return ops.causal_attention(q, k, k, dropout_p=0.5, backend="triton"), k
+
+    for function, tensors in ((drop, (x, residual)), (attend, (q, k))):
+        results = []
+        for call in (function, lambda *args, f=function: checkpoint(f, *args, use_reentrant=reentrant)):
+            torch.manual_seed(3)
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            y, s = call(*leaves)
+            (y.square().sum() + s.sum()).backward()
+            results.append([y, s, *(leaf.grad for leaf in leaves)])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_inputs_are_left_alone_and_outputs_are_new(device):

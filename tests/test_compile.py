@@ -10,6 +10,8 @@ from bench import compile as gate
 SAMPLE = (
     "C 768 bfloat16",
     "D 64 bfloat16",
+    "D 64 bfloat16 all",
+    "cache D 64 bfloat16",
     "V 50257 bfloat16",
     "F 3072 tanh bfloat16",
     "K 768 bfloat16",
@@ -23,7 +25,8 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
     table = list(gate.rows([capability], lambda case: capability == 90 or case in SAMPLE))
     norms = {f"layer_norm_{kind}_kernel" for kind in ("fwd", "bwd")}
     gelu = {f"{form}_gelu_{kind}_kernel" for form in ("bias", "linear") for kind in ("fwd", "bwd")}
-    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "delta", "dq", "dkdv")}
+    heads = {f"attention_{kind}_kernel" for kind in ("fwd", "dq", "dkdv")}
+    heads |= {"row_products_kernel", "spans_kernel", "decode_kernel", "merge_kernel"}
     lookups = {"embedding_fwd_kernel", "run_sums_kernel", "join_runs_kernel"}
     assert {row.kernel for row in table} == norms | heads | gelu | lookups | {"cross_entropy_kernel"}
     assert [row for row in table if not row.passes] == []

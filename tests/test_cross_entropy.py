@@ -32,6 +32,12 @@ def test_smoothing_and_z_loss(label_smoothing, z_loss, reduction, device):
     check(*head(20, 16, 257, torch.float32, scale=0.3, device=device), upstream, reduction, backend="triton", **options)
 
 
+@pytest.mark.parametrize("vocab", [50257, 50304])
+def test_a_few_rows_of_gpt2s_vocabulary(vocab, device):
+    upstream = torch.tensor(3.7, device=device)
+    check(*head(3, 16, vocab, torch.bfloat16, scale=0.3, device=device), upstream, "mean", "triton", z_loss=1e-3)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("vocab", [50257, 50304])
 def test_the_real_vocabulary(vocab):

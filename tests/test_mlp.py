@@ -68,6 +68,12 @@ def test_row_counts(rows, device):
     check(operands(rows, 16, 40, torch.float32, device))
 
 
+@pytest.mark.parametrize(("channels", "hidden"), [(768, 3072), (20, 4096), (20, 5120), (20, 6400)])
+def test_a_few_rows_of_each_gpt2(channels, hidden, device):
+    """The kernels see the hidden units alone: channels are the matmuls'."""
+    check(operands((3,), channels, hidden, torch.bfloat16, device))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("channels", "hidden"), [(768, 3072), (1600, 6400)])
 def test_the_sizes_that_people_train(channels, hidden):

@@ -1,0 +1,369 @@
+"""What is benchmarked: fastgpt's functions at GPT-2's shapes, each with its baselines, its float64 oracle and its work.
+
+A case is made from numbers alone; its tensors exist from `problem()` until it has been measured. The first variant is
+fastgpt's. Shapes are a card's, scaled down for a CPU, and tiny for a dry run. Tier 0 is measured first: with little
+time it is what must be known.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import baselines, work
+from bench.machine import Machine
+from bench.work import Work
+from fastgpt import ops, reference
+
+SUBJECT, EAGER, COMPILED = "fastgpt", "PyTorch eager", "torch.compile"
+FUSED = "fastgpt, GELU in the epilogue"
+
+
+class Subject(NamedTuple):
+    run: Callable[[], Any]  # what is timed
+    results: Callable[[], tuple] | None = None  # what is checked; None: what run returns
+    expected: Callable[[], tuple] | None = None  # in float64, of a variant that computes something else than the case
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    op: str
+    shape: dict[str, int]
+    tier: int
+    work: Work
+    problem: Callable[[], Any]
+    variants: dict[str, Callable[[Any], Subject]]
+    oracle: Callable[[Any], tuple]
+    capture: bool = True  # as a CUDA graph, where the device has them
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {' '.join(f'{key} {value}' for key, value in self.shape.items())}"
+
+
+class Problem(NamedTuple):
+    inputs: dict[str, Tensor]
+    wanted: tuple[str, ...] = ()  # the inputs whose gradients are asked for
+    douts: tuple[Tensor, ...] = ()  # what reaches each output from above
+
+
+Builder = Callable[[Problem], Callable]  # of a function of the problem's inputs
+
+
+def runner(function: Callable, problem: Problem, phase: str) -> Callable[[], tuple]:
+    """A call of one phase, "fwd", "bwd" or "fwd+bwd": outputs, gradients, or both."""
+    wanted = [problem.inputs[name] for name in problem.wanted]
+
+    def forward():
+        outs = function(**problem.inputs)
+        return outs if isinstance(outs, tuple) else (outs,)
+
+    def both():
+        outs = forward()
+        return *outs, *torch.autograd.grad(outs, wanted, problem.douts)
+
+    if phase != "bwd":
+        return {"fwd": forward, "fwd+bwd": both}[phase]
+    outs = forward()
+    return lambda: torch.autograd.grad(outs, wanted, problem.douts, retain_graph=True)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def function_cases(
+    op: str,
+    shape: dict[str, int],
+    tier: int,
+    phases: dict[str, Work],
+    problem: Callable[[], Problem],
+    functions: dict[str, Builder],
+    oracle: Callable,
+    pick: Callable[[Tensor], Tensor] = _whole,
+    products: dict[str, Callable[[Problem], list[tuple[Tensor, Tensor, int]]]] | None = None,
+) -> list[Case]:
+    """A case for each phase. `pick` takes the part of every tensor that is checked, for float64 takes memory.
+    products: by phase, the matmuls inside, (a, b, how often), timed alone as a baseline."""
+
+    def expected(problem, phase):
+        inputs = {name: pick(t.detach()) for name, t in problem.inputs.items()}
+        for name, t in inputs.items():
+            if t.is_floating_point():
+                inputs[name] = t.double().requires_grad_(name in problem.wanted)
+        return runner(oracle, Problem(inputs, problem.wanted, tuple(pick(d).double() for d in problem.douts)), phase)()
+
+    def subject(build, phase):
+        def make(problem):
+            run = runner(build(problem), problem, phase)
+            return Subject(run, lambda: tuple(t if t is None else pick(t.detach()) for t in run()))
+
+        return make
+
+    def alone(pairs):
+        def make(problem):
+            runs = [(baselines.product(a, b, times), a, b) for a, b, times in pairs(problem)]
+            return Subject(
+                lambda: tuple(run()[0] for run, _, _ in runs),
+                lambda: tuple(run()[0][-64:] for run, _, _ in runs),  # in float64 all of them would fill a card
+                lambda: tuple(a[-64:].detach().double() @ b.detach().double() for _, a, b in runs),
+            )
+
+        return make
+
+    cases = []
+    for phase, floor in phases.items():
+        label = op if len(phases) == 1 else f"{op} {phase}"
+        variants = {name: subject(build, phase) for name, build in functions.items()}
+        if products and phase in products:
+            variants["its matmuls alone"] = alone(products[phase])
+        cases.append(Case(label, shape, tier, floor, problem, variants, lambda p, phase=phase: expected(p, phase)))
+    return cases
+
+
+def _standard(machine: Machine, function: Callable, fallback: Callable) -> dict[str, Builder]:
+    """fastgpt, PyTorch's eager fallback (on a CPU that is fastgpt) and torch.compile of it."""
+    variants: dict[str, Builder] = {SUBJECT: lambda problem: function}
+    if machine.kind != "cpu":
+        variants[EAGER] = lambda problem: fallback
+    variants[COMPILED] = lambda problem: baselines.compiled(machine, fallback)
+    return variants
+
+
+def _draw(machine: Machine):
+    """A function that draws leaf tensors of a shape, the same ones for the same case."""
+    generator = torch.Generator(machine.device).manual_seed(0)
+
+    def draw(*shape, scale=1.0, grad=True):
+        values = torch.randn(shape, generator=generator, device=machine.device) * scale
+        return values.to(machine.dtype).requires_grad_(grad)
+
+    return draw
+
+
+def attention(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> list[Case]:
+    e = machine.dtype.itemsize
+
+    def problem():
+        draw = _draw(machine)
+        qkv = draw(B, T, 3, H, D, grad=False).permute(2, 0, 3, 1, 4)  # as a packed projection holds them
+        q, k, v = (t.detach().requires_grad_() for t in qkv)
+        return Problem(dict(q=q, k=k, v=v), ("q", "k", "v"), (draw(B, T, H, D, grad=False).transpose(1, 2),))
+
+    functions = _standard(machine, ops.causal_attention, reference.causal_attention)
+    functions |= {name: lambda _, backend=backend: baselines.sdpa(backend) for name, backend in baselines.SDPA.items()}
+    if T > 2048 and "SDPA math" in functions:
+        del functions["SDPA math"]  # all scores in memory
+    functions["flex_attention"] = lambda problem: baselines.flex(machine, T)
+    phases = {"fwd": work.attention_fwd(B, H, T, D, e), "bwd": work.attention_bwd(B, H, T, D, e)}
+
+    def pick(tensor):  # heads know nothing of each other: the last one of the last row stands for all
+        return tensor[-1:, -1:]
+
+    shape = dict(B=B, H=H, T=T, D=D)
+    return function_cases("attention", shape, tier, phases, problem, functions, reference.causal_attention, pick)
+
+
+def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
+    e = machine.dtype.itemsize
+
+    def problem():
+        draw = _draw(machine)
+        names = ("x", "residual", "weight", "bias", "x_bias")
+        inputs = dict(zip(names, (draw(M, C), draw(M, C), draw(C), draw(C), draw(C)), strict=True))
+        return Problem(inputs, names, (draw(M, C, grad=False), draw(M, C, grad=False)))
+
+    functions = _standard(machine, ops.add_layer_norm, reference.add_layer_norm)
+    phases = {"fwd": work.add_layer_norm_fwd(M, C, e), "bwd": work.add_layer_norm_bwd(M, C, e)}
+    return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, reference.add_layer_norm)
+
+
+def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
+    e = machine.dtype.itemsize
+
+    def problem():
+        draw = _draw(machine)
+        names = ("x", "w_in", "b_in", "w_out", "b_out")
+        drawn = (draw(M, C), draw(F, C, scale=C**-0.5), draw(F), draw(C, F, scale=F**-0.5), draw(C))
+        return Problem(dict(zip(names, drawn, strict=True)), names, (draw(M, C, grad=False),))
+
+    def forward_products(p):
+        x, w_in, _, w_out, _ = (t.detach() for t in p.inputs.values())
+        return [(x, w_in.t(), 1), (x.new_zeros(M, F).normal_(), w_out.t(), 1)]
+
+    def backward_products(p):
+        (dy,) = p.douts
+        x, w_in, _, w_out, _ = (t.detach() for t in p.inputs.values())
+        dpre = x.new_zeros(M, F).normal_()
+        return [(dy, w_out, 1), (dy.t(), dpre, 1), (dpre, w_in, 1), (dpre.t(), x, 1)]
+
+    return function_cases(
+        "gelu_mlp",
+        dict(M=M, C=C, F=F),
+        tier,
+        {"fwd": work.gelu_mlp_fwd(M, C, F, e), "bwd": work.gelu_mlp_bwd(M, C, F, e)},
+        problem,
+        _standard(machine, ops.gelu_mlp, reference.gelu_mlp),
+        reference.gelu_mlp,
+        products={"fwd": forward_products, "bwd": backward_products},
+    )
+
+
+def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
+    """Between the MLP's two matmuls each way, with the matmul before: what an epilogue would do."""
+    e = machine.dtype.itemsize
+
+    def forward_problem():
+        draw = _draw(machine)
+        return Problem(dict(x=draw(M, C), w_in=draw(F, C, scale=C**-0.5), b_in=draw(F)))
+
+    def backward_problem():
+        draw = _draw(machine)
+        return Problem(dict(dy=draw(M, C), w_out=draw(C, F, scale=F**-0.5), pre=draw(M, F)))
+
+    @torch.no_grad()
+    def forward(x, w_in, b_in):
+        return _linear_gelu(x, w_in, b_in)
+
+    @torch.no_grad()
+    def backward(dy, w_out, pre):
+        return _dgrad_dgelu(dy, w_out, pre)
+
+    functions = {"linear + GELU": _standard(machine, forward, forward)}
+    functions["dgrad + dGELU"] = _standard(machine, backward, backward)
+    if machine.kind != "cpu":
+        for op, by_kernel in (("linear + GELU", _linear_gelu_by_kernel), ("dgrad + dGELU", _dgrad_dgelu_by_kernel)):
+            functions[op] |= {SUBJECT: lambda _, f=by_kernel: f, FUSED: lambda _, f=by_kernel: _in_the_epilogue(f)}
+    first, second = functions
+    shape = dict(M=M, C=C, F=F)
+    return function_cases(
+        first,
+        shape,
+        tier,
+        {"fwd": work.linear_gelu(M, C, F, e)},
+        forward_problem,
+        functions[first],
+        forward,
+        products={"fwd": lambda p: [(p.inputs["x"].detach(), p.inputs["w_in"].detach().t(), 1)]},
+    ) + function_cases(
+        second,
+        shape,
+        tier,
+        {"fwd": work.dgrad_dgelu(M, C, F, e)},
+        backward_problem,
+        functions[second],
+        backward,
+        products={"fwd": lambda p: [(p.inputs["dy"].detach(), p.inputs["w_out"].detach(), 1)]},
+    )
+
+
+def _in_the_epilogue(function: Callable) -> Callable:
+    """The road that is taken only where it has been measured to win: the GELU in the matmul's epilogue."""
+    from fastgpt.kernels import linear_gelu
+
+    def tiles(kernel, x, hidden):
+        return linear_gelu.candidate(x.dtype, linear_gelu.capability(x))
+
+    def fused(*arguments, **named):
+        with mock.patch.object(linear_gelu, "measured_tiles", tiles):
+            return function(*arguments, **named)
+
+    return fused
+
+
+def _linear_gelu(x, w_in, b_in):
+    pre = F.linear(x, w_in, b_in)
+    return pre, F.gelu(pre, approximate="tanh")
+
+
+def _dgrad_dgelu(dy, w_out, pre):
+    dpre = torch.ops.aten.gelu_backward(dy @ w_out, pre, approximate="tanh")
+    return dpre, dpre.sum(0)
+
+
+def _linear_gelu_by_kernel(x, w_in, b_in):
+    """The launcher of the whole MLP with a second matmul of no rows."""
+    from fastgpt import autograd
+
+    w_out = w_in.new_empty(0, w_in.shape[0])
+    with torch.no_grad():
+        _, pre, act = autograd.gelu_mlp_fwd(x, w_in, b_in, w_out, None, True, False)
+    return pre, act
+
+
+def _dgrad_dgelu_by_kernel(dy, w_out, pre):
+    """The launcher of the whole backward, asked for the inner bias's gradient alone: dpre is made and not shown."""
+    from fastgpt import autograd
+
+    with torch.no_grad():
+        needs = [False, False, True, False, False]
+        grads = autograd.gelu_mlp_bwd(dy, dy, w_out.t(), w_out, pre, pre, True, needs)
+    return None, grads[2]
+
+
+def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) -> list[Case]:
+    e = machine.dtype.itemsize
+
+    def problem():
+        draw = _draw(machine)
+        x, weight = draw(M, C), draw(V, C, scale=0.02)
+        targets = torch.arange(M, device=machine.device) * 7919 % V
+        one = torch.ones((), device=machine.device)
+        return Problem(dict(x=x, weight=weight, targets=targets), ("x", "weight"), (one,))
+
+    def products(p):
+        x, weight = p.inputs["x"].detach(), p.inputs["weight"].detach()
+        dlogits = x.new_zeros(M, V).normal_()
+        return [(x, weight.t(), 1), (dlogits, weight, 1), (dlogits.t(), x, 1)]
+
+    functions = _standard(machine, ops.linear_cross_entropy, reference.linear_cross_entropy)
+    functions["all logits"] = lambda problem: baselines.all_logits_cross_entropy
+    functions[COMPILED] = lambda problem: baselines.compiled(machine, baselines.all_logits_cross_entropy)
+    return function_cases(
+        "linear_cross_entropy",
+        dict(M=M, C=C, V=V),
+        tier,
+        {"fwd+bwd": work.linear_cross_entropy(M, C, V, e)},
+        problem,
+        functions,
+        reference.linear_cross_entropy,
+        products={"fwd+bwd": products},
+    )
+
+
+def embedding(machine: Machine, B: int, T: int, C: int, V: int, tier: int) -> list[Case]:
+    e = machine.dtype.itemsize
+
+    def problem():
+        draw = _draw(machine)
+        ids = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % V
+        inputs = dict(ids=ids, token_weight=draw(V, C), position_weight=draw(T, C))
+        return Problem(inputs, ("token_weight", "position_weight"), (draw(B, T, C, grad=False),))
+
+    return function_cases(
+        "embedding",
+        dict(B=B, T=T, C=C, V=V),
+        tier,
+        {"fwd": work.embedding_fwd(B * T, T, C, e), "bwd": work.embedding_bwd(B * T, T, C, V, e)},
+        problem,
+        _standard(machine, ops.embedding, reference.embedding),
+        reference.embedding,
+    )
+
+
+def decode(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> list[Case]:
+    def problem():
+        draw = _draw(machine)
+        q, k, v = draw(B, H, 1, D, grad=False), draw(B, H, T, D, grad=False), draw(B, H, T, D, grad=False)
+        lengths = torch.full((B,), T, device=machine.device)
+        return Problem(dict(q=q, k_cache=k, v_cache=v, lengths=lengths))
+
+    functions = _standard(machine, ops.decode_attention, reference.decode_attention)
+    functions["SDPA, full caches"] = lambda problem: baselines.sdpa_decode
+    phases = {"fwd": work.decode_attention(B, H, T, D, machine.dtype.itemsize)}
+    shape = dict(B=B, H=H, T=T, D=D)
+    return function_cases("decode_attention", shape, tier, phases, problem, functions, reference.decode_attention)

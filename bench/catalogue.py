@@ -1,0 +1,73 @@
+"""Which cases run on which kind of machine, and at which sizes."""
+
+from bench import cases, models
+from bench.cases import Case
+from bench.machine import Machine
+from fastgpt.model import PRESETS
+
+_124M = PRESETS["gpt2-124M"]
+_TINY = dict(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=32)
+
+
+def catalogue(machine: Machine) -> list[Case]:
+    """All cases of this kind of machine, the most telling first."""
+    found = {"cuda": _on_a_gpu, "cpu": _on_a_cpu, "dry": small}[machine.kind](machine)
+    return sorted(found, key=lambda case: case.tier)
+
+
+def _on_a_gpu(machine: Machine) -> list[Case]:
+    """124M at B = 32, T = 1024: 32k rows throughout."""
+    M = 32 * 1024
+    found = [
+        *cases.attention(machine, 32, 12, 1024, 64, tier=0),
+        *cases.attention(machine, 32, 6, 1024, 128, tier=1),
+        *cases.add_layer_norm(machine, M, 768, tier=0),
+        *cases.mlp_halves(machine, M, 768, 3072, tier=1),
+        *cases.gelu_mlp(machine, M, 768, 3072, tier=1),
+        *cases.linear_cross_entropy(machine, M, 768, 50257, tier=0),
+        *cases.embedding(machine, 32, 1024, 768, 50257, tier=2),
+        *models.train_step(machine, 32, 1024, _124M, tier=0),
+        *models.block(machine, 32, 1024, _124M, tier=1),
+        *cases.decode(machine, 64, 12, 1024, 64, tier=2),
+        *cases.decode(machine, 1, 12, 1024, 64, tier=2),
+        *models.generation(machine, 1, 32, 64, _124M, tier=2),
+        *cases.add_layer_norm(machine, M, 1600, tier=3),
+    ]
+    for T in (4096, 16384, 512, 2048, 8192):
+        for H, D in ((12, 64), (6, 128)):
+            found += cases.attention(machine, M // T, H, T, D, tier=3)
+    return found
+
+
+def _on_a_cpu(machine: Machine) -> list[Case]:
+    return [
+        *cases.attention(machine, 1, 12, 1024, 64, tier=0),
+        *cases.attention(machine, 1, 6, 1024, 128, tier=0),
+        *cases.attention(machine, 4, 12, 256, 64, tier=1),
+        *cases.attention(machine, 2, 12, 512, 64, tier=1),
+        *cases.add_layer_norm(machine, 2048, 768, tier=0),
+        *cases.mlp_halves(machine, 256, 768, 3072, tier=0),
+        *cases.gelu_mlp(machine, 256, 768, 3072, tier=0),
+        *cases.linear_cross_entropy(machine, 128, 768, 50257, tier=0),
+        *cases.embedding(machine, 4, 256, 768, 50257, tier=1),
+        *models.block(machine, 1, 256, _124M, tier=1),
+        *models.train_step(machine, 1, 256, _124M, tier=0),
+        *cases.decode(machine, 8, 12, 1024, 64, tier=1),
+        *models.generation(machine, 1, 32, 8, _124M, tier=1),
+    ]
+
+
+def small(machine: Machine) -> list[Case]:
+    """One case of each kind, small enough for Triton's interpreter and for a GPU under a sanitizer."""
+    return [
+        *cases.attention(machine, 1, 2, 32, 16, tier=0),
+        *cases.add_layer_norm(machine, 8, 32, tier=0),
+        *cases.mlp_halves(machine, 8, 16, 32, tier=1),
+        *cases.gelu_mlp(machine, 8, 16, 32, tier=1),
+        *cases.linear_cross_entropy(machine, 4, 16, 65, tier=0),
+        *cases.embedding(machine, 1, 16, 16, 65, tier=2),
+        *models.train_step(machine, 1, 8, _TINY, tier=0),
+        *models.block(machine, 1, 8, _TINY, tier=1),
+        *cases.decode(machine, 1, 2, 16, 16, tier=2),
+        *models.generation(machine, 1, 2, 1, _TINY, tier=2),
+    ]

@@ -1,0 +1,116 @@
+"""`pytest bench/`: its options, and the run that measures each case when the first of its rows is asked for."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.cases import Case
+from bench.catalogue import catalogue
+from bench.machine import Machine, header, measure_roofs
+from bench.measure import AGAIN, DeviceLost, Folder, Row, failed, measure
+
+ROOT = Path(__file__).parent.parent
+DEVICE_LOST = 3  # the exit status of a run that another one can resume
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("bench", "fastgpt's benchmarks")
+    group.addoption("--bench-machine", choices=("cuda", "cpu", "dry"), help="the GPU if there is one, else the CPU")
+    group.addoption("--bench-out", type=Path, default=ROOT / "out" / "bench", help="the folder for the rows")
+    group.addoption("--bench-resume", action="store_true", help="keep the rows that are in that folder already")
+
+
+class Run:
+    """The machine and its roofs, the folder, and the cases that have been measured."""
+
+    def __init__(self, config):
+        self.machine = Machine.of(config.getoption("--bench-machine"))
+        self.cases = {case.name: case for case in catalogue(self.machine)}
+        self.folder = Folder(config.getoption("--bench-out"))
+        self.resume = config.getoption("--bench-resume")
+        self.roofs: dict[str, float] = {}
+        self.facts: dict = {}
+        self._rows: dict[str, list[Row]] = {}
+        self._samples: dict[str, dict[str, list[float]]] = {}
+
+    def start(self) -> None:
+        self.roofs = measure_roofs(self.machine)
+        self.facts = header(self.machine) | {"roofs": self.roofs}
+        kept = self.folder.rows() if self.resume else []
+        for row in kept:
+            self._rows.setdefault(row.case, []).append(row)
+        self.folder.start(self.facts, self.resume)
+
+    def row(self, case: Case, variant: str) -> tuple[Row, list[float] | None]:
+        """Its row, and its samples if it was timed in this process."""
+        if case.name not in self._rows:
+            self._rows[case.name] = self._measured(case)
+        (row,) = [row for row in self._rows[case.name] if row.variant == variant] or [None]
+        if row is None:
+            pytest.skip("its first timing is missing")
+        return row, self._samples.get(case.name, {}).get(variant)
+
+    def _measured(self, case: Case) -> list[Row]:
+        try:
+            rows, self._samples[case.name] = measure(case, self.machine, self.roofs)
+        except DeviceLost as error:
+            self.folder.add(failed(case, self.machine, str(error)))
+            pytest.exit(f"the device is lost; --bench-resume goes on after this case: {error}", DEVICE_LOST)
+        except Exception as error:
+            rows = failed(case, self.machine, f"{type(error).__name__}: {error}")
+            self.folder.add(rows)
+            raise
+        self.folder.add(rows)
+        return rows
+
+    def finish(self) -> None:
+        """The roofs once more: a machine that was busy at the start may be less so now, and a roof is the best seen."""
+        now = measure_roofs(self.machine)
+        self.facts["roofs"] = {name: max(rate, now[name]) for name, rate in self.roofs.items()}
+        self.folder.start(self.facts, resume=True)
+
+    def skipped(self) -> set[str]:
+        return {f"{row.variant}: {row.note}" for rows in self._rows.values() for row in rows if row.status == "skipped"}
+
+
+_RUN = pytest.StashKey[Run]()
+
+
+def _run(config) -> Run:
+    if _RUN not in config.stash:
+        config.stash[_RUN] = Run(config)
+    return config.stash[_RUN]
+
+
+def pytest_generate_tests(metafunc):
+    if {"case", "variant"} <= set(metafunc.fixturenames):
+        pairs = [(c, v) for c in _run(metafunc.config).cases.values() for v in (*c.variants, AGAIN)]
+        metafunc.parametrize(("case", "variant"), pairs, ids=[f"{case.name}: {variant}" for case, variant in pairs])
+
+
+@pytest.fixture(scope="session")
+def run(pytestconfig):
+    run = _run(pytestconfig)
+    run.start()
+    return run
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    if _RUN in session.config.stash and session.config.stash[_RUN].facts:
+        session.config.stash[_RUN].finish()
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info["fastgpt"] = _run(config).facts
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if _RUN not in config.stash or not config.stash[_RUN].facts:
+        return
+    run = config.stash[_RUN]
+    terminalreporter.section("what could not be compared")
+    for line in sorted(run.skipped()):
+        terminalreporter.line(line)
+    path = run.folder.path
+    terminalreporter.line(f"rows are in {path}; python -m bench report {path} makes tables and plots")

@@ -1,0 +1,224 @@
+"""The cases above a function: a block, a training step, generation, at the weights of one fastgpt.GPT."""
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench import baselines, work
+from bench.cases import COMPILED, EAGER, SUBJECT, Case, Subject
+from bench.machine import Machine
+from bench.work import Work
+from fastgpt.generation import generate as fastgpt_generate
+from fastgpt.model import GPT, GPTConfig
+
+HUGGING_FACE = "Hugging Face"
+_CHECKED = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.ln_2.weight")  # a model's gradients that are compared
+
+
+def _gpt(machine: Machine, shape: dict, **changes) -> GPT:
+    """A model of random weights, the same for every variant, larger than GPT-2's first ones so that all parts count."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**shape, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "c_proj" not in name:
+                parameter.mul_(2)
+    return model.to(machine.device, machine.dtype)
+
+
+def _with_backend(model: GPT, backend: str) -> GPT:
+    """The same weights on another road."""
+    twin = GPT(GPTConfig(**{**vars(model.config), "backend": backend}))
+    twin.load_state_dict(model.state_dict())
+    parameter = next(model.parameters())
+    return twin.to(parameter.device, parameter.dtype).train(model.training)
+
+
+class BlockProblem(NamedTuple):
+    model: GPT
+    x: Tensor
+    branch: Tensor
+    dout: Tensor
+
+
+def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Case]:
+    """A block forward and backward. fastgpt's takes the stream and the branch that is still to be added to it, and
+    hands the like on; Hugging Face's takes and gives their sum."""
+    shape = GPTConfig(**{**config, "n_layer": 1, "vocab_size": 64})
+    C, H, e = shape.n_embd, shape.n_head, machine.dtype.itemsize
+
+    def problem():
+        model = _gpt(machine, vars(shape))
+        x, branch, dout = (torch.randn(B, T, C, device=machine.device).to(machine.dtype) for _ in range(3))
+        return BlockProblem(model, x, branch, dout)
+
+    def of(model: GPT, call: Callable | None, p: BlockProblem) -> Subject:
+        layer, bias = model.h[0], model.h[0].mlp.c_proj.bias
+        run_layer = layer if call is None else call
+        x, branch, dout = (t.to(bias.dtype) for t in (p.x, p.branch, p.dout))
+        x.requires_grad_()
+        wanted = [x, *(q for name, q in layer.named_parameters() if name != "mlp.c_proj.bias")]
+        checked = [0, *(1 + i for i, (name, _) in enumerate(layer.named_parameters()) if "h.0." + name in _CHECKED)]
+
+        def run():
+            stream, out = run_layer(x, branch, None)
+            return stream + out + bias, torch.autograd.grad((stream, out), wanted, (dout, dout))
+
+        def timed():
+            stream, out = run_layer(x, branch, None)
+            return torch.autograd.grad((stream, out), wanted, (dout, dout))
+
+        def results():
+            total, grads = run()
+            return total, *(grads[i] for i in checked)
+
+        return Subject(timed, results)
+
+    def theirs(p: BlockProblem) -> Subject:
+        layer = baselines.hugging_face(p.model).transformer.h[0]
+        x = (p.x + p.branch).requires_grad_()
+        parameters = dict(layer.named_parameters())
+        checked = [name.removeprefix("h.0.") for name in _CHECKED]
+
+        def run():
+            out = layer(x)
+            out = out[0] if isinstance(out, tuple) else out
+            return out, torch.autograd.grad(out, [x, *parameters.values()], p.dout)
+
+        def results():
+            out, (dx, *grads) = run()
+            named = dict(zip(parameters, grads, strict=True))
+            order = [name for name in named if name in checked]
+            return out, dx, *(baselines.as_conv1d(name, named[name]) for name in order)
+
+        return Subject(lambda: run()[1], results)
+
+    variants = {SUBJECT: lambda p: of(p.model, None, p)}
+    if machine.kind != "cpu":
+        variants[EAGER] = lambda p: of(_with_backend(p.model, "torch"), None, p)
+
+    def compiled(p):
+        twin = _with_backend(p.model, "torch")
+        return of(twin, baselines.compiled(machine, twin.h[0]), p)
+
+    variants |= {COMPILED: compiled, HUGGING_FACE: theirs}
+    floor = _block_work(B, T, C, H, e)
+    oracle = lambda p: of(_with_backend(p.model, "torch").double(), None, p).results()  # noqa: E731
+    return [Case("block fwd+bwd", dict(B=B, T=T, C=C, H=H), tier, floor, problem, variants, oracle)]
+
+
+def _block_work(B: int, T: int, C: int, H: int, e: int) -> Work:
+    M, F, D = B * T, 4 * C, C // H
+    linears = work.matmul(M, 3 * C, C, e) + work.matmul(M, C, C, e)
+    total = work.attention_fwd(B, H, T, D, e) + work.attention_bwd(B, H, T, D, e)
+    total += work.gelu_mlp_fwd(M, C, F, e) + work.gelu_mlp_bwd(M, C, F, e)
+    for part in (linears, linears, linears, work.add_layer_norm_fwd(M, C, e), work.add_layer_norm_fwd(M, C, e)):
+        total += part
+    return total + work.add_layer_norm_bwd(M, C, e) + work.add_layer_norm_bwd(M, C, e)
+
+
+class StepProblem(NamedTuple):
+    model: GPT
+    idx: Tensor
+    targets: Tensor
+
+
+def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Case]:
+    """Forward, backward and a fused AdamW, all weights in the operands' dtype. Checked: the loss and some gradients of
+    up to two rows, for float64 takes memory."""
+    shape = GPTConfig(**config)
+    e = machine.dtype.itemsize
+
+    def problem():
+        model = _gpt(machine, config)
+        idx = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % shape.vocab_size
+        targets = idx.roll(-1, dims=1).clone()
+        targets[:, -1] = -100  # Hugging Face shifts labels itself and has none for the last place
+        return StepProblem(model, idx, targets)
+
+    def of(model: nn.Module, loss: Callable, p: StepProblem) -> Subject:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+        def run():
+            optimizer.zero_grad(set_to_none=True)
+            loss(p.idx, p.targets).backward()
+            optimizer.step()
+
+        def results():
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(p.idx[:2], p.targets[:2])
+            value.backward()
+            grads = [baselines.named_gradient(model, name).clone() for name in _CHECKED]
+            optimizer.zero_grad(set_to_none=True)
+            return value.detach(), *grads
+
+        return Subject(run, results)
+
+    def fresh(p, backend):
+        twin = _with_backend(p.model, backend)
+        return of(twin, twin, p)
+
+    def compiled(p):
+        if machine.kind == "cpu":
+            raise baselines.Unavailable("compiling the whole model on a CPU takes longer than this benchmark")
+        twin = _with_backend(p.model, "torch")
+        return of(twin, baselines.compiled(machine, twin), p)
+
+    def theirs(p):
+        model = baselines.hugging_face(p.model)
+        return of(model, lambda idx, targets: model(idx, labels=idx).loss, p)
+
+    variants = {SUBJECT: lambda p: fresh(p, "auto")}
+    if machine.kind != "cpu":
+        variants[EAGER] = lambda p: fresh(p, "torch")
+    variants |= {COMPILED: compiled, HUGGING_FACE: theirs}
+
+    def oracle(p):
+        twin = _with_backend(p.model, "torch").double()
+        return of(twin, twin, p).results()
+
+    lines = work.train_step(shape, B, T, e, adamw_bytes=7 * e)
+    floor = Work(sum(n * w.flops for _, _, n, w in lines), sum(n * w.bytes for _, _, n, w in lines))
+    shape_numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
+    return [Case("training step", shape_numbers, tier, floor, problem, variants, oracle, capture=False)]
+
+
+def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int) -> list[Case]:
+    """Greedy tokens after a prompt. Checked: the logits after the prompt."""
+    shape = GPTConfig(**config)
+
+    def problem():
+        model = _gpt(machine, config).eval()
+        ids = torch.arange(B * prompt, device=machine.device).view(B, prompt) * 7919 % shape.vocab_size
+        return model, ids
+
+    def of(model: GPT, ids: Tensor) -> Subject:
+        @torch.no_grad()
+        def logits():
+            return (model.head(model.features(ids)[:, -1]),)
+
+        return Subject(lambda: list(fastgpt_generate(model, ids, new, temperature=0)), logits)
+
+    def theirs(p):
+        ours, ids = p
+        model = baselines.hugging_face(ours)
+
+        @torch.no_grad()
+        def logits():
+            return (model(ids).logits[:, -1],)
+
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        mask = torch.ones_like(ids)
+        return Subject(lambda: model.generate(ids, attention_mask=mask, **options), logits)
+
+    variants = {SUBJECT: lambda p: of(*p)}
+    if machine.kind != "cpu":
+        variants[EAGER] = lambda p: of(_with_backend(p[0], "torch"), p[1])
+    variants[HUGGING_FACE] = theirs
+    floor = work.generation(shape, B, prompt, new, machine.dtype.itemsize)
+    numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
+    oracle = lambda p: of(copy.deepcopy(_with_backend(p[0], "torch")).double(), p[1]).results()  # noqa: E731
+    return [Case("generate", numbers, tier, floor, problem, variants, oracle, capture=False)]

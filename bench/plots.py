@@ -1,0 +1,185 @@
+"""The report's plots: times against the floor, attention over T, the roofline, peak memory."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from bench.cases import COMPILED, EAGER, SUBJECT
+from bench.measure import AGAIN, Row
+
+_COLOURS = {SUBJECT: "#c0392b", EAGER: "#7f8c8d", COMPILED: "#2e86c1", "its matmuls alone": "#d5d8dc"}
+_OTHERS = ("#27ae60", "#8e44ad", "#d68910", "#16a085", "#5d6d7e", "#af7ac5", "#a04000")
+
+
+def draw(report, folder: Path) -> list[str]:
+    """The names of the files that were written."""
+    cases = {case: _timed(variants) for case, variants in report.by_case().items()}
+    cases = {case: rows for case, rows in cases.items() if rows}
+    colour = _colours(cases)
+    figures = {
+        "bars.png": _bars(cases, colour, report.machine),
+        "sweep.png": _sweep(cases, colour, report.machine),
+        "roofline.png": _roofline(cases, report.machine),
+        "memory.png": _memory(cases, colour, report.machine),
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=100)
+    return [name for name, figure in figures.items() if figure is not None]
+
+
+def _timed(variants: dict[str, Row]) -> list[Row]:
+    return [row for name, row in variants.items() if row.median and name != AGAIN]
+
+
+def _colours(cases: dict[str, list[Row]]) -> dict[str, str]:
+    names = dict.fromkeys(row.variant for rows in cases.values() for row in rows)
+    others = [name for name in names if name not in _COLOURS]
+    return _COLOURS | {name: _OTHERS[place % len(_OTHERS)] for place, name in enumerate(others)}
+
+
+def _title(rows: list[Row]) -> str:
+    return f"{rows[0].op}\n{'  '.join(f'{key} {value}' for key, value in rows[0].shape.items())}"
+
+
+def _grid(
+    cases: dict[str, list[Row]],
+    machine: dict,
+    heading: str,
+    panel: Callable[[Axes, list[Row]], None],
+) -> Figure | None:
+    """A panel for each case, four in a row, each with its variants from top to bottom."""
+    if not cases:
+        return None
+    columns = min(4, len(cases))
+    lines = math.ceil(len(cases) / columns)
+    tallest = max(len(rows) for rows in cases.values())
+    figure = Figure(figsize=(4.4 * columns, (0.9 + 0.26 * tallest) * lines + 0.8), layout="constrained")
+    figure.suptitle(f"{heading}\n{machine['device']}, {machine['dtype']}, PyTorch {machine['torch']}", fontsize=12)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis, rows in zip(axes, cases.values(), strict=False):
+        panel(axis, rows)
+        axis.set_title(_title(rows), fontsize=9)
+        axis.set_yticks(range(len(rows)), [row.variant for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(cases) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _unit(largest: float, units: tuple[tuple[float, str], ...]) -> tuple[float, str]:
+    return next(((factor, name) for factor, name in units if largest >= factor), units[-1])
+
+
+def _label(axis: Axes, place: int, value: float, text: str) -> None:
+    box = dict(facecolor="white", edgecolor="none", pad=0.5, alpha=0.8)
+    axis.annotate(text, (value, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7, bbox=box)
+
+
+def _bars(cases, colour, machine) -> Figure | None:
+    def panel(axis: Axes, rows: list[Row]) -> None:
+        factor, name = _unit(max(row.median for row in rows), ((1, "s"), (1e-3, "ms"), (1e-6, "µs")))
+        for place, row in enumerate(rows):
+            spread = [[(row.median - row.low) / factor], [(row.high - row.median) / factor]]
+            axis.barh(place, row.median / factor, color=colour[row.variant], xerr=spread, error_kw=dict(lw=0.8))
+            _label(axis, place, row.high / factor, f"{row.median / factor:.3g}")
+        axis.axvline(rows[0].floor / factor, color="black", ls="--", lw=1)
+        axis.set_xlim(0, 1.18 * max(max(row.high for row in rows), rows[0].floor) / factor)
+        axis.set_xlabel(f"{name}; dashed: the floor ({rows[0].bound})", fontsize=8)
+
+    return _grid(cases, machine, "Median time, with quartiles; shorter is better", panel)
+
+
+def _memory(cases, colour, machine) -> Figure | None:
+    wanted = {}
+    for case, rows in cases.items():
+        kept = [row for row in rows if row.peak_bytes is not None and not row.variant.endswith("alone")]
+        if len(kept) > 1 and max(row.peak_bytes for row in kept) > 0:
+            wanted[case] = kept
+
+    def panel(axis: Axes, rows: list[Row]) -> None:
+        factor, name = _unit(max(row.peak_bytes for row in rows), ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")))
+        for place, row in enumerate(rows):
+            axis.barh(place, row.peak_bytes / factor, color=colour[row.variant])
+            _label(axis, place, row.peak_bytes / factor, f"{row.peak_bytes / factor:.3g}")
+        axis.set_xlim(0, 1.18 * max(row.peak_bytes for row in rows) / factor)
+        axis.set_xlabel(name, fontsize=8)
+
+    return _grid(wanted, machine, "Peak memory of one call beyond its inputs; shorter is better", panel)
+
+
+def _sweep(cases, colour, machine) -> Figure | None:
+    """Attention's rate over T, a panel for each phase and head width that has more than one T."""
+    panels: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    for rows in cases.values():
+        if rows[0].op.startswith("attention "):
+            lines = panels.setdefault((rows[0].op, rows[0].shape["D"]), {})
+            for row in rows:
+                lines.setdefault(row.variant, []).append(row)
+    panels = {key: lines for key, lines in panels.items() if max(len(rows) for rows in lines.values()) > 1}
+    if not panels:
+        return None
+    unit, factor = ("TFLOP/s", 1e12) if machine["kind"] == "cuda" else ("GFLOP/s", 1e9)
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    figure.suptitle(f"Causal attention over T; higher is better\n{machine['device']}, {machine['dtype']}", fontsize=12)
+    axes = figure.subplots(1, len(panels), squeeze=False).flat
+    for axis, ((op, dim), lines) in zip(axes, panels.items(), strict=True):
+        times = sorted({row.shape["T"] for rows in lines.values() for row in rows})
+        for variant, rows in lines.items():
+            rows = sorted(rows, key=lambda row: row.shape["T"])
+            rates = [row.flops / row.median / factor for row in rows]
+            style = dict(marker="o", ms=4, color=colour[variant], label=variant)
+            style |= dict(lw=2.2, zorder=3) if variant == SUBJECT else dict(lw=1.2)
+            axis.plot([row.shape["T"] for row in rows], rates, **style)
+        axis.axhline(machine["roofs"]["flops_a_second"] / factor, color="black", ls="--", lw=1, label="matmul roof")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(times, [str(time) for time in times])
+        axis.minorticks_off()
+        axis.set_ylim(0, None)
+        axis.set(title=f"{op}, D {dim}", xlabel="T (tokens a row)", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _roofline(cases, machine) -> Figure | None:
+    """fastgpt's own rows: those with flops under the two roofs, those without as bandwidth."""
+    mine = [row for rows in cases.values() for row in rows if row.variant == SUBJECT]
+    flops, bandwidth = machine["roofs"]["flops_a_second"], machine["roofs"]["bytes_a_second"]
+    computing, moving = [row for row in mine if row.flops > 0], [row for row in mine if row.flops == 0]
+    if not mine:
+        return None
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure.suptitle(f"fastgpt under this machine's own roofs\n{machine['device']}, {machine['dtype']}", fontsize=12)
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
+    if computing:
+        intensity = [row.flops / row.bytes for row in computing]
+        lowest, highest = min(*intensity, flops / bandwidth) / 2, max(*intensity, flops / bandwidth) * 2
+        edge = [lowest, flops / bandwidth, highest]
+        left.plot(edge, [min(flops, x * bandwidth) / 1e9 for x in edge], color="black", lw=1.5)
+        left.set(xscale="log", yscale="log", xlim=(lowest, highest))
+        for ticks in (left.xaxis, left.yaxis):
+            ticks.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_formatter(NullFormatter())
+    for place, row in enumerate(computing):
+        style = dict(marker="osD^vP*X<>hp"[place % 12], color=f"C{place % 10}", ms=8, ls="", label=row.case)
+        left.plot(row.flops / row.bytes, row.flops / row.median / 1e9, **style)
+    left.set(xlabel="flops a byte, as counted", ylabel="GFLOP/s", title="work with flops")
+    left.grid(alpha=0.3, which="both")
+    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for place, row in enumerate(moving):
+        right.barh(place, row.bytes / row.median / 1e9, color=_COLOURS[SUBJECT])
+        _label(right, place, row.bytes / row.median / 1e9, f"{row.share:.0%}")
+    right.axvline(bandwidth / 1e9, color="black", ls="--", lw=1)
+    right.set_yticks(range(len(moving)), [row.case for row in moving], fontsize=8)
+    right.invert_yaxis()
+    right.set(xlabel="GB/s; dashed: a copy", title="work that only moves bytes")
+    right.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,33 @@
+"""Every function of the catalogue once, at small shapes, timed by nobody: what a sanitizer is run over."""
+
+import argparse
+
+from bench.cases import FUSED, SUBJECT
+from bench.catalogue import small
+from bench.machine import Machine
+
+_REPEATS = (
+    "generate",
+    "block fwd+bwd",
+    "linear + GELU",
+    "dgrad + dGELU",
+)  # kernels that the training step launches too
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="in Triton's interpreter")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Call fastgpt's variants of every small case."""
+    machine = Machine.of("dry" if options.dry_run else "cuda")
+    for case in small(machine):
+        if case.op in _REPEATS:
+            continue
+        with machine.clock.session():
+            problem = case.problem()
+            for name in case.variants.keys() & {SUBJECT, FUSED}:
+                case.variants[name](problem).run()
+            machine.cuda.synchronize()
+        print(case.name, flush=True)
+    return 0

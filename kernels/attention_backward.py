@@ -1,0 +1,360 @@
+"""The backward of attention.py (Dao, "FlashAttention-2", 2023, algorithm 2).
+
+From P = exp2(S - lse), Δ = rowsum(do ∘ o), the keep mask K of dropout and its scale c = 1 / (1 - p):
+
+    dv = c (K ∘ P)ᵀ do      dP = c K ∘ (do vᵀ)      dS = P ∘ (dP - Δ)      dq = scale dS k      dk = scale dSᵀ q
+
+in two kernels: dk and dv for a tile of keys, dq for a tile of queries. That is 7 products where one kernel with atomics
+has 5, but needs no float32 buffer for dq, and gives the same bits every time. The kernel for dk and dv forms Sᵀ and
+dPᵀ at once (k qᵀ, v doᵀ), never by transposing an accumulator, which Hopper gets wrong, and walks over all query heads
+of its key head, so grouped heads need no atomics either. Gradients are written through strides, packed as qkv is.
+
+Flops, causal: 14 B H T² D / 2 (one kernel would do with 10). One turn of the unmasked loops, as in attention.py:
+
+    kernel    D     tile   warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
+    dq       64   128x64       8   244     12    32    32    32    32           768   512    488   683
+    dkdv     64   64x128       8   319     16    32    32    32    32          1024   512    638   768
+    dq      128   128x64       8   285     20    32    32    32    32          1536   512    570  1365
+    dkdv    128   32x128       8   264     20    16    16    16    16          1024   256    528   768
+
+At T = 1024 both kernels together allow at most 326 TFLOP/s of useful work (the usual 10 B H T² D / 2) at D = 64 if the
+tensor core never overlaps the rest, 518 if all does; at D = 128 380 and 541. Δ's pass over o and do is left out.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention import (
+    ATTENTION_SITE,
+    LENGTHS,
+    addressable,
+    attention_fwd_outputs,
+    has_extras,
+    head_of,
+    load_rows,
+    open_keys,
+    options,
+    row_products,
+    sees,
+    settings,
+    span_of,
+    spans,
+    store_rows,
+    strides,
+    unpack,
+)
+from .philox import keep_mask
+
+
+@triton.jit
+def _dkdv_step(
+    k,  # [BLOCK_N, BLOCK_D]
+    v,  # [BLOCK_N, BLOCK_D]
+    dk,  # [BLOCK_N, BLOCK_D]: the sums so far
+    dv,
+    poison,  # [BLOCK_N]: of the keys
+    q_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, ids_ptr,
+    stride_qt, stride_qd, stride_gt, stride_gd,
+    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries into dk and dv. Queries past the end add nothing: their do and Δ are loaded as zero."""
+    rows = start + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, start, stride_qt, stride_qd, rows < queries, D, BLOCK_M, BLOCK_D)
+    do = load_rows(do_ptr, start, stride_gt, stride_gd, rows < queries, D, BLOCK_M, BLOCK_D)
+    lse = tl.load(lse_ptr + rows, rows < queries, 0.0)
+    delta = tl.load(delta_ptr + rows, rows < queries, 0.0)
+    st = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)  # [BLOCK_N, BLOCK_M]
+    if ids_ptr is not None:
+        st += poison[:, None]
+    pt = tl.exp2(st * qk_scale - lse[None, :])
+    if not BELOW:
+        seen = sees(start, first, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, True)
+        pt = tl.where(seen, pt, 0.0)
+    dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)
+    kept = pt
+    if seed is not None:
+        keep = tl.trans(keep_mask(seed, rows, first, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N))
+        kept = tl.where(keep, pt * keep_scale, 0.0)
+        dpt = tl.where(keep, dpt * keep_scale, 0.0)
+    dv = tl.dot(kept.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dv.dtype)
+    dst = pt * (dpt - delta[None, :])
+    if ids_ptr is not None:  # Δ may be NaN in another document
+        dst = tl.where(seen, dst, 0.0)
+    dk = tl.dot(dst.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr,
+    lse_ptr,  # (B, H, Tq)
+    delta_ptr,  # (B, H, Tq)
+    dk_ptr, dv_ptr,
+    seed_ptr, mask_ptr, ids_ptr,  # as in the forward
+    spans_ptr,  # (B, tiles of keys, 2): of queries, where there are documents
+    poison_ptr,
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dkb, stride_dkh, stride_dkt, stride_dkd,
+    stride_dvb, stride_dvh, stride_dvt, stride_dvd,
+    heads, group, queries, keys, qk_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(keys, BLOCK_N)
+    key_heads = heads // group
+    key_plane = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles  # most queries see the first keys: they start first
+    batch, key_head, first = key_plane // key_heads, key_plane % key_heads, tile * BLOCK_N
+    k_ptr = head_of(k_ptr, batch, key_head, stride_kb, stride_kh)
+    v_ptr = head_of(v_ptr, batch, key_head, stride_vb, stride_vh)
+
+    begin = tl.maximum(first - (keys - queries), 0) // BLOCK_M * BLOCK_M  # the first tile with a query that sees a key
+    below = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (keys - queries), 0), BLOCK_M) * BLOCK_M  # all see all from here
+    below = tl.minimum(below, queries)
+    end = queries
+    if mask_ptr is not None:
+        mask_ptr += batch.to(tl.int64) * keys
+        below = end
+    if ids_ptr is not None:
+        ids_ptr += batch.to(tl.int64) * keys
+        poison_ptr += key_plane.to(tl.int64) * keys
+        _, end = span_of(spans_ptr, batch, tile, tiles)
+        below = end
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    there, poison = open_keys(first + tl.arange(0, BLOCK_N), keys, mask_ptr, poison_ptr)
+    k = load_rows(k_ptr, first, stride_kt, stride_kd, there, D, BLOCK_N, BLOCK_D)
+    v = load_rows(v_ptr, first, stride_vt, stride_vd, there, D, BLOCK_N, BLOCK_D)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for member in range(group):
+        head = key_head * group + member
+        plane = batch * heads + head
+        q_head = head_of(q_ptr, batch, head, stride_qb, stride_qh)
+        do_head = head_of(do_ptr, batch, head, stride_gb, stride_gh)
+        lse_head, delta_head = lse_ptr + plane.to(tl.int64) * queries, delta_ptr + plane.to(tl.int64) * queries
+        if begin < below:
+            for start in range(begin, below, BLOCK_M):
+                dk, dv = _dkdv_step(
+                    k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
+                    stride_qt, stride_qd, stride_gt, stride_gd,
+                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+                )  # fmt: skip
+        if mask_ptr is None and ids_ptr is None and below < end:
+            for start in range(below, end, BLOCK_M):
+                dk, dv = _dkdv_step(
+                    k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,
+                    stride_qt, stride_qd, stride_gt, stride_gd,
+                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+                )  # fmt: skip
+
+    dk_ptr = head_of(dk_ptr, batch, key_head, stride_dkb, stride_dkh)
+    dv_ptr = head_of(dv_ptr, batch, key_head, stride_dvb, stride_dvh)
+    store_rows(dk_ptr, first, stride_dkt, stride_dkd, dk * scale, keys, D, BLOCK_N, BLOCK_D)
+    store_rows(dv_ptr, first, stride_dvt, stride_dvd, dv, keys, D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _dq_step(
+    q,  # [BLOCK_M, BLOCK_D]
+    do,  # [BLOCK_M, BLOCK_D]
+    lse,  # [BLOCK_M]
+    delta,  # [BLOCK_M]
+    dq,  # [BLOCK_M, BLOCK_D]: the sum so far
+    k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
+    stride_kt, stride_kd, stride_vt, stride_vd,
+    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into dq."""
+    rows, cols = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
+    there = None
+    if not BELOW:
+        there, poison = open_keys(cols, keys, mask_ptr, poison_ptr)
+    k = load_rows(k_ptr, start, stride_kt, stride_kd, there, D, BLOCK_N, BLOCK_D)
+    v = load_rows(v_ptr, start, stride_vt, stride_vd, there, D, BLOCK_N, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)  # [BLOCK_M, BLOCK_N]
+    if ids_ptr is not None:
+        s += poison[None, :]
+    p = tl.exp2(s * qk_scale - lse[:, None])
+    if not BELOW:
+        p = tl.where(sees(first, start, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
+    if seed is not None:
+        keep = keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr,
+    lse_ptr,  # (B, H, Tq)
+    delta_ptr,  # (B, H, Tq)
+    dq_ptr,
+    seed_ptr, mask_ptr, ids_ptr, spans_ptr, poison_ptr,  # as in the forward
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_dqb, stride_dqh, stride_dqt, stride_dqd,
+    heads, group, queries, keys, qk_scale, scale, threshold, keep_scale,
+    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(queries, BLOCK_M)
+    plane = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # as in the forward
+    batch, head, first = plane // heads, plane % heads, tile * BLOCK_M
+    k_ptr = head_of(k_ptr, batch, head // group, stride_kb, stride_kh)
+    v_ptr = head_of(v_ptr, batch, head // group, stride_vb, stride_vh)
+    q_ptr = head_of(q_ptr, batch, head, stride_qb, stride_qh)
+    do_ptr = head_of(do_ptr, batch, head, stride_gb, stride_gh)
+
+    below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N
+    end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
+    if spans_ptr is not None:
+        begin, stop = span_of(spans_ptr, batch, tile, tiles)
+        below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+    if mask_ptr is not None:
+        mask_ptr += batch.to(tl.int64) * keys
+    if ids_ptr is not None:
+        ids_ptr += batch.to(tl.int64) * keys
+        poison_ptr += (batch * (heads // group) + head // group).to(tl.int64) * keys
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    rows = first + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, first, stride_qt, stride_qd, rows < queries, D, BLOCK_M, BLOCK_D)
+    do = load_rows(do_ptr, first, stride_gt, stride_gd, rows < queries, D, BLOCK_M, BLOCK_D)
+    lse = tl.load(lse_ptr + plane.to(tl.int64) * queries + rows, rows < queries, 0.0)
+    delta = tl.load(delta_ptr + plane.to(tl.int64) * queries + rows, rows < queries, 0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+    if spans_ptr is None and below > 0:
+        for start in range(0, below, BLOCK_N):
+            dq = _dq_step(
+                q, do, lse, delta, dq, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+            )  # fmt: skip
+    if below < end:
+        for start in range(below, end, BLOCK_N):
+            dq = _dq_step(
+                q, do, lse, delta, dq, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
+                stride_kt, stride_kd, stride_vt, stride_vd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+            )  # fmt: skip
+    dq_ptr = head_of(dq_ptr, batch, head, stride_dqb, stride_dqh)
+    store_rows(dq_ptr, first, stride_dqt, stride_dqd, dq * scale, queries, D, BLOCK_M, BLOCK_D)
+
+
+def attention_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of q, k and v, each of its shape and laid out as attention_fwd lays out o."""
+    dq, dk, dv = attention_bwd_outputs(do, q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p)
+    _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p)
+    return dq, dk, dv
+
+
+def attention_bwd_outputs(do, q, k, v, o, lse, *options):
+    """What attention_bwd allocates, so it serves as its fake too."""
+    return tuple(attention_fwd_outputs(t, k, v, *options)[0] for t in (q, k, v))
+
+
+def attention_qkv_bwd(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    """The gradient of qkv, packed as it is: (B, T, 3C)."""
+    dqkv = attention_qkv_bwd_outputs(dout, qkv)
+    (do,), (o,) = unpack(dout, 1, heads), unpack(out, 1, heads)
+    grads = unpack(dqkv, 3, heads)
+    _backward(do, *unpack(qkv, 3, heads), o, lse, *grads, seed, key_mask, documents, scale, dropout_p)
+    return dqkv
+
+
+def attention_qkv_bwd_outputs(dout, qkv, *_):
+    """What attention_qkv_bwd allocates, so it serves as its fake too."""
+    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+
+
+def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p):
+    batch, heads, queries, _ = q.shape
+    key_heads, keys = k.shape[1:3]
+    if q.numel() == 0:
+        dk.zero_()
+        dv.zero_()
+        return
+    do, q, k, v, o = (addressable(t) for t in (do, q, k, v, o))
+    beyond = options(seed, key_mask, documents, dropout_p)
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "do_ptr": do,
+        "lse_ptr": lse,
+        "delta_ptr": row_products(o, do),
+        **beyond,
+        "poison_ptr": None if documents is None else row_products(k, v, poison=True),
+        **strides(q=q, k=k, v=v, g=do),
+        "heads": heads,
+        "group": heads // key_heads,
+        "queries": queries,
+        "keys": keys,
+        "qk_scale": scale * math.log2(math.e),
+        "scale": scale,
+    }
+    constants = settings("dq", q, has_extras(beyond))
+    tiles = triton.cdiv(queries, constants["BLOCK_M"])
+    _attention_dq_kernel[(tiles * batch * heads,)](
+        dq_ptr=dq,
+        spans_ptr=spans(key_mask, documents, constants["BLOCK_M"], tiles),
+        **shared,
+        **strides(dq=dq),
+        **constants,
+    )
+    constants = settings("dkdv", q, has_extras(beyond))
+    tiles = triton.cdiv(keys, constants["BLOCK_N"])
+    _attention_dkdv_kernel[(tiles * batch * key_heads,)](
+        dk_ptr=dk,
+        dv_ptr=dv,
+        spans_ptr=spans(None, documents, constants["BLOCK_N"], tiles),  # a hidden token is a query all the same
+        **shared,
+        **strides(dk=dk, dv=dv),
+        **constants,
+    )

@@ -1,0 +1,201 @@
+"""Attention of the newest tokens over a cache: few queries, many keys, and all the time goes to reading them.
+
+A cache (B, Hkv, Tmax, D) is cut into splits of keys, each the work of one program with its own softmax (o_i, lse_i);
+a second kernel merges them, o = Σ exp2(lse_i - lse) o_i (Dao and others, "Flash-Decoding", 2023). All query heads of a
+key head and all new tokens are rows of one tile, so that the cache is read once. The size of a split depends on Tmax
+alone, neither on the batch nor on the lengths, so a row's bits do not depend on its company; nor does the grid, and
+lengths are read on the device, so a CUDA graph serves any lengths: programs past a row's length leave at once.
+
+Slots from the length on are never read. A row of no length gives zeros, and a length past Tmax counts as Tmax.
+
+Bytes: 2 B Hkv length D elements of the cache; beside them only the splits' results, 4 B H Tq D bytes a split, which a
+split of 128 keys makes Tq H / (32 Hkv) of that at most (bf16).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .attention import _card, addressable, head_of, load_rows, strides
+from .launch import accumulator, matmul_precision, statistics_dtype
+
+MAX_STEPS = 16  # new tokens at once
+
+
+class Tiles(NamedTuple):
+    block_m: int  # query heads of a key head, times new tokens
+    block_n: int  # keys
+    split: int  # keys that one program walks over
+    num_warps: int
+    num_stages: int
+
+
+def _tiles(rows: int, head_dim: int, dtype: torch.dtype, slots: int, on_card: bool) -> Tiles:
+    """Tiles for `rows` queries a key head and a cache of `slots`. Not measured on any GPU yet.
+
+    Splits of 128 keys give one sequence of GPT-2 (12 heads, 1024 slots) 96 programs for some 132 multiprocessors; past
+    8192 slots they grow, so that there are at most 64. Tiles fit the 99 KB of a consumer card.
+    """
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    if not on_card:  # small, so that few slots make several splits of several tiles
+        return Tiles(block_m, 16, 32, 4, 1)
+    split = max(128, triton.next_power_of_2(triton.cdiv(slots, 64)))
+    if dtype == torch.float32:
+        return Tiles(min(block_m, 32), 32 if head_dim <= 64 else 16, split, 8, 1)
+    return Tiles(block_m, 64 if head_dim <= 128 else 32, split, 4, 2)
+
+
+@triton.jit(do_not_specialize=["steps", "slots"])
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr,
+    lengths_ptr,  # (B,)
+    o_ptr,  # (B, H, Tq, SPLITS, D)
+    lse_ptr,  # (B, H, Tq, SPLITS)
+    stride_qb, stride_qh, stride_qt, stride_qd,
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
+    key_heads, group, steps, slots, qk_scale,
+    D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One split of one key head, for BLOCK_M of its group * steps rows."""
+    row_tiles = tl.cdiv(group * steps, BLOCK_M)
+    plane, split = tl.program_id(0) // row_tiles, tl.program_id(1)
+    batch, key_head = plane // key_heads, plane % key_heads
+    length = tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)
+    begin = split * SPLIT
+    if begin < length:
+        rows = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        head, step = key_head * group + rows // steps, rows % steps
+        channels = tl.arange(0, BLOCK_D)
+        inside = (rows[:, None] < group * steps) & (channels[None, :] < D)
+        places = head.to(tl.int64)[:, None] * stride_qh + step[:, None] * stride_qt + channels[None, :] * stride_qd
+        q = tl.load(q_ptr + batch.to(tl.int64) * stride_qb + places, inside, 0.0)
+        k_ptr = head_of(k_ptr, batch, key_head, stride_kb, stride_kh)
+        v_ptr = head_of(v_ptr, batch, key_head, stride_vb, stride_vh)
+        last = length - steps + step  # that each row sees
+
+        acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        m = tl.full([BLOCK_M], float("-inf"), ACC)
+        l = tl.zeros([BLOCK_M], ACC)
+        for start in range(begin, tl.minimum(begin + SPLIT, length), BLOCK_N):
+            cols = start + tl.arange(0, BLOCK_N)
+            k = load_rows(k_ptr, start, stride_kt, stride_kd, cols < length, D, BLOCK_N, BLOCK_D)
+            v = load_rows(v_ptr, start, stride_vt, stride_vd, cols < length, D, BLOCK_N, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * qk_scale  # [BLOCK_M, BLOCK_N]
+            s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, axis=1))
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing yet
+            p = tl.exp2(s - base[:, None])
+            rescale = tl.exp2(m - base)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION, out_dtype=ACC)
+            m, l = m_new, l * rescale + tl.sum(p, axis=1)
+
+        o = tl.where(l[:, None] == 0.0, 0.0, acc / l[:, None])
+        slot = ((batch * key_heads * group + head).to(tl.int64) * steps + step) * SPLITS + split
+        tl.store(o_ptr + slot[:, None] * D + channels[None, :], o, inside)
+        tl.store(lse_ptr + slot, m + tl.log2(l), rows < group * steps)
+
+
+@triton.jit(do_not_specialize=["steps", "slots"])
+def _merge_kernel(
+    o_ptr,  # (B, H, Tq, SPLITS, D)
+    lse_ptr,  # (B, H, Tq, SPLITS)
+    lengths_ptr,  # (B,)
+    out_ptr,  # (B, Tq, H, D)
+    heads, steps, slots,
+    D: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One query: the splits that hold its row's keys into its result."""
+    row = tl.program_id(0)
+    batch, head, step = row // (heads * steps), row // steps % heads, row % steps
+    length = tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)
+    channels = tl.arange(0, BLOCK_D)
+    o_ptr += row.to(tl.int64) * SPLITS * D
+    lse_ptr += row.to(tl.int64) * SPLITS
+
+    acc = tl.zeros([BLOCK_D], ACC)
+    m = tl.full([1], float("-inf"), ACC)
+    l = tl.zeros([1], ACC)
+    for start in range(0, tl.cdiv(length, SPLIT), BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        there = splits * SPLIT < length
+        lse = tl.load(lse_ptr + splits, there, float("-inf"))
+        o = tl.load(o_ptr + splits[:, None] * D + channels[None, :], there[:, None] & (channels[None, :] < D), 0.0)
+        m_new = tl.maximum(m, tl.max(lse, axis=0))
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weights, rescale = tl.exp2(lse - base), tl.exp2(m - base)
+        acc = acc * rescale + tl.sum(weights[:, None] * o, axis=0)
+        m, l = m_new, l * rescale + tl.sum(weights, axis=0)
+    out = tl.where(l == 0.0, 0.0, acc / l)
+    place = out_ptr + ((batch.to(tl.int64) * steps + step) * heads + head) * D
+    tl.store(place + channels, out.to(out_ptr.dtype.element_ty), channels < D)
+
+
+def decode_attention_fwd(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """q (B, H, Tq, D), caches (B, Hkv, Tmax, D), lengths (B,) -> o (B, H, Tq, D), in memory (B, Tq, H, D)."""
+    out = decode_attention_fwd_outputs(q, k_cache, v_cache, lengths, scale)
+    batch, heads, steps, dim = q.shape
+    key_heads, slots = k_cache.shape[1:3]
+    if out.numel() == 0 or slots == 0:
+        return out.zero_()
+    k_cache, v_cache = addressable(k_cache), addressable(v_cache)
+    group = heads // key_heads
+    tiles = _tiles(group * steps, dim, q.dtype, slots, _card(q) is not None)
+    splits = triton.cdiv(slots, tiles.split)
+    partial = torch.empty((batch, heads, steps, splits, dim), dtype=statistics_dtype(q), device=q.device)
+    lse = torch.empty(partial.shape[:-1], dtype=partial.dtype, device=q.device)
+    constants = {
+        "D": dim,
+        "ACC": accumulator(q),
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "SPLIT": tiles.split,
+        "SPLITS": splits,
+    }
+    lengths = lengths.contiguous()
+    _decode_kernel[(triton.cdiv(group * steps, tiles.block_m) * batch * key_heads, splits)](
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        partial,
+        lse,
+        **strides(q=q, k=k_cache, v=v_cache),
+        key_heads=key_heads,
+        group=group,
+        steps=steps,
+        slots=slots,
+        qk_scale=scale * math.log2(math.e),
+        **constants,
+        PRECISION=matmul_precision(),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        maxnreg=255,  # left alone, ptxas aims at 96 on capability 12.0 and spills
+    )
+    _merge_kernel[(batch * heads * steps,)](
+        partial,
+        lse,
+        lengths,
+        out,
+        heads,
+        steps,
+        slots,
+        **constants,
+        BLOCK_S=min(16, triton.next_power_of_2(splits)),
+        num_warps=4,
+    )
+    return out
+
+
+def decode_attention_fwd_outputs(q, k_cache, v_cache, lengths, scale):
+    """What decode_attention_fwd allocates, so it serves as its fake too."""
+    batch, heads, steps, dim = q.shape
+    return torch.empty((batch, steps, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)

@@ -1,0 +1,252 @@
+"""Right before fast: what is wrong is never timed, and one variant's failure costs the others nothing."""
+
+import inspect
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from bench import baselines, cases, dry, measure
+from bench.check import judge
+from bench.machine import Machine
+from bench.report import Report
+from bench.timing import DeviceClock, HostClock, interleaved
+from fastgpt import ops, reference
+
+ROOT = Path(__file__).parent.parent
+ROOFS = {"flops_a_second": 1e11, "bytes_a_second": 1e10}
+
+
+@pytest.fixture
+def machine():
+    """A GPU's clock over the CPU, with nothing interpreted: fastgpt's variant is what ops has."""
+    return Machine("dry", "cpu", torch.float32, DeviceClock(dry.FakeCuda(), "cpu"), "eager", 0.0, (2, 2))
+
+
+def rows_of(machine, change=None):
+    """The rows of add_layer_norm's forward, with ops.add_layer_norm changed."""
+    with mock.patch.object(ops, "add_layer_norm", change or ops.add_layer_norm):
+        forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
+    found, samples = measure.measure(forward, machine, ROOFS)
+    return {row.variant: row for row in found}, samples
+
+
+def test_every_variant_is_timed_and_fastgpt_twice(machine):
+    rows, samples = rows_of(machine)
+    assert list(rows) == [cases.SUBJECT, cases.EAGER, cases.COMPILED, measure.AGAIN] == [*dict.fromkeys(rows)]
+    for name, row in rows.items():
+        assert (row.status, row.note, row.median, row.rounds) == ("ok", "graph replay", 1e-3, 2), name
+        assert row.share == row.floor / 1e-3 and row.bound == "bytes" and row.error < 1e-6
+    assert set(samples) == set(rows)
+
+
+def test_a_wrong_kernel_is_called_wrong_and_has_no_time(machine):
+    def forgets_the_last_row(x, *args, **kwargs):
+        normed, total = reference.add_layer_norm(x, *args, **kwargs)
+        keep = torch.arange(len(x))[:, None] < len(x) - 1
+        return torch.where(keep, normed, 0.0), total
+
+    rows, samples = rows_of(machine, forgets_the_last_row)
+    wrong = rows[cases.SUBJECT]
+    assert wrong.status == "WRONG" and "result 0" in wrong.note
+    assert wrong.median is wrong.first_call is wrong.peak_bytes is None
+    assert measure.AGAIN not in rows and cases.SUBJECT not in samples
+    assert rows[cases.EAGER].status == "ok"
+
+    report = Report({**HEADER, "roofs": ROOFS}, list(rows.values()))
+    (line,) = [line for line in report.markdown().splitlines() if "| fastgpt |" in line]
+    assert "WRONG" in line and " ms" not in line and " µs" not in line
+    (line,) = [line for line in report.summary().splitlines() if line.startswith("| add_layer_norm")]
+    assert line == "| add_layer_norm fwd M 16 C 8 | WRONG | | | | |"
+
+
+HEADER = {
+    "device": "a machine",
+    "kind": "cpu",
+    "dtype": "float32",
+    "torch": "2",
+    "triton": "3",
+    "python": "3",
+    "commit": "abc",
+    "changed": False,
+    "sdpa": {"D 64": "flash_attention"},
+}
+
+
+def test_a_missing_baseline_is_skipped_with_its_reason(machine):
+    def absent(machine, function):
+        raise baselines.Unavailable("there is no compiler")
+
+    with mock.patch.object(baselines, "compiled", absent):
+        rows, _ = rows_of(machine)
+    row = rows[cases.COMPILED]
+    assert (row.status, row.note, row.median) == ("skipped", "there is no compiler", None)
+
+
+def test_a_variant_that_raises_costs_the_others_nothing(machine):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of registers\nand more")
+
+    rows, _ = rows_of(machine, broken)
+    assert (rows[cases.SUBJECT].status, rows[cases.SUBJECT].note) == ("FAILED", "RuntimeError: out of registers")
+    assert rows[cases.EAGER].median == 1e-3
+
+
+def test_an_error_that_the_device_keeps_ends_the_run(machine):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(measure.DeviceLost, match="add_layer_norm fwd M 16 C 8: fastgpt: RuntimeError: CUDA error"):
+        rows_of(machine, broken)
+
+
+def test_rows_outlive_an_interruption(tmp_path, machine):
+    rows, _ = rows_of(machine)
+    folder = measure.Folder(tmp_path / "run")
+    folder.start({"device": "x"}, resume=False)
+    folder.add(list(rows.values()))
+    with folder.rows_file.open("a") as file:
+        file.write('{"case": "cut sho')
+    assert folder.rows() == list(rows.values()) and folder.facts() == {"device": "x"}
+    folder.start({"device": "x"}, resume=True)
+    assert len(folder.rows()) == len(rows)
+    folder.start({"device": "x"}, resume=False)
+    assert folder.rows() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_judge(dtype):
+    oracle = torch.randn(4096, 64, dtype=torch.float64)
+    rounded = oracle.to(dtype)
+    assert judge([rounded], [oracle], [rounded]).reason == ""
+    assert judge([rounded], [oracle], None).reason == ""
+    assert judge([None, rounded], [oracle, oracle], [rounded, rounded]).reason == ""
+
+    stale = rounded.clone()
+    stale[17] = stale[18]
+    assert judge([stale], [oracle], [rounded]).reason.startswith("result 0 is off by")
+    unwritten = rounded.clone()
+    unwritten[0, 0] = math.nan
+    assert judge([unwritten], [oracle], [rounded]).reason.startswith("result 0 is off by inf")
+    assert "result 0 is off" in judge([rounded * 1.05], [oracle], [rounded]).reason
+    assert "result 1" in judge([rounded, rounded.flip(0)], [oracle, oracle], [rounded, rounded]).reason
+    assert "1 results instead of 2" in judge([rounded], [oracle, oracle], None).reason
+    assert "off by inf" in judge([rounded[:, :1]], [oracle], None).reason
+
+
+def test_the_judge_sees_one_row_that_a_whole_norm_does_not():
+    oracle = torch.randn(2**16, 16, dtype=torch.float64)
+    stale = oracle.bfloat16()
+    stale[17] = stale[18]
+    assert judge([stale], [oracle], [oracle.bfloat16()]).reason.startswith("a row of result 0 is off by")
+
+
+def test_calls_are_sampled_in_turns_that_rotate():
+    order = []
+
+    class Clock:
+        def sample(self, call):
+            call()
+            return float(len(order))
+
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    timings = interleaved(calls, Clock(), 0.0, (3, 3))
+    assert "".join(order[3:]) == "abcbcacab"  # after one warm turn
+    assert [len(timing.samples) for timing in timings.values()] == [3, 3, 3]
+    assert timings["a"].median == 9.0 and timings["a"].low <= 9.0 <= timings["a"].high
+
+
+def test_what_cannot_be_captured_is_timed_by_events():
+    clock = DeviceClock(dry.FakeCuda(), "cpu")
+    calls = []
+    replay, method = clock.ready(lambda: calls.append(1), capture=True)
+    assert method == "graph replay" and calls == [1]
+
+    def syncs():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    call, method = clock.ready(syncs, capture=True)
+    assert call is syncs and "can't be captured: operation not permitted" in method
+    assert clock.ready(syncs, capture=False) == (syncs, "events")
+    assert clock.sample(replay) == 1e-3
+
+
+def test_what_stands_for_torch_cuda_has_its_names():
+    """A name that only the stand-in has would pass the dry run and fail on a GPU."""
+    for name, _ in inspect.getmembers(dry.FakeCuda, inspect.isfunction):
+        if not name.startswith("_"):
+            assert hasattr(torch.cuda, name), name
+    for name in ("record", "synchronize", "elapsed_time"):
+        assert hasattr(torch.cuda.Event, name)
+    assert hasattr(torch.cuda.Stream, "wait_stream") and hasattr(torch.cuda.CUDAGraph, "replay")
+    real = set(inspect.signature(torch.cuda.graph.__init__).parameters)
+    assert set(inspect.signature(dry.FakeCuda.graph).parameters) <= real
+    used = {"enable_timing"}
+    assert used <= set(inspect.signature(torch.cuda.Event.__new__).parameters)
+
+
+def test_peak_memory_on_a_cpu():
+    clock = HostClock(2**10)
+
+    def call():
+        first = torch.ones(2**18)  # 1 MiB
+        second = first + 1
+        del first, second
+        return torch.ones(2**10)
+
+    assert clock.peak_bytes(call) == pytest.approx(2 * 2**20, rel=1e-3)
+
+
+def test_a_sample_takes_as_long_as_its_call():
+    assert 0.01 <= HostClock(2**10).sample(lambda: time.sleep(0.01)) < 1
+
+
+def test_pytest_bench_says_wrong(tmp_path):
+    """The whole command on a CPU, one case of it, with a fastgpt.ops.embedding that is off by its last token."""
+    (tmp_path / "wrong.py").write_text(
+        "import torch\nfrom fastgpt import ops\nright = ops.embedding\n"
+        "ops.embedding = lambda ids, *args, **kwargs: right(ids.roll(1, 1), *args, **kwargs)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "wrong", "bench/", "-k", "embedding and fwd", "-q"]
+    out, file = tmp_path / "out", tmp_path / "benchmark.json"
+    run = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--bench-out", out, "--benchmark-json", file],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    print(run.stdout[-4000:], run.stderr[-2000:])
+    assert run.returncode == 1 and "WRONG: result 0 is off by" in run.stdout
+    rows = {row.variant: row for row in measure.Folder(out).rows()}
+    assert rows[cases.SUBJECT].status == "WRONG" and rows[cases.SUBJECT].median is None
+    timed = {name for name, row in rows.items() if row.median}
+    recorded = json.loads(file.read_text())
+    assert {b["extra_info"]["variant"] for b in recorded["benchmarks"]} == timed <= {cases.COMPILED}
+    for benchmark in recorded["benchmarks"]:  # pytest-benchmark holds the samples that the row was made of
+        row = rows[benchmark["extra_info"]["variant"]]
+        assert benchmark["stats"]["median"] == pytest.approx(row.median)
+    assert recorded["machine_info"]["fastgpt"]["roofs"]["bytes_a_second"] > 0
+
+
+def test_a_case_is_known_by_its_name():
+    machine = Machine("cpu", "cpu", torch.float32, HostClock(2**10), "inductor", 0.0, (2, 2))
+    from bench.catalogue import catalogue
+
+    names = [case.name for case in catalogue(machine)]
+    assert len(names) == len(set(names))
+    for case in catalogue(machine):
+        assert next(iter(case.variants)) == cases.SUBJECT and cases.EAGER not in case.variants
+    on_a_gpu = catalogue(Machine("cuda", "cuda", torch.bfloat16, None, "inductor", 0.0, (2, 2)))
+    assert [case.tier for case in on_a_gpu] == sorted(case.tier for case in on_a_gpu)
+    swept = {(case.shape["T"], case.shape["D"]) for case in on_a_gpu if case.op == "attention bwd"}
+    assert swept == set(itertools.product((512, 1024, 2048, 4096, 8192, 16384), (64, 128)))

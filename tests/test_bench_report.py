@@ -1,0 +1,160 @@
+"""The report says what was measured, and README says what is committed."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bench import plots, report
+from bench.__main__ import main
+from bench.cases import EAGER, SUBJECT
+from bench.measure import AGAIN, Folder, Row
+
+ROOT = Path(__file__).parent.parent
+
+
+def row(variant, median, case="attention fwd T 64", status="ok", note="wall clock", **facts):
+    times = {} if median is None else dict(median=median, low=0.9 * median, high=1.2 * median, rounds=7)
+    shape = dict(T=int(case.split()[-1]), D=64)
+    found = dict(peak_bytes=2**20, first_call=1.0, error=1e-7, flops=1e9, bytes=1e6, floor=1e-3, bound="flops")
+    times |= {} if median is None else dict(share=1e-3 / median)
+    return Row(case, case.split(" T")[0], shape, "float32", variant, status, note, **{**found, **times, **facts})
+
+
+MACHINE = {
+    "device": "A CPU (2 cores), 2 threads",
+    "kind": "cpu",
+    "dtype": "float32",
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "python": "3.11.7",
+    "commit": "abcdef123",
+    "load_average": 1.5,
+    "cpu_threads": 2,
+    "changed": False,
+    "sdpa": {"D 64": "flash_attention"},
+    "roofs": {"bytes_a_second": 2e10, "flops_a_second": 1.5e11},
+}
+ROWS = [
+    row(SUBJECT, 2e-3),
+    row(EAGER, 1e-3),
+    row("SDPA flash", 4e-3),
+    row("SDPA cuDNN", None, status="skipped", note="not | here"),
+    row("its matmuls alone", 5e-4),
+    row(AGAIN, 2.1e-3),
+    row(SUBJECT, 8e-3, "attention fwd T 128"),
+    row(EAGER, 16e-3, "attention fwd T 128"),
+    row("add", 1e-3, "add fwd T 128", flops=0.0),
+    row(SUBJECT, 1e-3, "add fwd T 128", flops=0.0),
+]
+
+
+def test_the_summary_names_the_fastest_other_and_hides_no_loss():
+    lines = report.Report(MACHINE, ROWS).summary().splitlines()
+    assert lines[2] == "| attention fwd T 64 | 2 ms | 50% | PyTorch eager | 1 ms | 0.50x |"
+    assert lines[3] == "| attention fwd T 128 | 8 ms | 12% | PyTorch eager | 16 ms | 2.00x |"
+
+
+def test_the_conditions_name_machine_versions_roofs_and_noise():
+    text = report.Report(MACHINE, ROWS).conditions()
+    for fact in ("A CPU (2 cores), 2 threads", "PyTorch 2.13.0", "Triton 3.7.1", "abcdef123;"[:-1], "20 GB/s"):
+        assert fact in text
+    assert "0.15 TFLOP/s" in text and "differed by 5.0%" in text and "fallback" in text and "flash_attention" in text
+    assert "load average was 1.5 when it began: its ratios" in text
+
+
+def test_all_that_it_writes(tmp_path):
+    whole = report.Report(MACHINE, ROWS)
+    whole.write(tmp_path)
+    again = report.Report.load(tmp_path / "results.json")
+    assert again == whole
+    table = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [line["variant"] for line in table] == [row.variant for row in ROWS]
+    assert set(table[0]) == {field.name for field in dataclasses.fields(Row)}
+    text = (tmp_path / "report.md").read_text()
+    assert "| attention fwd T 64 | SDPA cuDNN | skipped | not \\| here | | | | |" in text
+    for plot in ("bars.png", "sweep.png", "roofline.png", "memory.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in text
+
+
+def test_a_grid_shows_its_panels_and_no_empty_ones():
+    cases = {f"a T {t}": [row(SUBJECT, 1e-3, f"a T {t}"), row(EAGER, 2e-3, f"a T {t}")] for t in range(5)}
+    figure = plots._grid(cases, MACHINE, "heading", lambda axis, rows: None)
+    assert [axis.get_visible() for axis in figure.axes] == [True] * 5 + [False] * 3
+    assert [label.get_text() for label in figure.axes[4].get_yticklabels()] == [SUBJECT, EAGER]
+
+
+def test_nothing_that_was_timed_is_no_crash(tmp_path):
+    report.Report(MACHINE, [row(SUBJECT, None, status="WRONG", note="off")]).write(tmp_path)
+    assert "| WRONG | off |" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.34, "12.3 s"), (0.1234, "123 ms"), (5.6e-5, "56 µs"), (2e-9, "0.002 µs")]
+)
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+def test_keeping_writes_by_device_day_and_commit(tmp_path, monkeypatch, capsys):
+    results, readme = tmp_path / "bench" / "results", tmp_path / "README.md"
+    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(report, "README", readme)
+    readme.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    monkeypatch.setattr(report.renew_readme, "__defaults__", (readme, results))
+    folder = Folder(tmp_path / "run")
+    folder.start(MACHINE, resume=False)
+    folder.add(ROWS)
+    assert main(["report", str(folder.path), "--keep"]) == 0
+    (kept,) = results.glob("*/*/results.json")
+    assert kept.parent.parent.name == "a-cpu-2-cores-2-threads" and kept.parent.name.endswith("-abcdef123")
+    text = readme.read_text()
+    assert text.startswith("# x\n\n") and text.endswith("\n\nrest\n") and "old" not in text
+    assert report.NO_GPU in text and "| attention fwd T 64 | 2 ms |" in text
+    link = f"bench/results/{kept.parent.parent.name}/{kept.parent.name}/report.md"
+    assert f"({link})" in text and (tmp_path / link).exists()
+
+    later = kept.parent.with_name("2999-01-01-fffffff")
+    report.Report({**MACHINE, "kind": "cuda", "commit": "fffffff"}, ROWS).write(later)
+    block = report.readme_block(results)
+    assert "fffffff" in block and "abcdef123" not in block and report.NO_GPU not in block
+
+    folder.start({**MACHINE, "kind": "dry"}, resume=True)
+    assert main(["report", str(folder.path), "--keep"]) == 2
+    assert "mean nothing" in capsys.readouterr().err
+
+
+def test_no_rows_are_an_error(tmp_path, capsys):
+    folder = Folder(tmp_path)
+    folder.start(MACHINE, resume=False)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no rows" in capsys.readouterr().err
+
+
+def test_the_readmes_tables_are_the_committed_results():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    start, end = text.index(report.BEGIN), text.index(report.END) + len(report.END)
+    assert text[start:end] == report.readme_block()
+
+
+def test_the_committed_results_are_whole():
+    """Measured on a named machine at a commit, by all of what they were compared with."""
+    found = report.committed()
+    assert found
+    for file, kept in found:
+        assert {"device", "torch", "triton", "python", "commit", "roofs", "command"} <= set(kept.machine)
+        assert kept.machine["kind"] in ("cpu", "cuda")
+        assert not [row.label for row in kept.rows if row.status in ("WRONG", "FAILED")]
+        assert {row.variant for row in kept.rows if row.case.startswith("training step")} >= {SUBJECT, AGAIN}
+        for name in ("report.md", "results.csv", "bars.png", "sweep.png", "roofline.png", "memory.png"):
+            assert (file.parent / name).exists(), name
+        with (file.parent / "results.csv").open() as table:
+            assert len(list(csv.reader(table))) == 1 + len(kept.rows)
+        assert json.loads(file.read_text())["machine"] == kept.machine
+    tracked = subprocess.run(["git", "ls-files", "bench/results"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode == 0 and tracked.stdout:
+        assert all(str(file.relative_to(ROOT)) in tracked.stdout for file, _ in found)
