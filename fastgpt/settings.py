@@ -121,7 +121,7 @@ class TrainConfig:
 
 
 def _hold(name: str, value: Any, hint: Any) -> None:
-    """TypeError or ValueError unless a field's value is what its annotation says."""
+    """ValueError unless a field's value is what its annotation says."""
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ValueError(f"TrainConfig: {name} is {value!r}, not one of {', '.join(typing.get_args(hint))}")
@@ -130,7 +130,7 @@ def _hold(name: str, value: Any, hint: Any) -> None:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TypeError(f"TrainConfig: {name} is {value!r}, not {' or '.join(kind.__name__ for kind in kinds)}")
+        raise ValueError(f"TrainConfig: {name} is {value!r}, not {' or '.join(kind.__name__ for kind in kinds)}")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

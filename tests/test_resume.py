@@ -88,6 +88,16 @@ def test_resumed_is_uninterrupted_to_the_bit(run, monkeypatch, changes):
     assert digests(run.out) == digests(run.out.parent / "whole")
 
 
+def test_the_scale_of_float16_goes_on(run):
+    run(dtype="float16", max_iters=2)
+    path = run.out / "checkpoints/step-00000002/state.json"
+    facts = json.loads(path.read_text())
+    assert (facts["scaler"]["scale"], facts["scaler"]["_growth_tracker"]) == (65536.0, 2)
+    run(dtype="float16", max_iters=3, resume=True)
+    later = json.loads((run.out / "checkpoints/step-00000003/state.json").read_text())
+    assert later["scaler"]["_growth_tracker"] == 3
+
+
 def test_it_matters_what_is_restored(run, monkeypatch):
     """The digests of the test above can tell."""
     run("whole")

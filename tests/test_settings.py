@@ -26,22 +26,22 @@ def test_schedules(fields, rates):
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "message"),
+    ("fields", "message"),
     [
-        (dict(total_batch_size=0), ValueError, "total_batch_size is 0, not at least 1"),
-        (dict(checkpoint_interval=0), ValueError, "checkpoint_interval is 0, not at least 1"),
-        (dict(decay_share=0.0), ValueError, r"decay_share is 0.0, not in \(0, 1\]"),
-        (dict(schedule="step"), ValueError, "schedule is 'step', not one of cosine, wsd"),
-        (dict(dtype="int8"), ValueError, "dtype is 'int8', not one of auto, float32"),
-        (dict(max_iters=1.5), TypeError, "max_iters is 1.5, not int"),
-        (dict(max_iters=True), TypeError, "max_iters is True, not int"),
-        (dict(learning_rate="fast"), TypeError, "learning_rate is 'fast', not float"),
-        (dict(compile=1), TypeError, "compile is 1, not bool"),
-        (dict(total_batch_size=64, gradient_accumulation_steps=2), ValueError, "say the same thing; give one of them"),
+        (dict(total_batch_size=0), "total_batch_size is 0, not at least 1"),
+        (dict(checkpoint_interval=0), "checkpoint_interval is 0, not at least 1"),
+        (dict(decay_share=0.0), r"decay_share is 0.0, not in \(0, 1\]"),
+        (dict(schedule="step"), "schedule is 'step', not one of cosine, wsd"),
+        (dict(dtype="int8"), "dtype is 'int8', not one of auto, float32"),
+        (dict(max_iters=1.5), "max_iters is 1.5, not int"),
+        (dict(max_iters=True), "max_iters is True, not int"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast', not float"),
+        (dict(compile=1), "compile is 1, not bool"),
+        (dict(total_batch_size=64, gradient_accumulation_steps=2), "say the same thing; give one of them"),
     ],
 )
-def test_bad_fields(fields, error, message):
-    with pytest.raises(error, match=f"TrainConfig: .*{message}"):
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=f"TrainConfig: .*{message}"):
         TrainConfig(**fields)
 
 
