@@ -85,6 +85,7 @@ class Run:
         self.steps_done = 0
         self.seen = 0  # windows of the training tokens, which is the position in the data
         self.rows: list[dict] = []  # of metrics.csv: one an evaluation
+        self.recent: list[float] = []  # losses since the last row
         self.seconds = 0.0  # of the processes before this one
         self.overflows = 0
         self.started = time.perf_counter()
@@ -96,7 +97,7 @@ class Run:
         facts = saved.facts
         state.restore(saved, self.model, self.optimizer)
         self.steps_done, self.seen, self.rows = facts["step"], facts["windows"], list(facts["rows"])
-        self.seconds = facts["seconds"]
+        self.recent, self.seconds = list(facts["recent"]), facts["seconds"]
         if facts.get("scaler"):
             self.step_on.scaler.load_state_dict(facts["scaler"])
         was, now = facts["versions"], state.versions(self.device)
@@ -122,7 +123,7 @@ class Run:
     def loop(self) -> None:
         config, first = self.config, self.steps_done
         tokens_a_step = self.windows * self.model.config.block_size
-        self.started, recent = time.perf_counter(), []
+        self.started = time.perf_counter()
         unread: list[tuple[Tensor, Tensor, Tensor]] = []
         if self.monitor is not None:
             self.monitor.start(first, config.max_iters)
@@ -135,7 +136,7 @@ class Run:
             if not (stop or evaluates or saves or self.steps_done % config.log_interval == 0):
                 continue
             losses, norm = self.read(unread)
-            recent += losses
+            self.recent += losses
             speed = (self.steps_done - first) * tokens_a_step / (time.perf_counter() - self.started)
             rate = config.learning_rate_at(self.steps_done - 1)
             if self.monitor is not None:
@@ -144,7 +145,7 @@ class Run:
                 self.rows.append(
                     {
                         "step": self.steps_done,
-                        "train_loss": sum(recent) / len(recent),
+                        "train_loss": sum(self.recent) / len(self.recent),
                         "val_loss": self.evaluate(),
                         "learning_rate": rate,
                         "tokens_per_second": speed,
@@ -152,7 +153,7 @@ class Run:
                         "grad_norm": norm,
                     }
                 )
-                recent.clear()
+                self.recent.clear()
                 self.report()
             if saves or stop:
                 self.save(needed=last or bool(stop))
@@ -256,6 +257,7 @@ class Run:
             "encoding": self.encoding.name,
             "data": self.corpus.facts(),
             "rows": self.rows,
+            "recent": self.recent,
             "seconds": self.seconds + time.perf_counter() - self.started,
             "processes": self.world.size,
             "scaler": self.step_on.scaler.state_dict(),
@@ -291,22 +293,21 @@ class Run:
 
 def _distributed(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     """The model as a step calls it: compiled, copied or sharded as configured."""
+    if world.size > 1:
+        _warm(model, world)
     if config.fsdp:
         shard(model, world)
         if config.compile:
             model.compile()
         return model
     called: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
-    if world.size > 1:
-        _warm(called, model, world)
-        called = replicate(called, world)
-    return called
+    return replicate(called, world) if world.size > 1 else called
 
 
-def _warm(called: nn.Module, model: GPT, world: World) -> None:
-    """Compile what a step launches, so that no process waits in a collective for another's compiler."""
+def _warm(model: GPT, world: World) -> None:
+    """Compile the kernels that a step launches, so that no process waits in a collective for another's compiler."""
     idx = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=world.device)
-    called(idx, idx).backward()
+    model(idx, idx).backward()
     model.zero_grad(set_to_none=True)
 
 

@@ -110,6 +110,8 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
         raise ValueError(f"{windows} windows a step do not divide among {world.size} processes")
     if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
         raise ValueError(f"cuda_graph needs one NVIDIA GPU, not {world.size} x {world.device.type}")
+    if config.cuda_graph and autocast_dtype(config, world.device) == torch.float16:
+        raise ValueError("cuda_graph and float16 do not go together: the host decides about each step's scale")
     if config.fsdp and world.size == 1:
         raise ValueError("fsdp needs several processes: torchrun --nproc_per_node N -m fastgpt train …")
     if config.fsdp and autocast_dtype(config, world.device) == torch.float16:

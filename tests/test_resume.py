@@ -71,6 +71,10 @@ def digests(folder, step=6):
     return {name: said["sha256"] for name, said in files.items() if not name.endswith("state.json")}
 
 
+def last_row(folder):
+    return (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
+
+
 @pytest.mark.parametrize(
     "changes",
     [dict(), dict(order="epoch"), dict(dtype="bfloat16"), dict(dtype="float16"), dict(schedule="wsd")],
@@ -86,6 +90,8 @@ def test_resumed_is_uninterrupted_to_the_bit(run, monkeypatch, changes):
     assert (run.out / "checkpoints/step-00000003").is_dir()
     run(resume=True, **changes)
     assert digests(run.out) == digests(run.out.parent / "whole")
+    ours, theirs = (last_row(folder) for folder in (run.out, run.out.parent / "whole"))
+    assert ours[:4] == theirs[:4], "step, losses and learning rate"
 
 
 def test_the_scale_of_float16_goes_on(run):

@@ -36,6 +36,11 @@ def train(text, tmp_path, monkeypatch):
     return train
 
 
+def metrics(folder):
+    row = (folder / "metrics.csv").read_text().splitlines()[-1].split(",")
+    return [float(row[column]) for column in (1, 2, 6)]
+
+
 def close(a, b, **tolerance):
     for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, **tolerance, msg=name)
@@ -46,9 +51,11 @@ def close(a, b, **tolerance):
     [dict(batch_size=2, gradient_accumulation_steps=2), dict(batch_size=3, total_batch_size=64)],
     ids=["accumulated", "in tokens"],
 )
-def test_accumulation_is_the_large_batch(train, changes):
+def test_accumulation_is_the_large_batch(train, tmp_path, changes):
     """4 windows of 16 tokens, also as 2 x 2, for 3 do not divide them."""
     close(train("small", **changes), train("large"), rtol=1e-4, atol=1e-6)
+    small, large = (metrics(tmp_path / name) for name in ("small", "large"))
+    assert small == pytest.approx(large, rel=1e-4), "losses, and the gradients' norm, which AdamW would not tell"
 
 
 @pytest.mark.parametrize("checkpointing", ["mlp", "block"])
