@@ -3,9 +3,11 @@
 An adapter that can't serve here raises Unavailable with the reason, which is printed in place of its time.
 """
 
+import importlib.util
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.machine import Machine
+from fastgpt import families
 from fastgpt.model import GPT
 
 SDPA = {
@@ -116,6 +119,37 @@ def hugging_face(model: GPT) -> nn.Module:
     weights = {f"transformer.{name}": as_conv1d(name, tensor) for name, tensor in model.state_dict().items()}
     weights["lm_head.weight"] = weights["transformer.wte.weight"]
     theirs.load_state_dict(weights)
+    return _like(theirs, model)
+
+
+def nanogpt(model: GPT, folder: Path | None) -> nn.Module:
+    """nanoGPT's GPT of the same shape and weights, from a file that the user named. Its GELU is the exact one."""
+    if folder is None:
+        raise Unavailable("no checkout of nanoGPT was given: --nanogpt DIR")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    if spec is None or spec.loader is None or not (folder / "model.py").is_file():
+        raise Unavailable(f"{folder} holds no model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    settings, weights, _ = families.nanogpt.write_weights(model.config, model.state_dict())
+    theirs = module.GPT(module.GPTConfig(**settings))
+    theirs.load_state_dict(weights)
+    return _like(theirs, model)
+
+
+def book(model: GPT) -> nn.Module:
+    """The faster model of the package that goes with the book, at the same weights."""
+    if find_spec("llms_from_scratch") is None:
+        raise Unavailable("llms-from-scratch is not installed (pip install --no-deps llms-from-scratch is enough)")
+    from llms_from_scratch.ch04 import GPTModelFast
+
+    settings, weights, _ = families.raschka.write_weights(model.config, model.state_dict(), "GPTModelFast")
+    theirs = GPTModelFast(settings)
+    theirs.load_state_dict(weights)
+    return _like(theirs, model)
+
+
+def _like(theirs: nn.Module, model: GPT) -> nn.Module:
     parameter = next(model.parameters())
     return theirs.to(parameter.device, parameter.dtype).train(model.training)
 
@@ -127,8 +161,10 @@ def as_conv1d(name: str, tensor: Tensor) -> Tensor:
 
 
 def named_gradient(model: nn.Module, name: str) -> Tensor:
-    """The gradient of fastgpt's parameter `name`, in either family's model."""
-    named = dict(model.named_parameters())
-    if name in named:
-        return named[name].grad
-    return as_conv1d(name, named[f"transformer.{name}"].grad)
+    """The gradient of fastgpt's parameter `name`, in any family's model."""
+    gradients = {own: parameter.grad for own, parameter in model.named_parameters()}
+    if name in gradients:
+        return gradients[name]
+    kinds = (families.gpt2, families.nanogpt, families.raschka)
+    family = next(kind for kind in kinds if kind.holds(gradients))
+    return family.read_weights(gradients, {})[0][name]

@@ -1,5 +1,6 @@
 """`pytest bench/`: its options, and the run that measures each case when the first of its rows is asked for."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ def pytest_addoption(parser):
     group = parser.getgroup("bench", "fastgpt's benchmarks")
     group.addoption("--bench-machine", choices=("cuda", "cpu", "dry"), help="the GPU if there is one, else the CPU")
     group.addoption("--bench-out", type=Path, default=ROOT / "out" / "bench", help="the folder for the rows")
+    group.addoption(
+        "--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to compare with: runs its model.py"
+    )
     group.addoption("--bench-resume", action="store_true", help="keep the rows that are in that folder already")
 
 
@@ -24,7 +28,8 @@ class Run:
     """The machine and its roofs, the folder, and the cases that have been measured."""
 
     def __init__(self, config):
-        self.machine = Machine.of(config.getoption("--bench-machine"))
+        machine = Machine.of(config.getoption("--bench-machine"))
+        self.machine = dataclasses.replace(machine, nanogpt=config.getoption("--nanogpt"))
         self.cases = {case.name: case for case in catalogue(self.machine)}
         self.folder = Folder(config.getoption("--bench-out"))
         self.resume = config.getoption("--bench-resume")

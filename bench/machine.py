@@ -33,6 +33,7 @@ class Machine:
     compiler: str  # torch.compile's backend
     seconds: float  # of sampling a variant
     rounds: tuple[int, int]  # the fewest and the most samples of a variant
+    nanogpt: Path | None = None  # a folder with nanoGPT's model.py, to compare with
 
     @classmethod
     def of(cls, kind: str | None = None) -> "Machine":

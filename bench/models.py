@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import baselines, work
@@ -14,7 +15,7 @@ from bench.work import Work
 from fastgpt.generation import generate as fastgpt_generate
 from fastgpt.model import GPT, GPTConfig
 
-HUGGING_FACE = "Hugging Face"
+HUGGING_FACE, NANOGPT, BOOK = "Hugging Face", "nanoGPT", "the book, fast"
 _CHECKED = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.ln_2.weight")  # a model's gradients that are compared
 
 
@@ -29,9 +30,9 @@ def _gpt(machine: Machine, shape: dict, **changes) -> GPT:
     return model.to(machine.device, machine.dtype)
 
 
-def _with_backend(model: GPT, backend: str) -> GPT:
+def _with_backend(model: GPT, backend: str, **changes) -> GPT:
     """The same weights on another road."""
-    twin = GPT(GPTConfig(**{**vars(model.config), "backend": backend}))
+    twin = GPT(GPTConfig(**{**vars(model.config), "backend": backend, **changes}))
     twin.load_state_dict(model.state_dict())
     parameter = next(model.parameters())
     return twin.to(parameter.device, parameter.dtype).train(model.training)
@@ -171,13 +172,23 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> lis
         model = baselines.hugging_face(p.model)
         return of(model, lambda idx, targets: model(idx, labels=idx).loss, p)
 
+    def nanogpt(p):
+        model = baselines.nanogpt(p.model, machine.nanogpt)
+        subject = of(model, lambda idx, targets: model(idx, targets.where(targets >= 0, -1))[1], p)
+        return subject._replace(expected=lambda: oracle(p, gelu="none"))
+
+    def book(p):
+        model = baselines.book(p.model)
+        loss = lambda idx, targets: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())  # noqa: E731
+        return of(model, loss, p)
+
     variants = {SUBJECT: lambda p: fresh(p, "auto")}
     if machine.kind != "cpu":
         variants[EAGER] = lambda p: fresh(p, "torch")
-    variants |= {COMPILED: compiled, HUGGING_FACE: theirs}
+    variants |= {COMPILED: compiled, HUGGING_FACE: theirs, NANOGPT: nanogpt, BOOK: book}
 
-    def oracle(p):
-        twin = _with_backend(p.model, "torch").double()
+    def oracle(p, **changes):
+        twin = _with_backend(p.model, "torch", **changes).double()
         return of(twin, twin, p).results()
 
     lines = work.train_step(shape, B, T, e, adamw_bytes=7 * e)

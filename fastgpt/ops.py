@@ -340,8 +340,6 @@ def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
     """What keeps the Triton kernel from serving this call, or None."""
     if autograd is None:
         return _NO_TRITON
-    if name not in _LIMITS:
-        return "fastgpt has no kernel for it yet"
     if not autograd.INTERPRETED:
         if operand.device.type != "cuda" or torch.version.hip:
             kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device

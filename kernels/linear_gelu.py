@@ -3,10 +3,16 @@
     forward   pre = x w_inᵀ + b_in,  act = gelu(pre)            writes pre and act, 2 M F elements
     backward  dpre = (dy w_out) gelu'(pre)                      reads pre, writes dpre and its column sums
 
-A matmul followed by an elementwise pass moves 3 M F elements more each way. Whether the fused form wins is a matter of
-scheduling: its epilogue has to run while the tensor cores work on another tile. So programs stay (there are as many as
-the card holds at once) and walk over output tiles, and two of them share a multiprocessor: one is in its epilogue
-while the other multiplies. kernels/mlp.py takes this road only where `_MEASURED` says that it won.
+A matmul followed by an elementwise pass moves 3 M F elements more each way. Programs stay (there are as many as the
+card holds at once) and walk over output tiles. kernels/mlp.py takes this road only where `_MEASURED` says that it won.
+
+On capability 9.0 in bf16, a turn over 32 channels of a 128 by 256 tile issues 82 instructions a warp in the forward, 84
+in the backward, and keeps an H100's multiprocessor busy for 512 clocks of its tensor core, 320 of shared memory, 168 of
+issue, and 1024 of the L2 cache, for each program copies both operands for itself (bench/account.py has the rates). That
+allows 474 TFLOP/s at an assumed 1.755 GHz; with the epilogue's instructions after 768 channels, which nothing overlaps,
+370 forward and 340 backward. A library's matmul at 600 and an elementwise pass at 3 TB/s take less time than the
+forward at 370, so on that card expect `_MEASURED` to stay empty until a tile's operands are shared by several programs
+(TMA multicast, which Triton does not offer there).
 
 Operands are read through their strides, so a transposed Conv1D weight needs no copy.
 """
@@ -46,7 +52,7 @@ def candidate(dtype: torch.dtype, card: int | None) -> Tiles:
         return Tiles(16, 32, 16, 4, 1, 1)
     if dtype == torch.float32:
         return Tiles(64, 64, 16, 8, 2, 2)
-    return Tiles(128, 128, 32, 4, 4, 2) if card == 90 else Tiles(128, 128, 32, 8, 3, 1)
+    return Tiles(128, 256, 32, 8, 4, 1) if card == 90 else Tiles(128, 128, 32, 8, 3, 1)
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """The models of the families that the swap and the weights are tested with: small, and nowhere at their defaults."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -166,7 +167,8 @@ def book_package(module="ch04"):
                 result = subprocess.run(command, capture_output=True, text=True)
                 if result.returncode:
                     pytest.fail(f"{BOOK} is not to be had, install it by hand, with --no-deps: {result.stderr[-500:]}")
-                os.rename(f"{new}/it", folder)
+                with contextlib.suppress(OSError):  # another process of this run was first
+                    os.rename(f"{new}/it", folder)
         sys.path.append(str(folder))
     return importlib.import_module(f"llms_from_scratch.{module}")
 

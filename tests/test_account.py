@@ -6,11 +6,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
+import torch
 import triton
 
 from bench import account
 from bench import compile as gate
-from fastgpt.kernels import attention, attention_backward
+from fastgpt.kernels import attention, attention_backward, linear_gelu
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -86,3 +87,18 @@ def _rows(doc):
     for line in doc.splitlines():
         if found := re.match(r"    (?:(\w+) +)?(\d+) +(\d+x\d+) +([\d ]+)$", line):
             yield [found[1] or "fwd", found[2], found[3], *map(int, found[4].split())]
+
+
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="another compiler issues other instructions")
+def test_the_fused_matmuls_docstring_tells_it_too():
+    said = set(re.findall(r"\d+", linear_gelu.__doc__))
+    tiles = linear_gelu.candidate(torch.bfloat16, 90)
+    for launch in gate.launches(gate.cases()["K 768 bfloat16"], 90):
+        counted = account.of(gate.compile_for(launch, 90).asm["cubin"], gate._tool("nvdisasm"))
+        (loop,), turns = counted.loops, 768 // tiles.block_k
+        busy, serial = loop.clocks(tiles.num_warps), loop.serial(tiles.num_warps)
+        flops = 2 * tiles.block_m * tiles.block_n * tiles.block_k
+        ends = counted.outside * tiles.num_warps / account.RATES["issue"]
+        rates = account.teraflops(flops, serial), account.teraflops(flops * turns, serial * turns + ends)
+        numbers = [loop.instructions, busy["tensor"], busy["shared"], busy["l2"], *rates]
+        assert {str(round(number)) for number in numbers} <= said, numbers

@@ -223,7 +223,7 @@ def test_pytest_bench_says_wrong(tmp_path):
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     print(run.stdout[-4000:], run.stderr[-2000:])
     assert run.returncode == 1 and "WRONG: result 0 is off by" in run.stdout
