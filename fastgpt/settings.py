@@ -27,25 +27,25 @@ class TrainConfig:
     """
 
     init_from: str = "scratch"  # or a file, folder or hub's name of weights to start from
-    max_iters: int = 1200
-    batch_size: int = 16  # windows of one forward pass on one device, at most
+    max_iters: int = 2400
+    batch_size: int = 8  # windows of one forward pass on one device, at most
     gradient_accumulation_steps: int = 1  # batches a step, on all devices together
     total_batch_size: int | None = None  # tokens a step, in place of gradient_accumulation_steps
     order: Literal["random", "epoch"] = "random"  # windows anywhere, or each window of the tokens once an epoch
     document_mask: bool = False  # attention ends where a document ends
-    learning_rate: float = 3e-3
-    min_lr: float | None = None  # where the decay ends; None is a tenth of learning_rate
-    warmup_iters: int = 50
+    learning_rate: float = 4e-3
+    min_lr: float = 0.0  # where the decay ends
+    warmup_iters: int = 100
     decay_lr: bool = True
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm up, stay, go down in a line over the last decay_share
     decay_share: float = 0.2
     lr_decay_iters: int | None = None  # steps at which the decay ends; None is max_iters
     weight_decay: float = 0.1
     beta1: float = 0.9
-    beta2: float = 0.95
+    beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of all gradients together; 0 is none
-    eval_interval: int = 200
-    eval_iters: int = 20  # batches of validation windows, the same ones each time
+    eval_interval: int = 400
+    eval_iters: int = 40  # batches of validation windows, the same ones each time
     log_interval: int = 10  # steps between looks at the loss, each of which waits for a GPU
     checkpoint_interval: int | None = None  # steps between checkpoints; None is eval_interval
     sample_tokens: int = 200  # of text written at each evaluation; 0 is none
@@ -75,7 +75,7 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not in [0, 1)")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"TrainConfig: decay_share is {self.decay_share}, not in (0, 1]")
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
+        if self.min_lr > self.learning_rate:
             raise ValueError(f"TrainConfig: min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"TrainConfig: seed is {self.seed}, not in [0, 2**63)")
@@ -111,13 +111,12 @@ class TrainConfig:
         if not self.decay_lr:
             return self.learning_rate
         last = (self.max_iters if self.lr_decay_iters is None else self.lr_decay_iters) - 1
-        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         first = self.warmup_iters
         if self.schedule == "wsd":
             first = max(first, math.floor(last - self.decay_share * (last + 1)))
         progress = min(1.0, max(0.0, (step - first) / max(1, last - first)))
         share = (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1 - progress
-        return lowest + (self.learning_rate - lowest) * share
+        return self.min_lr + (self.learning_rate - self.min_lr) * share
 
 
 def _hold(name: str, value: Any, hint: Any) -> None:

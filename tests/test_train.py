@@ -336,7 +336,7 @@ def test_matplotlib_is_no_need(run, monkeypatch):
     assert sorted(contents(run.out)) == [name for name in FILES if name != "loss.png"]
 
 
-def test_min_lr_is_a_tenth_unless_said_and_never_above():
-    assert TrainConfig(learning_rate=1e-4).learning_rate_at(10**9) == pytest.approx(1e-5)
+def test_min_lr_is_zero_unless_said_and_never_above():
+    assert TrainConfig(learning_rate=1e-4).learning_rate_at(10**9) == 0
     with pytest.raises(ValueError, match=r"min_lr = 0.1 is above learning_rate = 0.001"):
         TrainConfig(learning_rate=1e-3, min_lr=0.1)
