@@ -34,9 +34,17 @@ setup(
     packages=["fastgpt", "fastgpt.families", "fastgpt.kernels"],
     package_dir={"fastgpt.kernels": "kernels"},
     package_data={"fastgpt": ["py.typed"]},
-    install_requires=["torch>=2.10", "numpy", "safetensors", "tiktoken", "tqdm"],
+    install_requires=[
+        "torch>=2.10",
+        "numpy",
+        "safetensors",
+        "tiktoken",
+        "tqdm",
+        "tomli>=2; python_version < '3.11'",  # what tomllib is from then on
+    ],
     extras_require={
         "plot": PLOT,
+        "tensorboard": ["tensorboard"],
         "bench": BENCH,
         "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any
         "test": TEST,

@@ -11,6 +11,7 @@ COMMANDS = {
     "roofs": "what this machine is, and the copy and matmul rates it reaches",
     "tune": "search tiles for each kernel and propose rows",
     "profile": "the kernels of one training step: time, share, floor",
+    "loop": "what the trainer's loop adds to a bare step",
     "smoke": "every kernel once at small shapes",
     "sanitize": "the same under NVIDIA's compute-sanitizer",
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",

@@ -4,23 +4,27 @@ import argparse
 import codecs
 import dataclasses
 import io
+import os
 import sys
 import types
 import typing
+from pathlib import Path
 
 import torch
 
 from fastgpt.families.raschka import VARIANTS
 from fastgpt.generation import generate
 from fastgpt.model import PRESETS, GPTConfig
+from fastgpt.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.tokenizer import END_OF_TEXT, encoding
-from fastgpt.train import TrainConfig, fit
+from fastgpt.tokens import meta_of, tokenize
+from fastgpt.train import fit, pretrained
 from fastgpt.verify import TOLERANCE, load, random_ids, verify_model
 from fastgpt.weights import convert, load_model
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args([_underscored(each) for each in (sys.argv[1:] if arguments is None else arguments)])
     if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal can't show must not end the text
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -35,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _underscored(argument: str) -> str:
+    """--batch-size is --batch_size."""
+    name, equals, value = argument.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage above it."""
@@ -43,17 +53,33 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastgpt", description="Train, run, convert and verify GPTs.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | generate | convert | verify")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | tokenize | generate | convert | verify"
+    )
 
     train = commands.add_parser("train", help="train a GPT and save it", allow_abbrev=False)
     train.set_defaults(run=_train)
-    train.add_argument("--data", metavar="PATH", help="a text file, a folder or a .bin of uint16 tokens")
-    train.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: out)")
+    train.add_argument("--data", metavar="PATH", help="a text file, a folder, or tokens (default: Python's own source)")
+    train.add_argument("--out", "--out_dir", metavar="DIR", help="where the model goes (default: out)")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one"
+    )
     train.add_argument("--overwrite", action="store_true", help="replace a model that is in --out already")
-    train.add_argument("--preset", default="byte-0.8M", help=f"one of {', '.join(PRESETS)} (default: byte-0.8M)")
-    train.add_argument("--encoding", help="byte, gpt2, … (default: the preset's)")
+    train.add_argument("--config", metavar="FILE", help=f"a TOML file of options, as --out keeps them in {SETTINGS}")
+    train.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: byte-0.8M)")
+    train.add_argument("--encoding", help="byte, gpt2, … (default: the data's or the preset's)")
     _add_fields(train, "the model, over its preset", GPTConfig)
     _add_fields(train, "the training", TrainConfig)
+
+    read = commands.add_parser("tokenize", help="make files of tokens from text", allow_abbrev=False)
+    read.set_defaults(run=_tokenize)
+    read.add_argument("sources", nargs="+", metavar="SRC", help="a text or .jsonl file, or a folder of them")
+    read.add_argument("-o", "--out", required=True, metavar="DIR", help="where train.bin, val.bin and meta.json go")
+    read.add_argument("--encoding", default="gpt2", help="byte, gpt2, … (default: gpt2)")
+    read.add_argument("--val_share", type=float, default=0.1, metavar="X", help="for validation (default: 0.1)")
+    read.add_argument("--text_field", default="text", metavar="NAME", help="of a .jsonl line (default: text)")
+    read.add_argument("--workers", type=int, metavar="N", help="threads (default: one a CPU)")
+    read.add_argument("--overwrite", action="store_true", help="replace tokens that are in --out already")
 
     write = commands.add_parser("generate", help="write text with a trained GPT", allow_abbrev=False)
     write.set_defaults(run=_generate)
@@ -116,18 +142,52 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _fields(options: argparse.Namespace, config: type) -> dict:
+def _fields(options: dict, config: type) -> dict:
     names = [field.name for field in dataclasses.fields(config)]
-    return {name: value for name, value in vars(options).items() if name in names}
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _train(options: argparse.Namespace) -> None:
-    model_config = GPTConfig.preset(options.preset, **_fields(options, GPTConfig))
-    tokens = encoding(options.encoding or ("byte" if options.preset.startswith("byte") else "gpt2"))
-    train_config = TrainConfig(**_fields(options, TrainConfig))
-    model = fit(model_config, train_config, tokens, options.data, options.out, options.overwrite)
-    print(f"\nsaved in {options.out}; a sample:\n")
-    _write(model, tokens, "", 300, 0.8, None, train_config.seed)
+    out = options.out or "out"
+    if getattr(options, "init_from", None) == "resume":  # nanoGPT's way to say it
+        options.resume = True
+        del options.init_from
+    chosen = {}
+    if options.config is not None:
+        chosen = read_settings(options.config)
+    elif options.resume and Path(out, SETTINGS).is_file():  # the run's own; what is given here goes over it
+        chosen = read_settings(Path(out, SETTINGS))
+    chosen.update((name, value) for name, value in vars(options).items() if value is not None)
+    source = chosen.get("data")
+    preset = chosen.get("preset", "byte-0.8M")
+    said = None if source is None or not Path(source).is_dir() else meta_of(Path(source)).get("encoding")
+    tokens = encoding(chosen.get("encoding") or said or ("byte" if preset.startswith("byte") else "gpt2"))
+    train_config = TrainConfig(**_fields(chosen, TrainConfig))
+    if train_config.init_from == "scratch":
+        model_config = GPTConfig.preset(preset, **_fields(chosen, GPTConfig))
+    else:
+        model_config = pretrained(train_config.init_from, **_fields(chosen, GPTConfig)).config
+    model = fit(model_config, train_config, tokens, source, out, options.overwrite, options.resume)
+    if train_config.fsdp or int(os.environ.get("RANK", 0)):  # only a whole model can write, and once is enough
+        return
+    print(f"\nsaved in {out}; a sample:\n")
+    _write(model, tokens, train_config.sample_prompt, 300, 0.8, None, train_config.seed)
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    meta = tokenize(
+        options.sources,
+        encoding(options.encoding),
+        options.out,
+        val_share=options.val_share,
+        text_field=options.text_field,
+        workers=options.workers,
+        overwrite=options.overwrite,
+    )
+    print(
+        f"{meta['documents']:,} documents, {meta['text_bytes']:,} bytes; in {options.out} are "
+        f"{meta['train']['tokens']:,} tokens to train on and {meta['val']['tokens']:,} to validate"
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -1,10 +1,11 @@
-"""Tokens to train on: the built-in corpus, a text file, a folder, or token files; and batches of windows from them."""
+"""Tokens to train on: the built-in corpus, text, or token files; which windows of them a step sees; and batches."""
 
 import hashlib
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -12,38 +13,82 @@ import torch
 from torch import Tensor
 
 from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.tokens import META, TRAIN, VAL, Shards, dtype_of, examine, hidden, map_tokens, meta_of
 
 VALIDATION_BYTES = 1_000_000  # of the built-in corpus, at least
 VALIDATION_SHARE = 0.1  # of a user's text that is not split already
 
+Tokens = np.ndarray | Shards  # (N,) ids of an unsigned integer type, in memory or mapped
+
 
 class Corpus(NamedTuple):
-    train: np.ndarray  # (N,) of an unsigned integer type, in memory or mapped
-    val: np.ndarray
+    train: Tokens
+    val: Tokens
     name: str
+    digest: str  # SHA-256 of both parts
+
+    def facts(self) -> dict:
+        """What a resumed run must find again."""
+        return {"train_tokens": len(self.train), "val_tokens": len(self.val), "sha256": self.digest}
 
 
 def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: int) -> Corpus:
-    """Training and validation tokens of `source`, each at least window + 1 long.
+    """Training and validation tokens of `source`, each at least window + 1 long, every one an id of the encoding.
 
     None is the built-in corpus. A text file, or a folder's files that are UTF-8 text, in order of their names, gives
-    its last tenth to validation; every file is a document, and the end-of-text token ends it. A `.bin` file holds
-    uint16 ids, as nanoGPT writes them, and is mapped, not read; a folder with train.bin and val.bin is those two.
-    FileNotFoundError or ValueError says what is wrong with it.
+    its last tenth to validation; every file is a document, and the end-of-text token ends it. A `.bin` file of tokens
+    is mapped, not read, and split likewise; a folder with files of tokens has them in train.bin and val.bin, or in
+    several that have train and val in their names, as llm.c's. FileNotFoundError or ValueError says what is wrong.
     """
     if source is None:
-        train, val = (_encode(documents, encoding) for documents in builtin_documents())
-        corpus = Corpus(train, val, "the standard library's source")
-    elif (path := Path(source)).is_dir() and any((path / name).exists() for name in ("train.bin", "val.bin")):
-        corpus = Corpus(_map(path / "train.bin", encoding), _map(path / "val.bin", encoding), str(path))
-    elif path.is_dir() or path.suffix != ".bin":
-        corpus = Corpus(*_split(_encode(_read_documents(path), encoding)), str(path))
+        name = "the standard library's source"
+        encoded = (_encode(documents, encoding) for documents in builtin_documents())
+        files = {part: [(name, ids)] for part, ids in zip(("train", "val"), encoded, strict=True)}
+    elif (path := Path(source)).is_dir() and (pair := _token_files(path)):
+        name, meta = str(path), meta_of(path)
+        if meta.get("encoding", encoding.name) != encoding.name:
+            raise ValueError(f"{path} holds tokens of the encoding {meta['encoding']!r}, not of {encoding.name!r}")
+        dtype = meta.get("dtype", "uint16")
+        files = {part: [(str(file), map_tokens(file, dtype)) for file in found] for part, found in pair.items()}
     else:
-        corpus = Corpus(*_split(_map(path, encoding)), str(path))
-    for part, tokens in (("training", corpus.train), ("validation", corpus.val)):
+        whole = map_tokens(path) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
+        name, files = str(path), {"": [(str(path), whole)]}
+    train: Tokens
+    val: Tokens
+    digests = [[examine(ids, encoding, file) for file, ids in part] for part in files.values()]
+    if "" in files:
+        train, val = _split(files[""][0][1])
+    else:
+        train, val = (_join([ids for _, ids in files[part]]) for part in ("train", "val"))
+        _hold_meta(source, digests)
+    for part, tokens in (("training", train), ("validation", val)):
         if len(tokens) <= window:
-            raise ValueError(f"{corpus.name}: {len(tokens)} {part} tokens are too few for a window of {window} + 1")
-    return corpus
+            raise ValueError(f"{name}: {len(tokens)} {part} tokens are too few for a window of {window} + 1")
+    return Corpus(train, val, name, hashlib.sha256(repr(digests).encode()).hexdigest())
+
+
+def _token_files(folder: Path) -> dict[str, list[Path]]:
+    """Its files of tokens for training and for validation, {} if there are none of either."""
+    found = {}
+    for part, usual in (("train", TRAIN), ("val", VAL)):
+        found[part] = [folder / usual] if (folder / usual).exists() else sorted(folder.glob(f"*{part}*.bin"))
+    if not any(found.values()):
+        return {}
+    return {part: files or [folder / f"{part}.bin"] for part, files in found.items()}  # the missing one is named
+
+
+def _hold_meta(source: str | Path | None, digests: list[list[str]]) -> None:
+    meta = {} if source is None else meta_of(Path(source))
+    for part, found in zip(("train", "val"), digests, strict=True):
+        said = meta.get(part)
+        if isinstance(said, dict) and said.get("sha256") != found[0]:
+            raise ValueError(
+                f"{Path(str(source)) / part}.bin is not what {META} beside it describes: its SHA-256 differs"
+            )
+
+
+def _join(parts: list[np.ndarray]) -> Tokens:
+    return parts[0] if len(parts) == 1 else Shards(parts)
 
 
 def builtin_documents() -> tuple[list[str], list[str]]:
@@ -67,16 +112,58 @@ def builtin_documents() -> tuple[list[str], list[str]]:
     return parts[False], parts[True]
 
 
-def windows(tokens: np.ndarray, starts: np.ndarray, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+class Order:
+    """Which windows of `block` tokens a run sees, one after another, each a function of its number alone: a run that is
+    resumed, or shared by another number of processes, sees what it would have seen.
+
+    "random": anywhere, as Philox with the seed as its key draws them. "epoch": every window of the tokens once, in an
+    order that each epoch shuffles anew.
+    """
+
+    def __init__(self, tokens: Tokens, block: int, order: Literal["random", "epoch"], seed: int):
+        self.tokens, self.block, self.order, self.seed = len(tokens), block, order, seed
+        self._epoch, self._shuffled = -1, np.empty(0, dtype=np.int64)
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Offsets (count,) of the windows of the run with the numbers first, first + 1, …"""
+        if self.order == "random":
+            draws = np.random.Philox(key=self.seed, counter=first).random_raw(4 * count)[::4]  # 4 of a count
+            return (draws % np.uint64(self.tokens - self.block)).astype(np.int64)
+        return np.array([self._in_epoch(*divmod(number, self.windows)) for number in range(first, first + count)])
+
+    @property
+    def windows(self) -> int:
+        """Of an epoch."""
+        return (self.tokens - 1) // self.block
+
+    def _in_epoch(self, epoch: int, number: int) -> int:
+        if epoch != self._epoch:
+            shuffle = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch + 1], dtype=np.uint64)))
+            self._epoch, self._shuffled = epoch, shuffle.permutation(self.windows)
+        return int(self._shuffled[number]) * self.block
+
+
+def windows(
+    tokens: Tokens, starts: Sequence[int] | np.ndarray, length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets (len(starts), length) int64: the windows at `starts`, and the same shifted by one."""
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
-    batch = torch.from_numpy(rows).to(device)
+    batch = torch.from_numpy(rows)
+    if device.type == "cuda":  # from pinned memory the copy runs beside what the GPU has to do
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]
+
+
+def documents(idx: Tensor, end: int) -> Tensor:
+    """(B, T) ids -> (B, T) numbers of the documents they are of. The end-of-text token `end` begins the next one, as
+    the prompt of a new document does in generation."""
+    return (idx == end).cumsum(1)
 
 
 def _read_documents(path: Path) -> list[str]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
         texts = [text for file in files if (text := _utf8(file)) is not None]
         if not texts:
             raise FileNotFoundError(f"{path} holds no text: none of its {len(files)} files is UTF-8")
@@ -85,14 +172,12 @@ def _read_documents(path: Path) -> list[str]:
         raise FileNotFoundError(f"no file or folder {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: 0 bytes")
+    if path.suffix == ".jsonl":
+        raise ValueError(f"{path} holds JSON, not plain text: `fastgpt tokenize {path} -o DIR` takes its texts out")
     try:
         return [path.read_bytes().decode("utf-8")]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from None
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _utf8(path: Path) -> str | None:
@@ -106,33 +191,9 @@ def _encode(documents: list[str], encoding: tiktoken.Encoding) -> np.ndarray:
     """One array of ids, an end-of-text token after each document. Text that spells a special token stays text."""
     end = [encoding.encode_single_token(END_OF_TEXT)]
     pieces = [ids for text in documents for ids in (encoding.encode_to_numpy(text, disallowed_special=()), end)]
-    return np.concatenate(pieces).astype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
-
-
-def _map(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file or folder {path}")
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise ValueError(f"{path} has {size} bytes; a file of uint16 tokens has an even number, more than 0")
-    tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    _check_ids(tokens, encoding, path)
-    return tokens
+    return np.concatenate(pieces).astype(dtype_of(encoding))
 
 
 def _split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cut = len(tokens) - int(len(tokens) * VALIDATION_SHARE)
     return tokens[:cut], tokens[cut:]
-
-
-def _check_ids(tokens: np.ndarray, encoding: tiktoken.Encoding, path: Path) -> None:
-    """ValueError for the first id that the encoding does not have; in pieces, so that a mapped file stays on disk."""
-    piece = 1 << 24
-    for start in range(0, len(tokens), piece):
-        outside = tokens[start : start + piece] >= encoding.n_vocab
-        if outside.any():
-            offset = start + int(outside.argmax())
-            raise ValueError(
-                f"{path}: token {tokens[offset]} at offset {offset} is outside the {encoding.n_vocab} ids of the "
-                f"encoding {encoding.name!r}"
-            )

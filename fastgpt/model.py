@@ -139,11 +139,11 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.backend = config.n_head, config.dropout, config.backend
 
-    def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
+    def forward(self, x: Tensor, add_bias: bool = True, documents: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
         qkv = self.c_attn(x)  # (B, T, 3C)
-        dropout = self.dropout if self.training else 0.0
-        y = ops.causal_attention_qkv(qkv, self.n_head, dropout_p=dropout, backend=self.backend)  # (B, T, C)
+        options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
+        y = ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend)  # (B, T, C)
         return F.linear(y, self.c_proj.weight, self.c_proj.bias if add_bias else None)
 
 
@@ -191,12 +191,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None = None, branch_bias: Tensor | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None = None,
+        branch_bias: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream x and the branch that is not yet added to it, both (B, T, C), and the bias (C,) that the branch
         still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj."""
         normed, x = self.ln_1.add(branch, x, branch_bias)
-        normed, x = self.ln_2.add(self.attn(normed, add_bias=False), x, self.attn.c_proj.bias)
+        normed, x = self.ln_2.add(self.attn(normed, add_bias=False, documents=documents), x, self.attn.c_proj.bias)
         return x, self.mlp(normed, add_bias=False)
 
 
@@ -229,8 +233,9 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def features(self, idx: Tensor) -> Tensor:
-        """Token ids (B, T) -> what the head sees, (B, T, C). ValueError for more tokens than the context holds."""
+    def features(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> what the head sees, (B, T, C). documents: (B, T) integers; a token sees its own document
+        alone. ValueError for more tokens than the context holds."""
         config = self.config
         x = ops.embedding(
             idx,
@@ -245,16 +250,16 @@ class GPT(nn.Module):
         block: Any  # ModuleList does not say what it holds
         for block in self.h:
             if again:
-                x, branch = checkpoint(block, x, branch, branch_bias, use_reentrant=False)
+                x, branch = checkpoint(block, x, branch, branch_bias, documents, use_reentrant=False)
             else:
-                x, branch = block(x, branch, branch_bias)
+                x, branch = block(x, branch, branch_bias, documents)
             branch_bias = block.mlp.c_proj.bias  # not handed on by the block: a parameter is no output to checkpoint
         normed, _ = self.ln_f.add(branch, x, branch_bias)
         return normed
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
-        """idx, targets: (B, T) integers; a target of -100 is ignored."""
-        x = self.features(idx)
+    def forward(self, idx: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """idx, targets: (B, T) integers; a target of -100 is ignored. documents: as `features` takes it."""
+        x = self.features(idx, documents)
         if targets is None:
             return self.head(x)
         return ops.linear_cross_entropy(x, self.head_weight, targets, backend=self.config.backend)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def adamw(
@@ -43,9 +44,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"] = learning_rate
 
 
-def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
+def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | None = None) -> Tensor:
     """optimizer.step() with the norm of all gradients together bounded to max_norm; returns the norm that they had, a
-    float32 scalar on the device.
+    float32 scalar on the device. skip: a scalar there; where it is not 0, nothing is updated.
 
     The fused step divides gradients by a scale while it reads them anyway, so none is written again for this, and the
     host waits for nothing. Gradients that are not finite leave weights and moments as they were; the norm tells.
@@ -57,9 +58,13 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
         )
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).float()
+    if isinstance(norm, DTensor):  # of gradients that are sharded over processes
+        norm = norm.full_tensor()
     scales: Any = optimizer  # what the fused step looks for on itself, as torch.amp.GradScaler puts it there
     scales.grad_scale = (norm / max_norm).clamp(min=1)
     scales.found_inf = 1 - norm.isfinite().float()
+    if skip is not None:
+        scales.found_inf = torch.maximum(scales.found_inf, (skip != 0).float())
     try:
         optimizer.step()
     finally:

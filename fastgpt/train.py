@@ -1,67 +1,22 @@
-"""The training loop: a GPT from a corpus, with a live line, metrics, a loss plot and a saved model."""
+"""Training: a GPT from a corpus, on one device or many, that can be stopped anywhere and goes on to the bit."""
 
-import csv
+import contextlib
 import dataclasses
-import math
-import sys
-import time
+import shutil
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
-from tqdm import tqdm
 
-from fastgpt import data, ops
-from fastgpt.checkpoint import replacing, writable_folder
+from fastgpt import data, monitor, state
+from fastgpt.checkpoint import Checkpoint, Checkpoints, locked, replacing, writable_folder
+from fastgpt.distributed import World, join, leave
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.optimizer import adamw, clipped_step, set_learning_rate
-from fastgpt.weights import WEIGHTS, save_model
+from fastgpt.run import CHECKPOINTS, Run, Signals, autocast_dtype
+from fastgpt.settings import SETTINGS, TrainConfig, settings_text
+from fastgpt.weights import WEIGHTS, from_pretrained
 
-METRICS, PLOT = "metrics.csv", "loss.png"
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train, in nanoGPT's names. The defaults take a byte-0.8M model about two minutes on two CPU cores."""
-
-    max_iters: int = 1200
-    batch_size: int = 16  # windows of block_size tokens a step
-    learning_rate: float = 3e-3
-    min_lr: float | None = None  # where the cosine ends; None is a tenth of learning_rate
-    warmup_iters: int = 50
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # largest norm of all gradients together; 0 is none
-    eval_interval: int = 200
-    eval_iters: int = 20  # batches of validation windows, the same ones each time
-    seed: int = 1337
-    device: str = "auto"  # "auto" is the GPU if there is one
-
-    def __post_init__(self):
-        for name in ("max_iters", "batch_size", "eval_interval", "eval_iters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not at least 1")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"TrainConfig: {name} is {value}, not a finite number of at least 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not in [0, 1)")
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
-            raise ValueError(f"TrainConfig: min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"TrainConfig: seed is {self.seed}, not in [0, 2**63)")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warmup, then half a cosine from learning_rate to min_lr at the last step."""
-        if step < self.warmup_iters:
-            return self.learning_rate * (step + 1) / self.warmup_iters
-        progress = (step - self.warmup_iters) / max(1, self.max_iters - 1 - self.warmup_iters)
-        lowest = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        return lowest + (self.learning_rate - lowest) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+__all__ = ["CHECKPOINTS", "TrainConfig", "fit", "pretrained"]
 
 
 def fit(
@@ -71,166 +26,120 @@ def fit(
     source: str | Path | None,
     out: str | Path,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> GPT:
-    """Train a GPT on `source` (see data.load_corpus) and leave it, metrics.csv and loss.png in the folder `out`.
+    """Train a GPT on `source` (see data.load_corpus) and leave it, with all that monitor.py and state.py write, in the
+    folder `out`.
 
-    The model is saved at every evaluation and, on Ctrl-C, once more before KeyboardInterrupt goes on its way.
-    ValueError or OSError before the first step for anything that would stop a later one, an `out` that holds a
-    model (without `overwrite`) included; FloatingPointError for a loss that is not finite.
+    resume: go on from the newest whole checkpoint in `out`, or start where there is none yet. Under torchrun every
+    process calls this. On Ctrl-C and SIGTERM the step is finished and saved before KeyboardInterrupt or
+    SystemExit(143); a second one ends the process at once. ValueError or OSError before the first step for anything
+    that would stop a later one, an `out` that holds a model (without `overwrite` or `resume`) included;
+    FloatingPointError for a loss or gradient that is not finite, before anything is updated from it.
     """
     folder = Path(out)
-    if (folder / WEIGHTS).exists() and not overwrite:
+    if (folder / WEIGHTS).exists() and not overwrite and not resume:
         raise FileExistsError(
             f"{folder / WEIGHTS} holds a trained model: choose another folder (--out) or --overwrite it"
         )
     if model_config.vocab_size < encoding.n_vocab:
         sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r} has {encoding.n_vocab} ids"
         raise ValueError(f"the model can't hold every token: {sizes}")
-    device = _device(config.device)
+    config.windows(model_config.block_size)
+    world = join(config.device)
+    _hold_device(model_config, config, world)
     corpus = data.load_corpus(source, encoding, model_config.block_size)
-    writable_folder(folder)
-
-    torch.manual_seed(config.seed)
-    model = GPT(model_config).to(device)
-    run = _Run(model, config, encoding.name, corpus, folder, device)
-    print(run.description(), flush=True)
-    try:
-        run.loop()
-    except KeyboardInterrupt:
-        run.save()
-        print(f"interrupted after {run.steps_done} of {config.max_iters} steps; the model so far is in {folder}")
-        raise
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(locked(writable_folder(folder)))
+        signals = stack.enter_context(Signals())
+        checkpoint = _starting_point(folder, world, overwrite, resume)
+        saved = None if checkpoint is None else state.read(checkpoint, model_config)
+        if saved is not None and saved.facts.get("data") != corpus.facts():
+            was, now = saved.facts.get("data"), corpus.facts()
+            raise ValueError(f"the data changed since {folder} was trained on it: {was} there, {now} in {corpus.name}")
+        torch.manual_seed(config.seed)
+        if saved is None and config.init_from != "scratch":
+            model = pretrained(config.init_from, model_config)
+        else:
+            model = GPT(model_config)
+        run = Run(model.to(world.device), config, encoding, corpus, folder, world, signals)
+        if saved is not None:
+            run.restore(saved)
+        if world.rank == 0:
+            with replacing(folder / SETTINGS) as new:
+                given = None if source is None else str(source)
+                new.write_text(settings_text(model_config, config, data=given, encoding=encoding.name), "utf-8")
+            print(run.description(), flush=True)
+        try:
+            run.loop()
+        finally:
+            if run.monitor is not None:
+                run.monitor.close()
+    leave(world)
     return model
 
 
-class _Run:
-    """The state of one training run."""
-
-    def __init__(self, model: GPT, config: TrainConfig, encoding: str, corpus: data.Corpus, folder: Path, device):
-        self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
-        self.folder, self.device = folder, device
-        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, (config.beta1, config.beta2))
-        self.draw = np.random.default_rng(config.seed)
-        self.steps_done = 0
-        self.rows: list[dict] = []  # of metrics.csv: one an evaluation
-
-    def description(self) -> str:
-        block, train, val = self.model.config.block_size, self.corpus.train, self.corpus.val
-        x = torch.empty(1, self.model.config.n_embd, device=self.device)
-        norm = ops.explain(ops.layer_norm, x, self.model.ln_f.weight, backend=self.model.config.backend)
-        return (
-            f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "
-            f"{self.config.batch_size} x {block} tokens on {self.device}; {norm}\n"
-            f"{self.corpus.name}: {len(train):,} tokens to train on, {len(val):,} to validate"
-        )
-
-    def loop(self) -> None:
-        config = self.config
-        tokens_a_step = config.batch_size * self.model.config.block_size
-        started, recent = time.perf_counter(), []
-        with tqdm(total=config.max_iters, unit="step", dynamic_ncols=True, disable=None) as line:
-            while self.steps_done < config.max_iters:
-                recent.append(self.step())
-                seconds = time.perf_counter() - started
-                speed = self.steps_done * tokens_a_step / seconds
-                line.set_postfix_str(f"loss {recent[-1]:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                line.update()
-                if self.steps_done % config.eval_interval == 0 or self.steps_done == config.max_iters:
-                    row = {
-                        "step": self.steps_done,
-                        "train_loss": sum(recent) / len(recent),
-                        "val_loss": self.evaluate(),
-                        "learning_rate": config.learning_rate_at(self.steps_done - 1),
-                        "tokens_per_second": speed,
-                        "seconds": time.perf_counter() - started,
-                    }
-                    self.rows.append(row)
-                    recent.clear()
-                    self.save()
-                    tqdm.write(
-                        f"step {row['step']}: train {row['train_loss']:.3f}, validation {row['val_loss']:.3f} nats a "
-                        f"token, {speed:,.0f} tokens/s"
-                    )
-                    sys.stdout.flush()  # into a pipe or a file too
-
-    def step(self) -> float:
-        """One optimizer step on a batch of random windows; its loss."""
-        config, block = self.config, self.model.config.block_size
-        set_learning_rate(self.optimizer, config.learning_rate_at(self.steps_done))
-        starts = self.draw.integers(len(self.corpus.train) - block, size=config.batch_size)
-        self.model.train()
-        with self.autocast():
-            loss = self.model(*data.windows(self.corpus.train, starts, block, self.device))
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the loss of step {self.steps_done + 1} is {value}; nothing was updated from it")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if config.grad_clip:
-            clipped_step(self.optimizer, config.grad_clip)
-        else:
-            self.optimizer.step()
-        self.steps_done += 1
-        return value
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over eval_iters batches of windows spread evenly over the validation tokens."""
-        block, tokens = self.model.config.block_size, self.corpus.val
-        windows = min(self.config.eval_iters * self.config.batch_size, (len(tokens) - 1) // block)
-        starts = np.linspace(0, len(tokens) - block - 1, windows).astype(np.int64)
-        self.model.eval()
-        total = 0.0
-        for part in np.array_split(starts, math.ceil(windows / self.config.batch_size)):
-            with self.autocast():
-                total += self.model(*data.windows(tokens, part, block, self.device)).item() * len(part)
-        return total / windows
-
-    def autocast(self):
-        """bfloat16 matmuls where the GPU has them."""
-        return torch.autocast(
-            self.device.type,
-            torch.bfloat16,
-            enabled=self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0),
-        )
-
-    def save(self) -> None:
-        last = self.rows[-1] if self.rows else {}
-        facts = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": dataclasses.asdict(self.config)}
-        save_model(self.model, self.folder, self.encoding, **facts)
-        if not self.rows:
-            return
-        with replacing(self.folder / METRICS) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(last))
-            writer.writeheader()
-            writer.writerows(self.rows)
-        plot_losses(self.rows, self.folder / PLOT)
+def pretrained(source: str, shape: GPTConfig | None = None, **changes) -> GPT:
+    """The weights at `source` of any family, or of a checkpoint of ours, as a GPT to train on; `changes` replace fields
+    of its GPTConfig, where a smaller block_size crops the positions. ValueError if it is not of the `shape`."""
+    path = Path(source)
+    if (path / state.MODEL).is_dir():
+        source = str(path / state.MODEL)
+    if shape is not None:
+        changes = {name: getattr(shape, name) for name in (*state.FREE, "vocab_size", "block_size")}
+    block = changes.pop("block_size", None)
+    model = from_pretrained(source, **changes)
+    if block is not None and block != model.config.block_size:
+        if block > model.config.block_size:
+            raise ValueError(f"{source} has {model.config.block_size} positions, too few for block_size = {block}")
+        weights = model.state_dict()
+        weights["wpe.weight"] = weights["wpe.weight"][:block].clone()
+        model = state.assembled(dataclasses.replace(model.config, block_size=block), weights)
+    if shape is not None and model.config != shape:
+        now, then = dataclasses.asdict(shape), dataclasses.asdict(model.config)
+        differ = "; ".join(f"{name} = {then[name]!r}, not {now[name]!r}" for name in now if now[name] != then[name])
+        raise ValueError(f"{source} is of another shape: {differ}")
+    return model
 
 
-def plot_losses(rows: list[dict], path: Path) -> None:
-    """Training and validation loss against steps; nothing where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    axes.plot(steps, [row["train_loss"] for row in rows], marker="o", label="training, mean since the last point")
-    axes.plot(steps, [row["val_loss"] for row in rows], marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    with replacing(path) as new:
-        figure.savefig(new, format="png", dpi=120)
+def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> None:
+    """ValueError for what can't be done with this number and kind of devices."""
+    windows = config.windows(model_config.block_size)
+    if windows % world.size:
+        raise ValueError(f"{windows} windows a step do not divide among {world.size} processes")
+    if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
+        raise ValueError(f"cuda_graph needs one NVIDIA GPU, not {world.size} x {world.device.type}")
+    if config.cuda_graph and autocast_dtype(config, world.device) == torch.float16:
+        raise ValueError("cuda_graph and float16 do not go together: the host decides about each step's scale")
+    if config.fsdp and world.size == 1:
+        raise ValueError("fsdp needs several processes: torchrun --nproc_per_node N -m fastgpt train …")
+    if config.fsdp and autocast_dtype(config, world.device) == torch.float16:
+        raise ValueError("fsdp and float16 do not go together: each shard would scale its own loss")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch's CPU builds assert
-        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
-    return device
+def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, the same one in every process; None to start."""
+    checkpoints, step = Checkpoints(folder / CHECKPOINTS), -1
+    if world.rank == 0:
+        checkpoints.tidy()
+        if resume:
+            newest, passed = checkpoints.newest()
+            for each, reason in passed:
+                print(f"passed over {each.path}: {reason}", flush=True)
+            if newest is None and passed:
+                raise ValueError(f"none of the {len(passed)} checkpoints in {checkpoints.folder} is whole")
+            if newest is None and (folder / WEIGHTS).exists():
+                raise ValueError(f"{folder} holds a model and no checkpoint to resume from; --overwrite starts anew")
+            print("nothing to resume yet" if newest is None else f"resuming from {newest.path}", flush=True)
+            step = -1 if newest is None else newest.step
+        elif overwrite or checkpoints.all():
+            if not overwrite:
+                raise FileExistsError(
+                    f"{checkpoints.folder} holds checkpoints: --resume goes on, --overwrite starts anew"
+                )
+            checkpoints.clear()
+            (folder / monitor.SAMPLES).unlink(missing_ok=True)
+            shutil.rmtree(folder / monitor.EVENTS, ignore_errors=True)
+    step = world.agree(step)
+    return None if step < 0 else Checkpoint(checkpoints.folder / f"step-{step:08d}", step)

@@ -57,6 +57,8 @@ GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
+RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
+WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/checkpoint.py"
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
 CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
@@ -217,6 +219,36 @@ MUTANTS = [
     Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert.py::test_an_index_never_leaves_its_folder", False),
     Mutant("old mask buffers kept", FILES, "if _MASK.search(plain):", "if False:", "test_convert.py::test_mask_buffers_say_nothing", False),
     Mutant("padding with copies", "fastgpt/weights.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
+    # training
+    Mutant("resume without RNG", "fastgpt/run.py", "if not state.restore_generators(saved, self.world):", "if False:", RESUMED, False),
+    Mutant("resume without data position", "fastgpt/run.py", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),
+    Mutant("resume without optimizer", "fastgpt/state.py", 'optimizer.state[parameter] = {"step": step, **state}', "pass", RESUMED, False),
+    Mutant("resume without the scale of float16", "fastgpt/run.py", 'if facts.get("scaler"):', "if False:", "test_resume.py::test_the_scale_of_float16_goes_on", False),
+    Mutant("starting anew where checkpoints are broken", "fastgpt/train.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
+    Mutant("checksum not verified", CHECKPOINT, 'if contents and digest(file) != said["sha256"]:', "if False:", "test_checkpoints.py::test_a_broken_file_is_found_and_the_one_before_taken", False),
+    Mutant("rename before fsync", CHECKPOINT, """            self._seal(new, {"step": step, **facts})
+            os.rename(new, checkpoint.path)
+""", """            os.rename(new, checkpoint.path)
+            self._seal(checkpoint.path, {"step": step, **facts})
+""", "test_checkpoints.py::test_all_is_on_the_disk_before_the_rename_and_the_rename_after", False),
+    Mutant("rename before the manifest", CHECKPOINT, """            self._seal(new, {"step": step, **facts})
+            os.rename(new, checkpoint.path)
+""", """            os.rename(new, checkpoint.path)
+            self._seal(checkpoint.path, {"step": step, **facts})
+""", "test_checkpoints.py::test_a_death_between_any_two_calls_to_the_system_leaves_a_valid_checkpoint", False),
+    Mutant("parent not flushed", CHECKPOINT, "            _sync(self.folder)\n", "", "test_checkpoints.py::test_all_is_on_the_disk_before_the_rename_and_the_rename_after", False),
+    Mutant("broken checkpoints counted as kept", CHECKPOINT, "whole[-KEPT:]", "self.all()[-KEPT:]", "test_checkpoints.py::test_broken_ones_do_not_count_as_kept", False),
+    Mutant("the best one purged", CHECKPOINT, "losses[each])[:1]", "losses[each])[:0]", "test_checkpoints.py::test_the_newest_two_and_the_best_are_kept", False),
+    Mutant("a lock for many", CHECKPOINT, "fcntl.LOCK_EX", "fcntl.LOCK_SH", "test_checkpoints.py::test_a_folder_has_one_trainer", False),
+    Mutant("NaN check after the step", "fastgpt/step.py", "self.max_norm or torch.inf, self.stopped)", "self.max_norm or torch.inf)", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
+    Mutant("NaN not looked at", "fastgpt/run.py", "if not math.isfinite(loss) or not (math.isfinite(norm) or overflow) or self", "if self", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
+    Mutant("missing all-reduce of gradients", "fastgpt/distributed.py", "return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)", "return model", WORLD, False),
+    Mutant("missing all-reduce of the loss", "fastgpt/distributed.py", "            dist.all_reduce(value)\n", "", WORLD, False),
+    Mutant("every process sees the same windows", "fastgpt/run.py", "seen + self.world.rank * mine", "seen", WORLD, False),
+    Mutant("the same dropout in every process", "fastgpt/run.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
+    Mutant("accumulation adds up", "fastgpt/step.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
+    Mutant("a cut between a space and its word", "fastgpt/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
+    Mutant("documents end after their end", "fastgpt/data.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
 ]  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import torch
 
 import fastgpt
 from fastgpt import GPTConfig, cli
+from fastgpt.settings import TrainConfig
 from fastgpt.tokenizer import END_OF_TEXT
-from fastgpt.train import TrainConfig
 from fastgpt.weights import load_model
 
 ROOT = Path(fastgpt.__file__).parents[1]
@@ -113,7 +113,7 @@ def test_train_then_generate(text, tmp_path):
         ("generate --temperature warm", "argument --temperature: invalid float value: 'warm'"),
         ("generate --len 4", "unrecognized arguments: --len 4"),
         ("talk", "invalid choice: 'talk'"),
-        ("", "the following arguments are required: train | generate"),
+        ("", "the following arguments are required: train | tokenize | generate"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
@@ -160,7 +160,7 @@ def test_a_folder_that_holds_a_model_is_kept(capsys, text, checkpoint):
 
 
 def test_a_model_of_another_encoding(capsys, checkpoint, tmp_path):
-    for file in Path(checkpoint).iterdir():
+    for file in (Path(checkpoint, name) for name in ("model.safetensors", "config.json")):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "encoding": "gpt2"}))
@@ -187,7 +187,7 @@ def test_options_reach_both_configurations(capsys, fitted):
     model, training, _, *rest = fitted
     assert model == GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1)
     assert training == TrainConfig(max_iters=7, beta1=0.5)
-    assert rest == ["a", "b", True]
+    assert rest == ["a", "b", True, False]
 
 
 @pytest.mark.parametrize(

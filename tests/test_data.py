@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastgpt import data
-from fastgpt.data import builtin_documents, load_corpus, windows
+from fastgpt.data import Order, builtin_documents, documents, load_corpus, windows
 from fastgpt.tokenizer import END_OF_TEXT, encoding
 
 BYTE = encoding("byte")
@@ -76,7 +76,7 @@ def test_no_source_is_the_builtin_corpus(monkeypatch):
 def test_text_file_gives_its_last_tenth_to_validation(tmp_path):
     text = "é" + "x" * 97  # 99 bytes, and the end of the text is the 100th token
     (tmp_path / "a.txt").write_bytes(text.encode())
-    train, val, name = load_corpus(tmp_path / "a.txt", BYTE, 9)
+    train, val, name, _ = load_corpus(tmp_path / "a.txt", BYTE, 9)
     assert (len(train), len(val)) == (90, 10)
     assert [*train, *val] == [*text.encode(), 256]
     assert name == str(tmp_path / "a.txt")
@@ -124,7 +124,7 @@ def test_folder_is_hidden_only_by_names_inside_it(tmp_path, monkeypatch, source)
 
 def test_token_file_is_mapped_and_gives_its_last_tenth_to_validation(tmp_path):
     np.arange(200, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
-    train, val, _ = load_corpus(tmp_path / "tokens.bin", BYTE, 19)
+    train, val, *_ = load_corpus(tmp_path / "tokens.bin", BYTE, 19)
     assert isinstance(train, np.memmap)
     assert train.tolist() == list(range(180))
     assert val.tolist() == list(range(180, 200))
@@ -134,7 +134,7 @@ def test_folder_of_token_files(tmp_path):
     np.arange(50, dtype=np.uint16).tofile(tmp_path / "train.bin")
     np.arange(60, 70, dtype=np.uint16).tofile(tmp_path / "val.bin")
     (tmp_path / "input.txt").write_text("the text that they were made from")
-    train, val, _ = load_corpus(tmp_path, BYTE, 9)
+    train, val, *_ = load_corpus(tmp_path, BYTE, 9)
     assert train.tolist() == list(range(50))
     assert val.tolist() == list(range(60, 70))
 
@@ -214,3 +214,40 @@ def test_half_of_a_pair_of_token_files_is_no_text(tmp_path, alone):
     missing = {"train.bin": "val.bin", "val.bin": "train.bin"}[alone]
     with pytest.raises(FileNotFoundError, match=f"no file or folder .*{missing}"):
         load_corpus(tmp_path, encoding("byte"), 8)
+
+
+def test_jsonl_is_not_read_as_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n' * 9)
+    with pytest.raises(ValueError, match=r"`fastgpt tokenize .*a.jsonl -o DIR` takes its texts out"):
+        load_corpus(tmp_path / "a.jsonl", BYTE, 4)
+
+
+@pytest.mark.parametrize("order", ["random", "epoch"])
+def test_a_window_depends_on_its_number_alone(order):
+    """However many are asked for at once, and whatever was asked before: so a resumed run and any number of processes
+    see the same ones."""
+    tokens = np.arange(1000)
+    at_once = Order(tokens, 16, order, 7).starts(0, 200)
+    one_by_one = Order(tokens, 16, order, 7)
+    assert at_once.tolist() == [int(one_by_one.starts(number, 1)[0]) for number in range(200)]
+    assert at_once[150:].tolist() == Order(tokens, 16, order, 7).starts(150, 50).tolist()
+    assert at_once.tolist() != Order(tokens, 16, order, 8).starts(0, 200).tolist()
+    assert at_once.min() >= 0 and at_once.max() + 16 + 1 <= 1000
+
+
+def test_random_windows_start_anywhere():
+    starts = Order(np.arange(21), 16, "random", 1).starts(0, 1000)
+    assert np.bincount(starts).min() > 150 and len(np.bincount(starts)) == 5
+
+
+def test_an_epoch_has_every_window_once_in_an_order_of_its_own():
+    order = Order(np.arange(1000), 16, "epoch", 1)
+    assert order.windows == 62
+    first, second = order.starts(0, 62), order.starts(62, 62)
+    assert sorted(first) == sorted(second) == [16 * number for number in range(62)]
+    assert first.tolist() != second.tolist() and first.tolist() != sorted(first)
+
+
+def test_documents_begin_with_the_end_of_the_one_before():
+    idx = torch.tensor([[5, 9, 6, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
+    assert documents(idx, 9).tolist() == [[0, 1, 1, 1, 2, 3, 3], [1] * 7]

@@ -1,6 +1,7 @@
 """The README does what it says."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -8,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from fastgpt import cli, monitor
 from tests import models
 
 ROOT = Path(__file__).parent.parent
@@ -64,3 +66,28 @@ def test_the_map_names_every_file():
     for folder in ("fastgpt", "fastgpt/families", "kernels"):
         for file in (ROOT / folder).glob("*.py"):
             assert file.name in listing or file.name.startswith("__"), f"{folder}/{file.name} is not on the map"
+
+
+def test_the_five_commands_of_training_run(tmp_path, monkeypatch, capsys):
+    """As a user's first hour, at a small size: the shape and the steps are smaller than README's, the words are its."""
+    (commands,) = re.findall(r"```\n(fastgpt tokenize .*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(monitor, "plot_losses", lambda rows, path: None)
+    Path("texts").mkdir()
+    for name in ("one.txt", "two.txt"):
+        Path("texts", name).write_text("It was a quick brown fox. " * 60)
+    small = shlex.split("--preset byte-0.1M --n_layer 1 --block_size 16 --eval_iters 1 --sample_tokens 20 --device cpu")
+    lines = commands.splitlines()
+    assert len(lines) == 5
+    for line in lines:
+        program, *arguments = shlex.split(line.replace("1200", "4").replace("600", "2"))
+        first = arguments[0] == "train" and "--resume" not in arguments
+        assert program == "fastgpt"
+        assert cli.main([*arguments, *(small if first else [])]) == 0, line
+    told = capsys.readouterr().out
+    assert "2 documents, 3,120 bytes" in told and "step 2: train 5." in told and "step 4: train 5." in told
+    assert "resuming from run/checkpoints/step-00000002" in told and "not to the bit" not in told
+    assert "\nIt was" in told and "saved in run-huggingface" in told
+    from transformers import GPT2LMHeadModel
+
+    assert GPT2LMHeadModel.from_pretrained("run-huggingface").config.n_layer == 1

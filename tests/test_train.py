@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import signal
 import sys
 
 import numpy as np
@@ -10,15 +11,18 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, data, train
+from fastgpt.run import Run
+from fastgpt.settings import TrainConfig
 from fastgpt.tokenizer import encoding
-from fastgpt.train import TrainConfig, fit
+from fastgpt.train import fit
 from fastgpt.weights import load_model
 
 BYTE = encoding("byte")
 MODEL = GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)
-FEW = TrainConfig(max_iters=4, batch_size=4, eval_interval=100, eval_iters=2, device="cpu")
+FEW = TrainConfig(max_iters=4, batch_size=4, eval_interval=100, eval_iters=2, sample_tokens=0, device="cpu")
 STEADY = dict(learning_rate=0.01, min_lr=0.01, warmup_iters=0)
-COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "tokens_per_second", "seconds"]
+COLUMNS = ["step", "train_loss", "val_loss", "learning_rate", "tokens_per_second", "seconds", "grad_norm"]
+FILES = [".lock", "config.json", "loss.png", "metrics.csv", "model.safetensors", "train.toml"]
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +48,11 @@ def no_step(monkeypatch):
     def step(self):
         raise AssertionError("a step ran")
 
-    monkeypatch.setattr(train._Run, "step", step)
+    monkeypatch.setattr(Run, "step", step)
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def equal(a: GPT, b: GPT) -> bool:
@@ -58,14 +62,14 @@ def equal(a: GPT, b: GPT) -> bool:
 
 def after(steps, error, monkeypatch):
     """Let the step after so many raise `error`."""
-    step = train._Run.step
+    step = Run.step
 
     def limited(self):
         if self.steps_done == steps:
             raise error
         return step(self)
 
-    monkeypatch.setattr(train._Run, "step", limited)
+    monkeypatch.setattr(Run, "step", limited)
 
 
 def metrics(folder):
@@ -73,14 +77,15 @@ def metrics(folder):
         return list(csv.DictReader(file))
 
 
-def test_training_lowers_the_loss_and_leaves_four_files(run):
+def test_training_lowers_the_loss_and_leaves_its_files(run):
     model = run(max_iters=60, batch_size=8, eval_interval=20, warmup_iters=5, learning_rate=0.01)
     rows = metrics(run.out)
     assert abs(float(rows[0]["train_loss"]) - math.log(257)) < 1.5
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"]) - 0.5
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) - 0.5
 
-    assert sorted(contents(run.out)) == ["config.json", "loss.png", "metrics.csv", "model.safetensors"]
+    assert sorted(contents(run.out)) == FILES
+    assert sorted(path.name for path in run.out.iterdir() if path.is_dir()) == ["checkpoints"]
     assert (run.out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     loaded, config = load_model(run.out)
     assert equal(loaded, model)
@@ -98,11 +103,13 @@ def test_metrics_have_a_row_for_each_evaluation(run):
 
 
 def test_train_loss_is_the_mean_since_the_row_before(run, monkeypatch):
-    def step(self):
-        self.steps_done += 1
-        return float(self.steps_done)
+    step = Run.step
 
-    monkeypatch.setattr(train._Run, "step", step)
+    def counted(self):
+        _, norm, own = step(self)
+        return torch.tensor(float(self.steps_done)), norm, own
+
+    monkeypatch.setattr(Run, "step", counted)
     run(max_iters=5, eval_interval=2)
     assert [float(row["train_loss"]) for row in metrics(run.out)] == [1.5, 3.5, 5.0]
 
@@ -199,18 +206,25 @@ def test_without_data_the_builtin_corpus_is_used(run, monkeypatch, capsys):
     assert "the standard library's source: 1,000,000 tokens to train on, 200,000 to validate" in capsys.readouterr().out
 
 
-def test_a_folder_that_holds_a_model_is_refused_and_left_alone(run):
+def test_a_folder_that_holds_a_model_or_checkpoints_is_refused_and_left_alone(run):
     run()
     before = contents(run.out)
     with pytest.raises(FileExistsError, match=r"model.safetensors holds a trained model"):
         run(seed=4)
     assert contents(run.out) == before
+    (run.out / "model.safetensors").unlink()
+    with pytest.raises(
+        FileExistsError, match=r"checkpoints holds checkpoints: --resume goes on, --overwrite starts anew"
+    ):
+        run(seed=4)
+    assert [path.name for path in (run.out / "checkpoints").iterdir()] == ["step-00000004"]
 
 
 def test_overwrite_replaces_the_model(run):
     run()
-    model = run(seed=4, overwrite=True)
+    model = run(seed=4, max_iters=2, overwrite=True)
     assert equal(load_model(run.out)[0], model)
+    assert [path.name for path in (run.out / "checkpoints").iterdir()] == ["step-00000002"], "no old run to resume"
 
 
 @pytest.mark.parametrize("out", ["file", "file/out"])
@@ -243,32 +257,47 @@ def test_what_would_stop_a_later_step_stops_before_the_first(run, no_step, chang
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad):
+@pytest.mark.parametrize("log_interval", [1, 100], ids=["seen at once", "seen later"])
+def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad, log_interval):
+    """Steps after it may run before anyone looks; they change nothing either."""
     seen = []
 
     class Diverging(GPT):
-        def forward(self, idx, targets=None):
-            loss = super().forward(idx, targets)
+        def forward(self, idx, targets=None, documents=None):
+            loss = super().forward(idx, targets, documents)
             seen.append((self, {name: tensor.clone() for name, tensor in self.state_dict().items()}))
             return loss * bad if len(seen) == 3 else loss
 
     monkeypatch.setattr(train, "GPT", Diverging)
-    with pytest.raises(FloatingPointError, match=f"loss of step 3 is {bad}"):
-        run()
-    model, before = seen[-1]
-    assert len(seen) == 3
+    with pytest.raises(
+        FloatingPointError, match=f"loss of step 3 is {bad} on rank 0; the first bad tensor is nothing "
+    ):
+        run(log_interval=log_interval)
+    model, before = seen[2]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(before["wte.weight"], seen[1][1]["wte.weight"]), "the steps before did update"
 
 
-def test_ctrl_c_saves_the_model_so_far(run, monkeypatch, capsys):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not deliver these signals so")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_and_saves(run, monkeypatch, capsys, number):
     expected = run("two-steps", max_iters=2, **STEADY)
-    after(2, KeyboardInterrupt, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
+    step = Run.step
+
+    def signalled(self):
+        if self.steps_done == 1:
+            signal.raise_signal(number)
+        return step(self)
+
+    monkeypatch.setattr(Run, "step", signalled)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as end:
         run(max_iters=10, **STEADY)
+    assert number == signal.SIGINT or end.value.code == 143
     model, config = load_model(run.out)
     assert equal(model, expected)
     assert (config["step"], config["val_loss"]) == (2, None)
     assert f"interrupted after 2 of 10 steps; the model so far is in {run.out}" in capsys.readouterr().out
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler), "the handlers are put back"
 
 
 def test_every_evaluation_saves_the_model(run, monkeypatch):
@@ -304,10 +333,10 @@ def test_bad_field(field, value, message):
 def test_matplotlib_is_no_need(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run()
-    assert sorted(contents(run.out)) == ["config.json", "metrics.csv", "model.safetensors"]
+    assert sorted(contents(run.out)) == [name for name in FILES if name != "loss.png"]
 
 
-def test_min_lr_is_a_tenth_unless_said_and_never_above():
-    assert TrainConfig(learning_rate=1e-4).learning_rate_at(10**9) == pytest.approx(1e-5)
+def test_min_lr_is_zero_unless_said_and_never_above():
+    assert TrainConfig(learning_rate=1e-4).learning_rate_at(10**9) == 0
     with pytest.raises(ValueError, match=r"min_lr = 0.1 is above learning_rate = 0.001"):
         TrainConfig(learning_rate=1e-3, min_lr=0.1)

@@ -1,0 +1,132 @@
+"""Training on many devices, by PyTorch's own means: torchrun starts the processes, DDP copies, FSDP2 shards.
+
+One process on one device is the same code with a World of size 1, where every function here does nothing.
+"""
+
+import datetime
+import os
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt.model import GPT
+
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: the longest that rank 0 may take to write a checkpoint
+
+
+class World(NamedTuple):
+    """The processes that train together, and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def agree(self, flag: int) -> int:
+        """The largest of all processes' flags, over the hosts: no device waits for it."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor(flag)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return int(flags)
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Of a scalar on the device, over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value /= self.size
+        return value
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """One tensor of each process, by rank; they are of one shape."""
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor)
+        return found
+
+
+def join(device: str) -> World:
+    """This process's World, from what torchrun put into the environment, or alone without it. ValueError for a device
+    that is not here."""
+    size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
+    if size == 1:
+        return World(0, 1, _device(device))
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    here = _device(device)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    if not dist.is_initialized():  # gloo for what the hosts tell each other
+        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return World(dist.get_rank(), size, here)
+
+
+def leave(world: World) -> None:
+    """Once all are done: a process that went earlier would look like one that died."""
+    if world.size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's CPU builds assert
+        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def shard(model: GPT, world: World) -> None:
+    """FSDP2, in place: a shard of every weight in each process.
+
+    What a block gathered stays until its backward, for the next block adds its last bias.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in model.h:
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what an evaluation gathered: only shards are the optimizer's, and go into a checkpoint."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def replicate(model: nn.Module, world: World) -> nn.Module:
+    """DDP around the model: gradients are averaged over the processes while the backward still runs."""
+    ids = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Tensors by name, sharded ones put together: all processes call it, those that `keep` get them, on the CPU."""
+    found = {}
+    for name, tensor in tensors:
+        tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if keep:
+            found[name] = tensor.cpu()
+    return found
+
+
+def placed(tensor: Tensor, like: Any) -> Tensor:
+    """A whole tensor as `like` lies: on its device, and sharded where it is."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)

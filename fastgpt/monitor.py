@@ -1,0 +1,160 @@
+"""What can be seen of a run: the live line, metrics.csv, the loss plot, samples of text, TensorBoard's events."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from fastgpt.checkpoint import replacing
+from fastgpt.generation import generate
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.tokenizer import END_OF_TEXT
+
+METRICS, PLOT, SAMPLES, EVENTS = "metrics.csv", "loss.png", "samples.txt", "tensorboard"
+
+# Dense matmuls in bfloat16 with float32 sums, or in float16 before bfloat16 was there, from NVIDIA's data sheets; the
+# longest name that a card's own holds decides.
+PEAK_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of the card, a second; None where it is not known, and for a CPU."""
+    if device.type != "cuda":
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    known = [name for name in PEAK_FLOPS if all(word in words for word in name.split())]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Of the matmuls of a forward and a backward, as Chowdhery et al. (PaLM, 2022), appendix B, count them: 6 a weight
+    that takes part in one, and 12 L T C for attention without regard to its mask."""
+    hidden = 4 * config.n_embd if config.n_inner is None else config.n_inner
+    layer = 4 * config.n_embd**2 + 2 * config.n_embd * hidden
+    weights = config.n_layer * layer + config.vocab_size * config.n_embd
+    return 6 * weights + 12 * config.n_layer * config.block_size * config.n_embd
+
+
+class Monitor:
+    """Of rank 0; on other ranks it is not made."""
+
+    def __init__(self, folder: Path, config: GPTConfig, device: torch.device, processes: int, tensorboard: bool):
+        self.folder = folder
+        self.flops, self.peak = flops_per_token(config), peak_flops(device)
+        self.processes = processes
+        self.events: Any = _events(folder / EVENTS) if tensorboard else None
+        self.line: tqdm | None = None
+
+    def start(self, done: int, steps: int) -> None:
+        # disable=None: off a terminal there is no line that rewrites itself, but the lines of `say` alone
+        self.line = tqdm(initial=done, total=steps, unit="step", dynamic_ncols=True, disable=None)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text)
+        sys.stdout.flush()  # into a pipe or a file too
+
+    def stepped(self, step: int, steps: int, loss: float, norm: float, rate: float, speed: float) -> None:
+        """`steps` more steps are done, `step` in all; the last one's loss, and tokens a second."""
+        assert self.line is not None
+        self.line.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{self.use(speed)}", refresh=False)
+        self.line.update(steps)
+        if self.events is not None:
+            for name, value in dict(loss=loss, grad_norm=norm, learning_rate=rate, tokens_per_second=speed).items():
+                self.events.add_scalar(f"train/{name}", value, step)
+
+    def use(self, speed: float) -> str:
+        """Of the card's matmuls, where its peak is known."""
+        flops = speed * self.flops
+        if self.peak is None:
+            return ""
+        return f", {flops / 1e12:.1f} TFLOP/s, MFU {100 * flops / (self.peak * self.processes):.1f}%"
+
+    def evaluated(self, rows: list[dict]) -> None:
+        """Tell of the last row, and write metrics.csv and the plot anew."""
+        row = rows[-1]
+        speed = row["tokens_per_second"]
+        self.say(
+            f"step {row['step']}: train {row['train_loss']:.3f}, validation {row['val_loss']:.3f} nats a token, "
+            f"{speed:,.0f} tokens/s{self.use(speed)}"
+        )
+        with replacing(self.folder / METRICS) as new, new.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(row))
+            writer.writeheader()
+            writer.writerows(rows)
+        plot_losses(rows, self.folder / PLOT)
+        if self.events is not None:
+            self.events.add_scalar("val/loss", row["val_loss"], row["step"])
+            self.events.flush()
+
+    def close(self) -> None:
+        if self.line is not None:
+            self.line.close()
+        if self.events is not None:
+            self.events.close()
+
+
+def _events(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--tensorboard true needs `pip install tensorboard`") from error
+    return SummaryWriter(str(folder))
+
+
+def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, seed: int) -> str:
+    """The prompt and up to `tokens` tokens after it; torch's generators are left alone."""
+    end = encoding.encode_single_token(END_OF_TEXT)
+    device = next(model.parameters()).device
+    ids = torch.tensor([encoding.encode(prompt, disallowed_special=()) or [end]], device=device)
+    stream = generate(model, ids, tokens, temperature=0.8, seed=seed, vocab_size=encoding.n_vocab, overflow="slide")
+    written: list[int] = []
+    for next_ids in stream:
+        if next_ids.item() == end:
+            break
+        written.append(int(next_ids))
+    return prompt + encoding.decode(written)
+
+
+def keep_sample(folder: Path, step: int, text: str) -> None:
+    with open(folder / SAMPLES, "a", encoding="utf-8") as file:
+        file.write(f"--- step {step}\n{text}\n")
+
+
+def plot_losses(rows: list[dict], path: Path) -> None:
+    """Losses and the learning rate against steps; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = [row["step"] for row in rows]
+    axes.plot(steps, [row["train_loss"] for row in rows], marker="o", label="training, mean since the last point")
+    axes.plot(steps, [row["val_loss"] for row in rows], marker="o", label="validation")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    rates = axes.twinx()
+    rates.plot(steps, [row["learning_rate"] for row in rows], color="grey", linestyle=":")
+    rates.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    with replacing(path) as new:
+        figure.savefig(new, format="png", dpi=120)

@@ -1,0 +1,326 @@
+"""One training run in one of its processes: the steps, and what is looked at, evaluated and saved between them."""
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor, nn
+
+from fastgpt import data, monitor, ops, state
+from fastgpt.checkpoint import Checkpoints
+from fastgpt.distributed import World, leave, replicate, reshard, shard
+from fastgpt.model import GPT
+from fastgpt.optimizer import adamw, set_learning_rate
+from fastgpt.settings import TrainConfig
+from fastgpt.step import Step, first_bad
+from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.weights import save_model
+
+CHECKPOINTS = "checkpoints"
+OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
+
+
+class Signals:
+    """Inside, the first Ctrl-C or SIGTERM is noted in `got`, for the loop to act on; the second ends the process."""
+
+    def __init__(self):
+        self.got = 0
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # only there can Python set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame) -> None:
+        if self.got:
+            os._exit(128 + number)
+        self.got = number
+
+
+class Run:
+    """The state of one training run, in one of its processes."""
+
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        encoding: tiktoken.Encoding,
+        corpus: data.Corpus,
+        folder: Path,
+        world: World,
+        signals: Signals,
+    ):
+        self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
+        self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
+        block, autocast = model.config.block_size, autocast_dtype(config, world.device)
+        self.windows = config.windows(block)  # a step, in all processes
+        mine = self.windows // world.size
+        self.batch = max(size for size in range(1, min(mine, config.batch_size) + 1) if mine % size == 0)
+        self.order = data.Order(corpus.train, block, config.order, config.seed)
+        self.end = encoding.encode_single_token(END_OF_TEXT) if config.document_mask else None
+        if config.compile and model.config.dropout and torch.__version__.startswith("2.13"):
+            warnings.warn("torch 2.13 may compile dropout wrongly (pytorch issue 198333)", stacklevel=2)
+        self.forward = _distributed(model, config, world)  # what a step calls; the model itself is for all else
+        betas = (config.beta1, config.beta2)
+        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, betas, config.cuda_graph)
+        self.step_on = Step(
+            self.forward, self.optimizer, world, config.grad_clip, autocast, config.cuda_graph, self.end
+        )
+        torch.manual_seed(_rank_seed(config.seed, world.rank, 0))  # of dropout
+        self.steps_done = 0
+        self.seen = 0  # windows of the training tokens, which is the position in the data
+        self.rows: list[dict] = []  # of metrics.csv: one an evaluation
+        self.recent: list[float] = []  # losses since the last row
+        self.seconds = 0.0  # of the processes before this one
+        self.overflows = 0
+        self.started = time.perf_counter()
+        self.monitor: monitor.Monitor | None = None
+        if world.rank == 0:
+            self.monitor = monitor.Monitor(folder, model.config, world.device, world.size, config.tensorboard)
+
+    def restore(self, saved: state.Saved) -> None:
+        facts = saved.facts
+        state.restore(saved, self.model, self.optimizer)
+        self.steps_done, self.seen, self.rows = facts["step"], facts["windows"], list(facts["rows"])
+        self.recent, self.seconds = list(facts["recent"]), facts["seconds"]
+        if facts.get("scaler"):
+            self.step_on.scaler.load_state_dict(facts["scaler"])
+        was, now = facts["versions"], state.versions(self.device)
+        notes = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+        if not state.restore_generators(saved, self.world):
+            torch.manual_seed(_rank_seed(self.config.seed, self.world.rank, self.steps_done))
+            notes.append(f"processes were {facts['processes']}, are {self.world.size}, and dropout draws anew")
+        if notes and self.world.rank == 0:
+            print(f"not to the bit as an uninterrupted run: {'; '.join(notes)}", flush=True)
+
+    def description(self) -> str:
+        block, train, val = self.model.config.block_size, self.corpus.train, self.corpus.val
+        x = torch.empty(1, self.model.config.n_embd, device=self.device)
+        norm = ops.explain(ops.layer_norm, x, torch.empty_like(x[0]), backend=self.model.config.backend)
+        batches = self.windows // self.world.size // self.batch
+        shares = f" in {batches} x {self.world.size} batches" if batches * self.world.size > 1 else ""
+        return (
+            f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "
+            f"{self.windows} x {block} tokens{shares} on {self.device}; {norm}\n"
+            f"{self.corpus.name}: {len(train):,} tokens to train on, {len(val):,} to validate"
+        )
+
+    def loop(self) -> None:
+        config, first = self.config, self.steps_done
+        tokens_a_step = self.windows * self.model.config.block_size
+        self.started = time.perf_counter()
+        unread: list[tuple[Tensor, Tensor, Tensor]] = []
+        if self.monitor is not None:
+            self.monitor.start(first, config.max_iters)
+        while self.steps_done < config.max_iters:
+            unread.append(self.step())
+            last = self.steps_done == config.max_iters
+            evaluates = self.steps_done % config.eval_interval == 0 or last
+            saves = last or self.steps_done % (config.checkpoint_interval or config.eval_interval) == 0
+            stop = self.world.agree(self.signals.got)
+            if not (stop or evaluates or saves or self.steps_done % config.log_interval == 0):
+                continue
+            losses, norm = self.read(unread)
+            self.recent += losses
+            speed = (self.steps_done - first) * tokens_a_step / (time.perf_counter() - self.started)
+            rate = config.learning_rate_at(self.steps_done - 1)
+            if self.monitor is not None:
+                self.monitor.stepped(self.steps_done, len(losses), losses[-1], norm, rate, speed)
+            if evaluates:
+                self.rows.append(
+                    {
+                        "step": self.steps_done,
+                        "train_loss": sum(self.recent) / len(self.recent),
+                        "val_loss": self.evaluate(),
+                        "learning_rate": rate,
+                        "tokens_per_second": speed,
+                        "seconds": self.seconds + time.perf_counter() - self.started,
+                        "grad_norm": norm,
+                    }
+                )
+                self.recent.clear()
+                self.report()
+            if saves or stop:
+                self.save(needed=last or bool(stop))
+            if stop and not last:
+                self.end_early(stop)
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step; its loss, the norm of its gradients, and this process's own loss, all on the device."""
+        set_learning_rate(self.optimizer, self.config.learning_rate_at(self.steps_done))
+        self.model.train()
+        loss, norm = self.step_on(*self.batches(self.seen))
+        self.steps_done += 1
+        self.seen += self.windows
+        return loss.clone(), norm.clone(), self.step_on.own.clone()
+
+    def batches(self, seen: int) -> tuple[Tensor, Tensor]:
+        """This process's inputs and targets (N, B, T) of the step whose first window has the number `seen`."""
+        mine, block = self.windows // self.world.size, self.model.config.block_size
+        starts = self.order.starts(seen + self.world.rank * mine, mine)
+        idx, targets = data.windows(self.corpus.train, starts, block, self.device)
+        return idx.view(-1, self.batch, block), targets.reshape(-1, self.batch, block)
+
+    def read(self, unread: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[float], float]:
+        """The losses of the steps since the last look, and the last norm; waits for the device.
+
+        FloatingPointError, in every process, if one of them was not finite: from that step on nothing was updated.
+        """
+        found = torch.stack([torch.stack(each) for each in unread]).tolist()
+        for number, (loss, norm, own) in enumerate(found):
+            overflow = self.step_on.scaler.is_enabled() and not math.isfinite(norm)
+            self.overflows = self.overflows + 1 if overflow else 0
+            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow) or self.overflows > OVERFLOWS:
+                self.fail(self.steps_done - len(found) + number, loss, norm, own)
+        unread.clear()
+        return [loss for loss, _, _ in found], found[-1][1]
+
+    def fail(self, before: int, loss: float, norm: float, own: float) -> None:
+        """Find where it came from, on the batches of the step after `before` steps, and raise."""
+        seen = self.seen - (self.steps_done - before) * self.windows
+        owns = [float(each) for each in self.world.gather(torch.tensor(own))]
+        ranks = [rank for rank, each in enumerate(owns) if not math.isfinite(each)]
+        self.model.train()
+        module = self.forward if self.config.fsdp else self.model  # FSDP's forward is all processes' together
+        tensor = first_bad(self.step_on, module, *self.batches(seen), self.config.fsdp)
+        what = f"the loss of step {before + 1} is {loss}"
+        if math.isfinite(loss):
+            what = f"the gradients of step {before + 1} have the norm {norm}"
+        if self.overflows > OVERFLOWS:
+            what = f"{self.overflows} steps to step {before + 1} overflowed float16 in a row"
+        where = f"rank {', '.join(map(str, ranks))}" if ranks else f"rank {self.world.rank}"
+        raise FloatingPointError(
+            f"{what} on {where}; the first bad tensor is {tensor}; nothing was updated from it, and the checkpoints in "
+            f"{self.folder} are as they were"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over eval_iters batches of windows spread evenly over the validation tokens, shared by all
+        processes."""
+        block, tokens, world = self.model.config.block_size, self.corpus.val, self.world
+        windows = min(self.config.eval_iters * self.config.batch_size, (len(tokens) - 1) // block)
+        starts = np.linspace(0, len(tokens) - block - 1, windows).astype(np.int64)
+        parts = np.array_split(starts, math.ceil(windows / self.config.batch_size))
+        self.model.eval()
+        total = torch.zeros((), device=self.device)
+        for first in range(0, len(parts), world.size):  # every process as often, for FSDP gathers in each forward
+            mine = first + world.rank
+            part = parts[min(mine, len(parts) - 1)]
+            loss = self.step_on.loss(self.model, *data.windows(tokens, part, block, self.device))
+            total += loss.float() * (len(part) if mine < len(parts) else 0)
+        reshard(self.model)
+        return world.mean(total).item() * world.size / windows
+
+    def report(self) -> None:
+        if self.monitor is None:
+            return
+        config = self.config
+        try:
+            self.monitor.evaluated(self.rows)
+            if config.sample_tokens and not config.fsdp:  # a sharded model can't be run by one process
+                text = monitor.sample(
+                    self.model, self.encoding, config.sample_prompt, config.sample_tokens, config.seed
+                )
+                monitor.keep_sample(self.folder, self.steps_done, text)
+        except (OSError, ValueError) as error:
+            self.monitor.say(f"step {self.steps_done}: {error}; training goes on")
+
+    def save(self, needed: bool) -> None:
+        """A checkpoint, and the model in the folder itself. A disk that is full is told of and left for the next time,
+        unless this save is `needed`: then OSError."""
+        taken = state.snapshot(self.model, self.optimizer, self.world)
+        if self.monitor is None:
+            return
+        last = self.rows[-1] if self.rows else {}
+        val_loss = last.get("val_loss") if last.get("step") == self.steps_done else None
+        facts = {
+            "step": self.steps_done,
+            "windows": self.seen,
+            "model": dataclasses.asdict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "encoding": self.encoding.name,
+            "data": self.corpus.facts(),
+            "rows": self.rows,
+            "recent": self.recent,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "processes": self.world.size,
+            "scaler": self.step_on.scaler.state_dict(),
+            "versions": state.versions(self.device),
+        }
+        try:
+            self.checkpoints.save(
+                self.steps_done,
+                lambda folder: state.write(folder, self.model.config, taken, facts),
+                taken.size(),
+                val_loss=val_loss,
+                versions=facts["versions"],
+            )
+            model = state.assembled(self.model.config, taken.weights)
+            told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": facts["train"]}
+            save_model(model, self.folder, self.encoding.name, **told)
+        except OSError as error:
+            whole = self.checkpoints.all()
+            newest = f"the newest checkpoint is of step {whole[-1].step}" if whole else "there is no checkpoint"
+            said = f"step {self.steps_done} could not be saved: {error}; {newest}"
+            if needed:
+                raise OSError(said) from error
+            self.monitor.say(f"{said}; training goes on")
+
+    def end_early(self, stop: int) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+            done = f"{self.steps_done} of {self.config.max_iters} steps"
+            print(f"interrupted after {done}; the model so far is in {self.folder}, and --resume goes on", flush=True)
+        leave(self.world)
+        raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
+
+
+def _distributed(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+    """The model as a step calls it: compiled, copied or sharded as configured."""
+    if world.size > 1:
+        _warm(model, world)
+    if config.fsdp:
+        shard(model, world)
+        if config.compile:
+            model.compile()
+        return model
+    called: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    return replicate(called, world) if world.size > 1 else called
+
+
+def _warm(model: GPT, world: World) -> None:
+    """Compile the kernels that a step launches, so that no process waits in a collective for another's compiler."""
+    idx = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=world.device)
+    model(idx, idx).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _rank_seed(seed: int, rank: int, step: int) -> int:
+    """Of dropout: another one for each process, and for each place where a run is taken up by other processes."""
+    mixed = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
+    return int(mixed >> np.uint64(1))
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The dtype of matmuls, None for the weights' own: bfloat16 where the GPU has it, float16 on older ones."""
+    if config.dtype != "auto":
+        return None if config.dtype == "float32" else getattr(torch, config.dtype)
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

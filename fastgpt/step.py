@@ -1,0 +1,134 @@
+"""One optimizer step of the trainer, on one device or many; and what made a step's numbers stop being finite."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt.data import documents
+from fastgpt.distributed import World
+from fastgpt.optimizer import TrainingStep, clipped_step
+
+
+class Step(TrainingStep):
+    """step(idx, targets) -> (loss, norm), float32 scalars on the device: the mean over all processes, and the norm of
+    all gradients together. idx, targets: (N, B, T), this process's N batches.
+
+    From the first loss or gradient that is not finite on, nothing is updated any more, in any process: whoever reads
+    the losses later finds the weights as they were before that step. float16 scales its loss instead, and skips the
+    steps whose scaled gradients overflow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.AdamW,
+        world: World,
+        max_norm: float,
+        autocast: torch.dtype | None = None,
+        graph: bool = False,
+        end: int | None = None,
+    ):
+        super().__init__(model, optimizer, max_norm, autocast, graph)
+        self.world = world
+        self.end = end  # the end-of-text token, where attention is to stop at documents
+        self.stopped = torch.zeros((), device=self.device)
+        self.own = torch.zeros((), device=self.device)  # this process's loss
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
+
+    def _step(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for number in range(len(idx)):
+            with self._no_sync(number + 1 < len(idx)):
+                loss = self.loss(self.model, idx[number], targets[number]) / len(idx)
+                scaled: Any = self.scaler.scale(loss)
+                scaled.backward()
+            total += loss.detach()
+        self.own.copy_(total)
+        total = self.world.mean(total)
+        return total, self._scaled_update() if self.scaler.is_enabled() else self._update(total)
+
+    def loss(self, model: Any, idx: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return model(idx, targets) if self.end is None else model(idx, targets, documents(idx, self.end))
+
+    def _no_sync(self, more: bool):
+        """DDP averages gradients once a step, in the last batch's backward."""
+        if more and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _update(self, total: Tensor) -> Tensor:
+        self.stopped += 1 - total.isfinite().float()
+        norm = clipped_step(self.optimizer, self.max_norm or torch.inf, self.stopped)
+        self.stopped += 1 - norm.isfinite().float()
+        return norm
+
+    def _scaled_update(self) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_norm or torch.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return norm.float()
+
+
+def first_bad(step: Step, model: nn.Module, idx: Tensor, targets: Tensor, collective: bool) -> str:
+    """The first tensor that is not finite, in words: of the weights; else, of a second pass over the batches
+    (N, B, T), of the modules' outputs in the order of their computation, or of the gradients.
+
+    collective: the forward is one of all processes together, so each does all of them and no backward; the gradients
+    are those that the step left.
+    """
+    found = [f"the weight {name}" for name, parameter in model.named_parameters() if not _finite(parameter)]
+    with _watched(model) as outputs:
+        for number in range(len(idx)):
+            if found and not collective:
+                break
+            with torch.set_grad_enabled(not collective):
+                loss = step.loss(model, idx[number], targets[number])
+            found += [f"the output of {name}" for name in outputs]
+            if not loss.isfinite():
+                found.append("the loss, from finite activations")
+            if not found and not collective:
+                step.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                found += _bad_gradients(model)
+    found += _bad_gradients(model)
+    return found[0] if found else "nothing that a second pass shows"
+
+
+def _bad_gradients(model: nn.Module) -> list[str]:
+    """The last layer's first, as the backward reaches them, nearly."""
+    named = reversed(list(model.named_parameters()))
+    return [f"the gradient of {name}" for name, p in named if p.grad is not None and not _finite(p.grad)]
+
+
+def _finite(tensor: Any) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return bool(local.isfinite().all())
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module) -> Iterator[list[str]]:
+    """Fills a list with the names of modules whose outputs are not finite."""
+    found: list[str] = []
+
+    def watch(name: str):
+        def look(module, inputs, outputs):
+            several = outputs if isinstance(outputs, tuple) else (outputs,)
+            if any(isinstance(each, Tensor) and not _finite(each) for each in several):
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,129 @@
+"""What can be seen of a run."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig, monitor
+from fastgpt.monitor import Monitor, flops_per_token, peak_flops, plot_losses, sample
+from fastgpt.tokenizer import encoding
+
+SHAPE = GPTConfig.preset("byte-0.1M", n_layer=1, block_size=16)
+ROW = dict(step=2, train_loss=1.0, val_loss=1.5, learning_rate=0.1, tokens_per_second=1e6, seconds=1.0, grad_norm=0.5)
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """Of the blocks' linear layers: it does not see the head's, which are written into memory that is given, and counts
+    attention by the causal half or not, as its version does."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = GPT(SHAPE)
+    idx = torch.randint(257, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx).backward()
+    products = sum(
+        flops
+        for name, flops in counter.get_flop_counts()["Global"].items()
+        if any(kind in str(name) for kind in ("mm", "addmm"))
+    )
+    attention = 12 * SHAPE.block_size * SHAPE.n_embd * SHAPE.n_layer
+    head = 6 * SHAPE.vocab_size * SHAPE.n_embd
+    assert products == 32 * (flops_per_token(SHAPE) - attention - head)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA Quadro 9", None),
+    ],
+)
+def test_the_peak_is_the_cards(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_mfu_is_of_all_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitor, "peak_flops", lambda device: 1e12)
+    watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 2, False)
+    speed = 1e12 / flops_per_token(SHAPE)
+    assert watch.use(speed) == ", 1.0 TFLOP/s, MFU 50.0%"
+    watch.peak = None
+    assert watch.use(speed) == ""
+
+
+def test_tensorboard_gets_losses(tmp_path, monkeypatch):
+    """PyTorch's SummaryWriter, here a list."""
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        close = flush
+
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 1, True)
+    watch.start(0, 4)
+    watch.stepped(2, 2, 1.25, 0.5, 0.1, 1e6)
+    watch.evaluated([ROW])
+    watch.close()
+    assert written == [
+        str(tmp_path / "tensorboard"),
+        ("train/loss", 1.25, 2),
+        ("train/grad_norm", 0.5, 2),
+        ("train/learning_rate", 0.1, 2),
+        ("train/tokens_per_second", 1e6, 2),
+        ("val/loss", 1.5, 2),
+    ]
+
+
+def test_without_tensorboard_its_option_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="needs `pip install tensorboard`"):
+        Monitor(tmp_path, SHAPE, torch.device("cpu"), 1, True)
+
+
+def test_a_sample_is_repeatable_and_leaves_the_generators_alone():
+    torch.manual_seed(3)
+    model, before = GPT(SHAPE), torch.get_rng_state()
+    first, again = (sample(model, encoding("byte"), "fox", 20, 7) for _ in range(2))
+    assert first == again and first.startswith("fox") and len(first) > 3
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+
+
+def test_samples_are_kept_by_step(tmp_path):
+    monitor.keep_sample(tmp_path, 2, "é one")
+    monitor.keep_sample(tmp_path, 4, "two")
+    assert (tmp_path / "samples.txt").read_text("utf-8") == "--- step 2\né one\n--- step 4\ntwo\n"
+
+
+def test_the_plot_has_both_losses_and_the_rate(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
+    plot_losses([ROW, {**ROW, "step": 4}], Path(tmp_path, "loss.png"))
+    losses, rates = drawn[0].axes
+    assert [list(line.get_ydata()) for line in (*losses.lines, *rates.lines)] == [[1.0, 1.0], [1.5, 1.5], [0.1, 0.1]]
