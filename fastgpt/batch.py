@@ -50,6 +50,7 @@ class Batch:
         self.history = torch.zeros(self.rows, longest + new_tokens + room, dtype=torch.int64, device=device)
         self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(device)
         self.lengths = lengths.repeat_interleave(samples, 0).to(device)
+        self.even = len(set(map(len, prompts))) == 1
         self.seen = None
         if sampling.repetition_penalty != 1:
             inside = torch.arange(longest) < lengths[:, None]
@@ -96,7 +97,7 @@ class Batch:
 
     def _step(self, reach: int | None) -> None:
         last = self.history.gather(1, self.lengths[:, None] - 1)
-        self._take(self.decoder.decode(last, self.lengths, self.cache, reach)[:, 0])
+        self._take(self.decoder.decode(last, self.lengths, self.cache, reach, self.even and reach is not None)[:, 0])
 
     def _take(self, logits: Tensor) -> None:
         """Sample from (rows, V) and write it down."""

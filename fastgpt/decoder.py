@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import ops, reference
 from fastgpt.families import free_linear, linear_weight, occupied, plain, recognise_mlp, recognise_norm
 from fastgpt.families import gpt2, nanogpt, raschka
 from fastgpt.families.anatomy import Anatomy, Layer
@@ -143,7 +143,11 @@ class Decoder:
         self.stream_dtype = self.dtype
         if isinstance(inner, GPT) and inner.config.residual == "float32":
             self.stream_dtype = torch.float32
-        self.backend, self.heads = found.backend, found.heads
+        self.heads = found.heads
+        # On a CPU the checks of each call would take a tenth of a token's time: parts that fit are checked here, once.
+        self._torch = ops.road("layer_norm", found.backend, head.weight) is reference
+        self._backend = {} if self._torch else {"backend": found.backend}
+        self._functions: Any = reference if self._torch else ops
         self.layers = [self._layer(layer) for layer in found.layers]
         self.norm = self._norm(found.norm)
         self.head = self._linear(found.head)
@@ -268,11 +272,13 @@ class Decoder:
         x = self._walk(ids, None, attend)
         return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
 
-    def decode(self, ids: Tensor, lengths: Tensor, cache: Cache, longest: int | None = None) -> Tensor:
+    def decode(
+        self, ids: Tensor, lengths: Tensor, cache: Cache, longest: int | None = None, even: bool = False
+    ) -> Tensor:
         """The next few tokens (B, Tq) of each row -> logits (B, Tq, V).
 
         lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
-        longest: the largest of lengths, if the host knows it; the cache is read no further.
+        longest: the largest of lengths, if the host knows it; the cache is read no further. even: all are the longest.
         """
         batch, new = ids.shape
         positions = (lengths[:, None] - new) + torch.arange(new, device=ids.device)
@@ -281,10 +287,14 @@ class Decoder:
         def attend(index: int, qkv: Tensor) -> Tensor:
             q, k, v = self._split(qkv)
             keys, values = cache.k[index], cache.v[index]
-            keys[cache.row, :, positions] = k.transpose(1, 2)
-            values[cache.row, :, positions] = v.transpose(1, 2)
-            y = ops.decode_attention(
-                q, keys[:, :, :reach], values[:, :, :reach], lengths, scale=self.layers[index].scale, backend=self.backend
+            if even:
+                keys[:, :, reach - new : reach] = k
+                values[:, :, reach - new : reach] = v
+            else:
+                keys[cache.row, :, positions] = k.transpose(1, 2)
+                values[cache.row, :, positions] = v.transpose(1, 2)
+            y = self._functions.decode_attention(
+                q, keys[:, :, :reach], values[:, :, :reach], lengths, scale=self.layers[index].scale, **self._backend
             )  # fmt: skip
             return y.transpose(1, 2).reshape(batch, new, -1)
 
@@ -309,7 +319,7 @@ class Decoder:
 
     def _attend_prompt(self, index: int, qkv: Tensor) -> Tensor:
         scale = self.layers[index].scale
-        return ops.causal_attention_qkv(qkv, self.heads, scale=scale, backend=self.backend)
+        return self._functions.causal_attention_qkv(qkv, self.heads, scale=scale, **self._backend)
 
     def _logits(self, x: Tensor) -> Tensor:
         """float32, whatever the weights are, or float64."""
@@ -355,7 +365,7 @@ class Decoder:
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
-        return ops.embedding(ids, *weights, positions, dtype=self.stream_dtype, backend=self.backend)  # type: ignore[misc]
+        return self._functions.embedding(ids, *weights, positions, dtype=self.stream_dtype, **self._backend)  # type: ignore[misc]
 
     def _add_norm(
         self, norm: Norm | nn.Module, branch: Tensor | None, x: Tensor, bias: Tensor | None
@@ -363,8 +373,8 @@ class Decoder:
         """The norm of x with branch + bias added, in the compute dtype, and that sum."""
         if isinstance(norm, Norm):
             if branch is None:
-                return ops.layer_norm(x, *norm, backend=self.backend).to(self.dtype), x
-            return ops.add_layer_norm(branch, x, *norm, x_bias=bias, backend=self.backend)
+                return self._functions.layer_norm(x, *norm, **self._backend).to(self.dtype), x
+            return self._functions.add_layer_norm(branch, x, *norm, x_bias=bias, **self._backend)
         if branch is not None:
             x = x + (branch if bias is None else branch + bias)
         return norm(x), x
@@ -373,7 +383,7 @@ class Decoder:
         if not isinstance(mlp, Mlp):
             return mlp(x), None
         fc, gelu, proj = mlp
-        y = ops.gelu_mlp(x, fc.weight, fc.bias, proj.weight, approximate=gelu, backend=self.backend)
+        y = self._functions.gelu_mlp(x, fc.weight, fc.bias, proj.weight, approximate=gelu, **self._backend)
         return y, proj.bias
 
     def _try(self, model: Any) -> None:
