@@ -270,7 +270,7 @@ class Decoder:
             return self._attend_prompt(index, qkv)
 
         x = self._walk(ids, None, attend)
-        return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
+        return self.logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
 
     def decode(
         self, ids: Tensor, lengths: Tensor, cache: Cache, longest: int | None = None, even: bool = False
@@ -298,7 +298,11 @@ class Decoder:
             )  # fmt: skip
             return y.transpose(1, 2).reshape(batch, new, -1)
 
-        return self._logits(self._walk(ids, positions, attend))
+        return self.logits(self._walk(ids, positions, attend))
+
+    def features(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
+        return self._walk(ids, None, self._attend_prompt)
 
     def first_not_finite(self, ids: Tensor) -> str | None:
         """The name of the first part that makes a number of this row (T,) infinite or NaN."""
@@ -321,8 +325,8 @@ class Decoder:
         scale = self.layers[index].scale
         return self._functions.causal_attention_qkv(qkv, self.heads, scale=scale, **self._backend)
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """float32, whatever the weights are, or float64."""
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, C) -> (…, V), in float32 whatever the weights are, or float64."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             logits = self.head(x)
         return logits if logits.dtype == torch.float64 else logits.float()
@@ -394,7 +398,7 @@ class Decoder:
             output = model(ids)
         logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
         expected = logits[:, -1].float()
-        actual = self._logits(self._walk(ids, None, self._attend_prompt)[:, -1])
+        actual = self.logits(self.features(ids)[:, -1])
         distance = ((actual - expected).norm() / expected.norm()).item()
         coarse = torch.float16 if self.dtype in (torch.float16, torch.bfloat16) else torch.float32
         if math.isfinite(distance) and distance > {torch.float16: 0.1, torch.float32: 1e-3}[coarse]:

@@ -33,16 +33,19 @@ class Speculation:
         return Told(batch.ids[:, None].tolist(), logprobs)
 
     @torch.no_grad()
-    def round(self) -> Told:
+    def round(self, most: int | None = None) -> Told:
+        """most: proposals, fewer than usual."""
         batch = self.batch
         longest = max(length for length, active in zip(self.lengths, self.active, strict=True) if active)
-        count = min(self.count, batch.cache.slots - longest)
+        count = min(self.count if most is None else most, batch.cache.slots - longest)
         lengths = batch.lengths.clamp(max=longest)  # a row that has ended goes along, and writes nothing down
         proposals, guesses, seen = self._propose(count, lengths, longest)
         last = batch.history.gather(1, lengths[:, None] - 1)
         logits = batch.decoder.decode(
             torch.cat((last, proposals), dim=1), lengths + count, batch.cache, longest + count
         )[..., : batch.vocab_size]  # (B, count + 1, V)
+        if count and not logits[torch.tensor(self.active, device=logits.device)].isfinite().all():
+            return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
         wanted = torch.stack(
             [batch.sampling.probabilities(logits[:, i], seen[i]) for i in range(count + 1)], dim=1
         )
