@@ -46,6 +46,12 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
     return corpus
 
 
+def read_tokens(source: str | Path, encoding: tiktoken.Encoding) -> np.ndarray:
+    """(N,): all tokens of a text file, a folder of them or a `.bin` file, each read as load_corpus does."""
+    path = Path(source)
+    return _map(path, encoding) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
+
+
 def builtin_documents() -> tuple[list[str], list[str]]:
     """The source files of the running interpreter's standard library, for training and for validation.
 

@@ -15,8 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops, reference
-from fastgpt.families import free_linear, linear_weight, occupied, plain, recognise_mlp, recognise_norm
-from fastgpt.families import gpt2, nanogpt, raschka
+from fastgpt.families import (
+    free_linear,
+    gpt2,
+    linear_weight,
+    nanogpt,
+    occupied,
+    plain,
+    raschka,
+    recognise_mlp,
+    recognise_norm,
+)
 from fastgpt.families.anatomy import Anatomy, Layer
 from fastgpt.model import GPT, MLP, LayerNorm
 

@@ -46,9 +46,7 @@ class Speculation:
         )[..., : batch.vocab_size]  # (B, count + 1, V)
         if count and not logits[torch.tensor(self.active, device=logits.device)].isfinite().all():
             return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
-        wanted = torch.stack(
-            [batch.sampling.probabilities(logits[:, i], seen[i]) for i in range(count + 1)], dim=1
-        )
+        wanted = torch.stack([batch.sampling.probabilities(logits[:, i], seen[i]) for i in range(count + 1)], dim=1)
         taken = self._taken(proposals, guesses, wanted)  # (B,)
         row = torch.arange(batch.rows, device=taken.device)
         rest = wanted[row, taken]

@@ -310,7 +310,9 @@ def test_draws_follow_the_softmax_with_its_filters(model, name):
 
 @pytest.mark.parametrize(("top_p", "left"), [(0.5, 1), (0.5000001, 2), (0.75, 2), (0.8, 3), (1.0, 4), (1e-9, 1)])
 def test_top_p_ends_with_the_token_that_reaches_it(top_p, left):
-    probabilities = Sampling(top_p=top_p).probabilities(torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log2().mul(0.6931472), None)
+    probabilities = Sampling(top_p=top_p).probabilities(
+        torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log2().mul(0.6931472), None
+    )
     assert (probabilities > 0).sum() == left
     assert probabilities.sum().item() == pytest.approx(1)
 
@@ -330,7 +332,7 @@ def test_repetition_penalty_sees_each_row_and_each_new_token(model):
 def test_samples_of_a_prompt_share_its_row(model):
     prompts = [[3, 1, 4], [7]]
     rows = generate(model, prompts, 4, temperature=0, num_samples=3).tokens
-    assert rows == [tokens for prompt in prompts for tokens in generate(model, [prompt] , 4, temperature=0).tokens * 3]
+    assert rows == [tokens for prompt in prompts for tokens in generate(model, [prompt], 4, temperature=0).tokens * 3]
     assert len(set(map(tuple, generate(model, PROMPT, 5, temperature=3.0, num_samples=8, seed=0).tokens))) > 4
 
 
@@ -552,7 +554,9 @@ def test_logits_that_are_not_finite(model, part, draft):
     helper = gpt() if draft else None
     PLACES[part](model).fill_(float("inf") if part == "ln_f" else float("nan"))
     steps = stream(model, [[3, 1, 4], [2]], 5, draft=helper)
-    with pytest.raises(ValueError, match=rf"logits at position {5 if part == 'wpe' else 2} are not finite, first in {part}$"):
+    with pytest.raises(
+        ValueError, match=rf"logits at position {5 if part == 'wpe' else 2} are not finite, first in {part}$"
+    ):
         list(steps)
 
 
@@ -565,7 +569,9 @@ def test_a_row_that_has_ended_may_overflow_its_numbers(model):
 
 def test_no_step_waits_for_the_device(model, monkeypatch):
     """On a GPU nothing between the prompt and the readback may ask a tensor for its value."""
-    rows = Batch(Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True)
+    rows = Batch(
+        Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True
+    )
     monkeypatch.setattr(reference, "_full", lambda *_: False)  # it asks on a CPU alone
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
@@ -584,5 +590,3 @@ def test_the_graph_gives_the_steps_tokens(dtype, monkeypatch):
         monkeypatch.setattr(batch, "GRAPH_FROM", 10**9)
         assert generate(model, [[3, 1, 4], [7]], 100, **{"temperature": 0, **options}).tokens == captured.tokens
         monkeypatch.undo()
-
-
