@@ -12,6 +12,8 @@ from bench import baselines, work
 from bench.cases import COMPILED, EAGER, SUBJECT, Case, Subject
 from bench.machine import Machine
 from bench.work import Work
+from fastgpt.decoder import Decoder
+from fastgpt.generation import LAY_OUT_FROM
 from fastgpt.generation import generate as fastgpt_generate
 from fastgpt.model import GPT, GPTConfig
 
@@ -198,7 +200,7 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> lis
 
 
 def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int) -> list[Case]:
-    """Greedy tokens after a prompt. Checked: the logits after the prompt."""
+    """Greedy tokens after a prompt; one alone is the prefill. Checked: the logits after the prompt."""
     shape = GPTConfig(**config)
 
     def problem():
@@ -211,7 +213,7 @@ def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, ti
         def logits():
             return (model.head(model.features(ids)[:, -1]),)
 
-        return Subject(lambda: list(fastgpt_generate(model, ids, new, temperature=0)), logits)
+        return Subject(lambda: fastgpt_generate(model, ids, new, temperature=0), logits)
 
     def theirs(p):
         ours, ids = p
@@ -225,11 +227,49 @@ def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, ti
         mask = torch.ones_like(ids)
         return Subject(lambda: model.generate(ids, attention_mask=mask, **options), logits)
 
-    variants = {SUBJECT: lambda p: of(*p)}
+    def ready(p):
+        """What a second call costs, and a long-running program: the weights are laid out already."""
+        return of(*p)._replace(run=_on(Decoder(p[0], many_tokens=new >= LAY_OUT_FROM), p[1]))
+
+    def half(p):
+        return of(*p)._replace(run=_on(Decoder(p[0], dtype=torch.bfloat16), p[1]))
+
+    def _on(decoder: Decoder, ids: Tensor) -> Callable:
+        return lambda: fastgpt_generate(decoder, ids, new, temperature=0)
+
+    def recomputing(model: nn.Module, ids: Tensor, expected: Callable | None = None) -> Subject:
+        """Every token from the whole of what came before, as nanoGPT's and the book's own loops do."""
+
+        def last(seen: Tensor) -> Tensor:
+            output = model(seen)
+            return (output[0] if isinstance(output, tuple) else output)[:, -1]
+
+        @torch.no_grad()
+        def run():
+            seen = ids
+            for _ in range(new):
+                seen = torch.cat((seen, last(seen).argmax(-1, keepdim=True)), dim=1)
+            return seen
+
+        @torch.no_grad()
+        def logits():
+            return (last(ids),)
+
+        return Subject(run, logits, expected)
+
+    def nanogpt(p):
+        return recomputing(baselines.nanogpt(p[0], machine.nanogpt), p[1], lambda: oracle(p, gelu="none"))
+
+    variants = {SUBJECT: lambda p: of(*p), f"{SUBJECT}, a Decoder kept": ready}
     if machine.kind != "cpu":
         variants[EAGER] = lambda p: of(_with_backend(p[0], "torch"), p[1])
-    variants[HUGGING_FACE] = theirs
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        variants[f"{SUBJECT}, bfloat16"] = half
+    variants |= {HUGGING_FACE: theirs, NANOGPT: nanogpt, BOOK: lambda p: recomputing(baselines.book(p[0]), p[1])}
     floor = work.generation(shape, B, prompt, new, machine.dtype.itemsize)
     numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
-    oracle = lambda p: of(copy.deepcopy(_with_backend(p[0], "torch")).double(), p[1]).results()  # noqa: E731
-    return [Case("generate", numbers, tier, floor, problem, variants, oracle, capture=False)]
+
+    def oracle(p, **changes):
+        return of(copy.deepcopy(_with_backend(p[0], "torch", **changes)).double(), p[1]).results()
+
+    return [Case("prefill" if new == 1 else "generate", numbers, tier, floor, problem, variants, oracle, capture=False)]

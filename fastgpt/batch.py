@@ -1,4 +1,4 @@
-"""The sequences of one call of generate, on the model's device: a step changes them in place and tells the host later."""
+"""The sequences of one call of generate, on the model's device: changed in place, and told to the host later."""
 
 import collections
 from typing import NamedTuple

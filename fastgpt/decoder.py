@@ -143,11 +143,11 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
-        self._modules = [module for module in inner.modules()]
+        self._modules = list(inner.modules())
         self.called: list[nn.Module] = []
         self._many = many_tokens and self.device.type == "cpu"
         self._cast = dtype
-        embedded = found.tokens.weight.dtype  # type: ignore[union-attr]
+        embedded = found.tokens.weight.dtype
         self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
         self.stream_dtype = self.dtype
         if isinstance(inner, GPT) and inner.config.residual == "float32":
@@ -205,7 +205,7 @@ class Decoder:
             if isinstance(swap, str) or swap is None:
                 self.called.append(module)
                 return module
-            names = swap.names  # type: ignore[assignment]
+            names = swap.names
         weight, bias = (getattr(module, name) for name in names)
         if occupied(module) or not plain(weight, bias):
             self.called.append(module)
@@ -328,7 +328,7 @@ class Decoder:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, 3C) -> q, k, v, views (B, H, T, D)."""
-        return qkv.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()  # type: ignore[return-value]
+        return qkv.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
 
     def _attend_prompt(self, index: int, qkv: Tensor) -> Tensor:
         scale = self.layers[index].scale
@@ -378,7 +378,7 @@ class Decoder:
             if positions is None:
                 positions = torch.arange(ids.shape[1], device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
-        return self._functions.embedding(ids, *weights, positions, dtype=self.stream_dtype, **self._backend)  # type: ignore[misc]
+        return self._functions.embedding(ids, *weights, positions, dtype=self.stream_dtype, **self._backend)
 
     def _add_norm(
         self, norm: Norm | nn.Module, branch: Tensor | None, x: Tensor, bias: Tensor | None
@@ -405,7 +405,7 @@ class Decoder:
         ids = torch.arange(count, device=self.device)[None] * 7919 % self.vocabulary
         with torch.no_grad(), self._evaluating():
             output = model(ids)
-        logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+        logits: Any = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
         expected = logits[:, -1].float()
         actual = self.logits(self.features(ids)[:, -1])
         distance = ((actual - expected).norm() / expected.norm()).item()

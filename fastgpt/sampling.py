@@ -1,4 +1,4 @@
-"""From logits to a token: penalty, temperature, filters, a draw. All of it on the logits' device, with no wait for it."""
+"""From logits to a token: penalty, temperature, filters, a draw. All on the logits' device, with no wait for it."""
 
 import dataclasses
 import math

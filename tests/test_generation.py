@@ -85,7 +85,7 @@ FAMILIES = {
 
 def varied(model):
     """The model with weights under which greedy tokens vary, so that a wrong one shows."""
-    last = [parameter for name, parameter in model.named_parameters() if "ln_f." in name or "final_norm." in name][0]
+    last = next(parameter for name, parameter in model.named_parameters() if "ln_f." in name or "final_norm." in name)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

@@ -53,8 +53,8 @@ def backend_of(module: Any) -> ops.Backend:
 
 
 def transformer_anatomy(model: Any, heads: str) -> Anatomy | None:
-    """Of a model with GPT-2's names, as Hugging Face and nanoGPT have them; `heads` is what attention calls its heads."""
-    body = getattr(model, "transformer", None)
+    """Of a model with GPT-2's names, as Hugging Face and nanoGPT have them; `heads` names attention's count."""
+    body: Any = getattr(model, "transformer", None)
     blocks: Any = getattr(body, "h", None)
     if not blocks or not hasattr(model, "lm_head") or not hasattr(blocks[0].attn, heads):
         return None
@@ -72,7 +72,7 @@ def transformer_anatomy(model: Any, heads: str) -> Anatomy | None:
         )
         for block in blocks
     )
-    containers = (model, body, blocks)
+    containers: tuple = (model, body, blocks)
     attn = blocks[0].attn
     return Anatomy(
         body.wte,
