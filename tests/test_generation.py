@@ -329,6 +329,12 @@ def test_repetition_penalty_sees_each_row_and_each_new_token(model):
     assert generate(model, prompts, 12, **options).tokens == [recomputed(model, p, 12, penalty=1.8) for p in prompts]
 
 
+def test_the_penalty_shuns_what_was_seen_whatever_its_sign():
+    scores, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    found = Sampling(repetition_penalty=2.0).probabilities(scores, seen)
+    torch.testing.assert_close(found, torch.tensor([[1.0, -4.0, 2.0, -2.0]]).softmax(-1))
+
+
 def test_samples_of_a_prompt_share_its_row(model):
     prompts = [[3, 1, 4], [7]]
     rows = generate(model, prompts, 4, temperature=0, num_samples=3).tokens
@@ -561,10 +567,12 @@ def test_logits_that_are_not_finite(model, part, draft):
 
 
 def test_a_row_that_has_ended_may_overflow_its_numbers(model):
-    """A NaN past a row's stop is nobody's."""
-    token = generate(model, PROMPT, 1, temperature=0).tokens[0][0]
-    model.wpe.weight.data[5] = float("nan")
-    assert generate(model, PROMPT, 5, temperature=0, stop_ids=token).tokens == [[token]]
+    """A NaN past a row's stop is nobody's, while another row goes on."""
+    prompts = [[3, 1, 4], [7]]
+    expected = generate(model, prompts, 5, temperature=0, stop_ids=11)
+    assert [len(tokens) for tokens in expected.tokens] == [1, 5]
+    model.wpe.weight.data[5] = float("nan")  # which the second row does not reach
+    assert generate(model, prompts, 5, temperature=0, stop_ids=11) == expected
 
 
 def test_no_step_waits_for_the_device(model, monkeypatch):
