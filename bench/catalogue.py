@@ -2,6 +2,7 @@
 
 from bench import cases, models
 from bench.cases import Case
+from bench.generation import generation
 from bench.machine import Machine
 from fastgpt.model import PRESETS
 
@@ -30,7 +31,9 @@ def _on_a_gpu(machine: Machine) -> list[Case]:
         *models.block(machine, 32, 1024, _124M, tier=1),
         *cases.decode(machine, 64, 12, 1024, 64, tier=2),
         *cases.decode(machine, 1, 12, 1024, 64, tier=2),
-        *models.generation(machine, 1, 32, 64, _124M, tier=2),
+        *generation(machine, 1, 32, 128, _124M, tier=2),
+        *generation(machine, 64, 32, 128, _124M, tier=2),
+        *generation(machine, 8, 512, 1, _124M, tier=2),
         *cases.add_layer_norm(machine, M, 1600, tier=3),
     ]
     for T in (4096, 16384, 512, 2048, 8192):
@@ -53,7 +56,8 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *models.block(machine, 1, 256, _124M, tier=1),
         *models.train_step(machine, 1, 256, _124M, tier=0),
         *cases.decode(machine, 8, 12, 1024, 64, tier=1),
-        *models.generation(machine, 1, 32, 8, _124M, tier=1),
+        *generation(machine, 1, 32, 128, _124M, tier=1),
+        *generation(machine, 1, 256, 1, _124M, tier=1),
     ]
 
 
@@ -69,5 +73,5 @@ def small(machine: Machine) -> list[Case]:
         *models.train_step(machine, 1, 8, _TINY, tier=0),
         *models.block(machine, 1, 8, _TINY, tier=1),
         *cases.decode(machine, 1, 2, 16, 16, tier=2),
-        *models.generation(machine, 1, 2, 1, _TINY, tier=2),
+        *generation(machine, 1, 2, 3, _TINY, tier=2),
     ]

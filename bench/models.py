@@ -1,6 +1,5 @@
-"""The cases above a function: a block, a training step, generation, at the weights of one fastgpt.GPT."""
+"""The cases above a function: a block and a training step, at the weights of one fastgpt.GPT."""
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,14 +11,13 @@ from bench import baselines, work
 from bench.cases import COMPILED, EAGER, SUBJECT, Case, Subject
 from bench.machine import Machine
 from bench.work import Work
-from fastgpt.generation import generate as fastgpt_generate
 from fastgpt.model import GPT, GPTConfig
 
 HUGGING_FACE, NANOGPT, BOOK = "Hugging Face", "nanoGPT", "the book, fast"
 _CHECKED = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.ln_2.weight")  # a model's gradients that are compared
 
 
-def _gpt(machine: Machine, shape: dict, **changes) -> GPT:
+def gpt(machine: Machine, shape: dict, **changes) -> GPT:
     """A model of random weights, the same for every variant, larger than GPT-2's first ones so that all parts count."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**shape, **changes}))
@@ -30,7 +28,7 @@ def _gpt(machine: Machine, shape: dict, **changes) -> GPT:
     return model.to(machine.device, machine.dtype)
 
 
-def _with_backend(model: GPT, backend: str, **changes) -> GPT:
+def with_backend(model: GPT, backend: str, **changes) -> GPT:
     """The same weights on another road."""
     twin = GPT(GPTConfig(**{**vars(model.config), "backend": backend, **changes}))
     twin.load_state_dict(model.state_dict())
@@ -52,7 +50,7 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
     C, H, e = shape.n_embd, shape.n_head, machine.dtype.itemsize
 
     def problem():
-        model = _gpt(machine, vars(shape))
+        model = gpt(machine, vars(shape))
         x, branch, dout = (torch.randn(B, T, C, device=machine.device).to(machine.dtype) for _ in range(3))
         return BlockProblem(model, x, branch, dout)
 
@@ -99,15 +97,15 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
 
     variants = {SUBJECT: lambda p: of(p.model, None, p)}
     if machine.kind != "cpu":
-        variants[EAGER] = lambda p: of(_with_backend(p.model, "torch"), None, p)
+        variants[EAGER] = lambda p: of(with_backend(p.model, "torch"), None, p)
 
     def compiled(p):
-        twin = _with_backend(p.model, "torch")
+        twin = with_backend(p.model, "torch")
         return of(twin, baselines.compiled(machine, twin.h[0]), p)
 
     variants |= {COMPILED: compiled, HUGGING_FACE: theirs}
     floor = _block_work(B, T, C, H, e)
-    oracle = lambda p: of(_with_backend(p.model, "torch").double(), None, p).results()  # noqa: E731
+    oracle = lambda p: of(with_backend(p.model, "torch").double(), None, p).results()  # noqa: E731
     return [Case("block fwd+bwd", dict(B=B, T=T, C=C, H=H), tier, floor, problem, variants, oracle)]
 
 
@@ -134,7 +132,7 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> lis
     e = machine.dtype.itemsize
 
     def problem():
-        model = _gpt(machine, config)
+        model = gpt(machine, config)
         idx = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % shape.vocab_size
         targets = idx.roll(-1, dims=1).clone()
         targets[:, -1] = -100  # Hugging Face shifts labels itself and has none for the last place
@@ -159,13 +157,13 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> lis
         return Subject(run, results)
 
     def fresh(p, backend):
-        twin = _with_backend(p.model, backend)
+        twin = with_backend(p.model, backend)
         return of(twin, twin, p)
 
     def compiled(p):
         if machine.kind == "cpu":
             raise baselines.Unavailable("compiling the whole model on a CPU takes longer than this benchmark")
-        twin = _with_backend(p.model, "torch")
+        twin = with_backend(p.model, "torch")
         return of(twin, baselines.compiled(machine, twin), p)
 
     def theirs(p):
@@ -188,48 +186,10 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> lis
     variants |= {COMPILED: compiled, HUGGING_FACE: theirs, NANOGPT: nanogpt, BOOK: book}
 
     def oracle(p, **changes):
-        twin = _with_backend(p.model, "torch", **changes).double()
+        twin = with_backend(p.model, "torch", **changes).double()
         return of(twin, twin, p).results()
 
     lines = work.train_step(shape, B, T, e, adamw_bytes=7 * e)
     floor = Work(sum(n * w.flops for _, _, n, w in lines), sum(n * w.bytes for _, _, n, w in lines))
     shape_numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
     return [Case("training step", shape_numbers, tier, floor, problem, variants, oracle, capture=False)]
-
-
-def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int) -> list[Case]:
-    """Greedy tokens after a prompt. Checked: the logits after the prompt."""
-    shape = GPTConfig(**config)
-
-    def problem():
-        model = _gpt(machine, config).eval()
-        ids = torch.arange(B * prompt, device=machine.device).view(B, prompt) * 7919 % shape.vocab_size
-        return model, ids
-
-    def of(model: GPT, ids: Tensor) -> Subject:
-        @torch.no_grad()
-        def logits():
-            return (model.head(model.features(ids)[:, -1]),)
-
-        return Subject(lambda: list(fastgpt_generate(model, ids, new, temperature=0)), logits)
-
-    def theirs(p):
-        ours, ids = p
-        model = baselines.hugging_face(ours)
-
-        @torch.no_grad()
-        def logits():
-            return (model(ids).logits[:, -1],)
-
-        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-        mask = torch.ones_like(ids)
-        return Subject(lambda: model.generate(ids, attention_mask=mask, **options), logits)
-
-    variants = {SUBJECT: lambda p: of(*p)}
-    if machine.kind != "cpu":
-        variants[EAGER] = lambda p: of(_with_backend(p[0], "torch"), p[1])
-    variants[HUGGING_FACE] = theirs
-    floor = work.generation(shape, B, prompt, new, machine.dtype.itemsize)
-    numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
-    oracle = lambda p: of(copy.deepcopy(_with_backend(p[0], "torch")).double(), p[1]).results()  # noqa: E731
-    return [Case("generate", numbers, tier, floor, problem, variants, oracle, capture=False)]

@@ -1,7 +1,6 @@
 """The command `fastgpt`. Errors a person can mend are one line and exit code 2; Ctrl-C is 130."""
 
 import argparse
-import codecs
 import dataclasses
 import io
 import os
@@ -12,15 +11,15 @@ from pathlib import Path
 
 import torch
 
+from fastgpt import cli_text
 from fastgpt.families.raschka import VARIANTS
-from fastgpt.generation import generate
 from fastgpt.model import PRESETS, GPTConfig
 from fastgpt.settings import SETTINGS, TrainConfig, read_settings
-from fastgpt.tokenizer import END_OF_TEXT, encoding
+from fastgpt.tokenizer import encoding
 from fastgpt.tokens import meta_of, tokenize
 from fastgpt.train import fit, pretrained
 from fastgpt.verify import TOLERANCE, load, random_ids, verify_model
-from fastgpt.weights import convert, load_model
+from fastgpt.weights import convert
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,9 +51,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastgpt", description="Train, run, convert and verify GPTs.", allow_abbrev=False)
+    parser = _Parser(prog="fastgpt", description="Train, run, evaluate, convert and verify GPTs.", allow_abbrev=False)
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | tokenize | generate | convert | verify"
+        dest="command", required=True, metavar="train | tokenize | generate | eval | convert | verify"
     )
 
     train = commands.add_parser("train", help="train a GPT and save it", allow_abbrev=False)
@@ -81,14 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--workers", type=int, metavar="N", help="threads (default: one a CPU)")
     read.add_argument("--overwrite", action="store_true", help="replace tokens that are in --out already")
 
-    write = commands.add_parser("generate", help="write text with a trained GPT", allow_abbrev=False)
-    write.set_defaults(run=_generate)
-    write.add_argument("--prompt", default="", help="what to continue (default: a new document)")
-    write.add_argument("--checkpoint", default="out", metavar="DIR", help="the trained model (default: out)")
-    write.add_argument("--max_new_tokens", type=int, default=400, metavar="N")
-    write.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
-    write.add_argument("--top_k", type=int, metavar="K", help="sample among the K likeliest")
-    write.add_argument("--seed", type=int, help="makes the text repeatable")
+    cli_text.add_generate(commands)
+    cli_text.add_eval(commands)
 
     change = commands.add_parser("convert", help="carry weights from one family to another", allow_abbrev=False)
     change.set_defaults(run=_convert)
@@ -171,7 +164,8 @@ def _train(options: argparse.Namespace) -> None:
     if train_config.fsdp or int(os.environ.get("RANK", 0)):  # only a whole model can write, and once is enough
         return
     print(f"\nsaved in {out}; a sample:\n")
-    _write(model, tokens, train_config.sample_prompt, 300, 0.8, None, train_config.seed)
+    prompt, seed = train_config.sample_prompt, train_config.seed
+    cli_text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
 
 
 def _tokenize(options: argparse.Namespace) -> None:
@@ -187,19 +181,6 @@ def _tokenize(options: argparse.Namespace) -> None:
     print(
         f"{meta['documents']:,} documents, {meta['text_bytes']:,} bytes; in {options.out} are "
         f"{meta['train']['tokens']:,} tokens to train on and {meta['val']['tokens']:,} to validate"
-    )
-
-
-def _generate(options: argparse.Namespace) -> None:
-    model, config = load_model(options.checkpoint)
-    _write(
-        model,
-        encoding(config["encoding"]),
-        options.prompt,
-        options.max_new_tokens,
-        options.temperature,
-        options.top_k,
-        options.seed,
     )
 
 
@@ -235,27 +216,3 @@ def _verify(options: argparse.Namespace) -> int:
     found = verify_model(model, ids, tolerance=options.tolerance)
     print(found)
     return 0 if found.passed else 1
-
-
-def _write(model, tokens, prompt, max_new_tokens, temperature, top_k, seed) -> None:
-    """Stream the prompt and its continuation; a character of several bytes appears once it is whole."""
-    device = next(model.parameters()).device
-    end = tokens.encode_single_token(END_OF_TEXT)
-    ids = torch.tensor([tokens.encode(prompt, disallowed_special=()) or [end]], device=device)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    stream = generate(
-        model,
-        ids,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        seed=seed,
-        vocab_size=tokens.n_vocab,
-        overflow="slide",
-    )
-    print(prompt, end="", flush=True)
-    for next_ids in stream:
-        if next_ids.item() == end:
-            break
-        print(decoder.decode(tokens.decode_single_token_bytes(next_ids.item())), end="", flush=True)
-    print(decoder.decode(b"", final=True), flush=True)

@@ -91,6 +91,14 @@ def _join(parts: list[np.ndarray]) -> Tokens:
     return parts[0] if len(parts) == 1 else Shards(parts)
 
 
+def read_tokens(source: str | Path, encoding: tiktoken.Encoding) -> np.ndarray:
+    """(N,): all tokens of a text file, a folder of them or a `.bin` file, each read as load_corpus does."""
+    path = Path(source)
+    tokens = map_tokens(path) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
+    examine(tokens, encoding, path)
+    return tokens
+
+
 def builtin_documents() -> tuple[list[str], list[str]]:
     """The source files of the running interpreter's standard library, for training and for validation.
 

@@ -52,6 +52,11 @@ def read_weights_of(source: Path) -> tuple[dict[str, Tensor], dict]:
     return named, settings
 
 
+def holds_weights(source: Path) -> bool:
+    """Whether this is a file, or a folder with a file of weights by one of the usual names."""
+    return source.is_file() or any((source / name).is_file() for name in (*_WHOLE, *_INDEXES))
+
+
 def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

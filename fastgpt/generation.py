@@ -1,80 +1,323 @@
-"""Tokens from a GPT, one after another."""
+"""Tokens from a GPT, one after another: of fastgpt's, Hugging Face's, nanoGPT's or the book's."""
 
-import math
-from collections.abc import Iterator
-from typing import Literal
+import codecs
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgpt.model import GPT
+from fastgpt.batch import Batch, Readback, Told, slots
+from fastgpt.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.sampling import Sampling
+from fastgpt.speculative import Speculation, room
+
+Reason = Literal["length", "stop_id", "stop_string"]
+LAY_OUT_FROM = 32  # tokens of a call that make it worth while to lay weights out for one row's pass on a CPU
+DRAFT_TOKENS = 4
 
 
-def generate(
-    model: GPT,
-    ids: Tensor,
+class Generation(NamedTuple):
+    """What generate made of each row; row p * num_samples + s is sample s of prompt p."""
+
+    tokens: list[list[int]]  # the new ones, with the stop id that ended a row
+    reasons: list[Reason]  # why each row ended
+    texts: list[str] | None  # of the new tokens, up to a stop string and without a stop id; with an encoding
+    logprobs: list[list[float]] | None  # of each new token: its natural logarithm of the model's own probability
+
+
+class Step(NamedTuple):
+    """What stream yields: each row's news, empty for a row that has ended."""
+
+    tokens: list[list[int]]
+    texts: list[str] | None  # whole characters; joined, a row's are Generation's text
+    logprobs: list[list[float]] | None
+    reasons: list[Reason | None]  # of rows that have ended, then or before
+
+
+def generate(model: nn.Module | Decoder, ids: Any, max_new_tokens: int, **options) -> Generation:
+    """Continue the prompts `ids` by up to max_new_tokens tokens each; all of them at the end. The options are stream's.
+
+    ids: (B, T) integers, or a list of prompts of any lengths. The model is fastgpt's GPT, or a live GPT-2 of Hugging
+    Face, nanoGPT or the book, accelerated or not; it is left as it is. `generate(model, ids, 20, temperature=0).tokens`
+    """
+    steps = list(stream(model, ids, max_new_tokens, **options))
+    first, rows = steps[0], range(len(steps[0].tokens))
+    return Generation(
+        [[token for step in steps for token in step.tokens[row]] for row in rows],
+        steps[-1].reasons,  # type: ignore[arg-type]
+        None if first.texts is None else ["".join(step.texts[row] for step in steps if step.texts) for row in rows],
+        None if first.logprobs is None else [[p for s in steps if s.logprobs for p in s.logprobs[row]] for row in rows],
+    )
+
+
+def stream(
+    model: nn.Module | Decoder,
+    ids: Any,
     max_new_tokens: int,
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    num_samples: int = 1,
     seed: int | None = None,
+    stop_ids: int | Sequence[int] = (),
+    stop_strings: str | Sequence[str] = (),
+    encoding: Any = None,
+    attention_mask: Tensor | None = None,
     vocab_size: int | None = None,
+    logprobs: bool = False,
     overflow: Literal["error", "slide"] = "error",
-) -> Iterator[Tensor]:
-    """Continue the prompts `ids` (B, T): yields the next ids (B,), max_new_tokens times.
+    dtype: torch.dtype | None = None,
+    draft: nn.Module | Decoder | None = None,
+    draft_tokens: int = DRAFT_TOKENS,
+) -> Iterator[Step]:
+    """Continue prompts, and yield each step's tokens when they are there.
 
-    temperature 0 takes the likeliest token. top_k samples among the k likeliest, vocab_size among the ids below it
-    (a tokenizer smaller than the head). seed makes the draws repeatable and leaves torch's generators alone. Past the
-    context, overflow="error" raises before the first token and "slide" forgets the oldest ones.
-    ValueError for a bad argument, and for logits that are not finite.
+    model, ids: as generate's. A Decoder is a model made ready once, for several calls.
+    temperature, top_k, top_p, min_p, repetition_penalty: see Sampling. num_samples: rows of each prompt, read once.
+    seed: makes the draws repeatable and leaves torch's generators alone.
+    stop_ids, stop_strings: each row ends by itself, at whichever comes first; strings are found across tokens.
+    encoding: tiktoken's, for texts and stop_strings. vocab_size: sample among the ids below it; the encoding's if None.
+    attention_mask: (B, T), 0 where ids (B, T) is padding, on either side. logprobs: of each token that was chosen.
+    overflow: past the context, "error" raises before the first token; "slide" forgets the oldest, and reads the window
+    anew for each token, since no position stays the same.
+    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU without instructions
+    for bfloat16 it is slower than float32.
+    draft: a smaller GPT of the same vocabulary that proposes draft_tokens (up to 15) at a time, for the model to judge:
+    the distribution stays the model's.
+
+    On a GPU no step waits for the host: a step is one CUDA graph, its tokens are copied beside it, and the host looks
+    at them, and finds stops, four steps later. With a draft, a round of tokens waits once.
+    TypeError and ValueError for bad arguments, before any work. ValueError for logits that are not finite: it names
+    their position and the first part of the model that made such a number.
     """
-    context, size = model.config.block_size, model.config.vocab_size
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"generate: ids has shape {tuple(ids.shape)}, not (B, T) with T at least 1")
-    if max_new_tokens < 1:
-        raise ValueError(f"generate: max_new_tokens is {max_new_tokens}, not at least 1")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"generate: temperature is {temperature}, not a finite number of at least 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"generate: top_k is {top_k}, not at least 1")
-    if vocab_size is not None and not 1 <= vocab_size <= size:
-        raise ValueError(f"generate: vocab_size is {vocab_size}, not from 1 to the model's {size}")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"generate: seed is {seed}, not a 64-bit integer")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    _whole("max_new_tokens", max_new_tokens)
+    _whole("num_samples", num_samples)
+    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise ValueError(f"generate: seed is {seed!r}, not a 64-bit integer")
     if overflow not in ("error", "slide"):
         raise ValueError(f"generate: overflow is {overflow!r}, not 'error' or 'slide'")
-    if overflow == "error" and ids.shape[1] + max_new_tokens > context + 1:  # the last token is never fed back
-        total = f"{ids.shape[1]} + {max_new_tokens}"
-        raise ValueError(f"generate: {total} tokens pass the context of {context}; overflow='slide' forgets the oldest")
-    generator = None
-    if seed is not None:
-        generator = torch.Generator(ids.device).manual_seed(seed)
-    return _continue(model, ids, max_new_tokens, temperature, top_k, generator, vocab_size)
+    if draft is not None and not 1 <= draft_tokens < MAX_STEP:
+        raise ValueError(f"generate: draft_tokens is {draft_tokens}, not from 1 to {MAX_STEP - 1}")
+    if draft is not None and overflow == "slide":
+        raise ValueError("generate: overflow='slide' has no road with a draft")
+    prompts = _prompts(ids, attention_mask)
+    stops = _Stops(_ids(stop_ids), [stop_strings] if isinstance(stop_strings, str) else list(stop_strings), encoding)
+    decoder, helper = (_ready(m, dtype, max_new_tokens) for m in (model, draft))
+    assert decoder is not None
+    vocab_size = _vocabulary(decoder, helper, vocab_size, encoding)
+    _check_tokens(prompts, decoder)
+    _check_room(decoder, prompts, max_new_tokens, num_samples, overflow)
+    if helper is not None and helper.context < max(map(len, prompts)) + max_new_tokens - 1:
+        raise ValueError(f"generate: the draft's context is {helper.context}, the model's {decoder.context}")
+    generator = None if seed is None else torch.Generator(decoder.device).manual_seed(seed)
+    batch = Batch(
+        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, room(helper)
+    )  # fmt: skip
+    speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    return _continue(batch, speculation, [_Row(prompt, max_new_tokens, stops) for prompt in repeated], stops)
 
 
-def _continue(model, ids, max_new_tokens, temperature, top_k, generator, vocab_size) -> Iterator[Tensor]:
-    """A generator of its own, so that generate's checks run when it is called, not at the first token."""
-    training = model.training
-    model.eval()
-    try:
-        for _ in range(max_new_tokens):
-            with torch.no_grad():  # inference tensors could not be trained on
-                features = model.features(ids[:, -model.config.block_size :])
-                logits = model.head(features[:, -1]).float()[:, :vocab_size]  # (B, V)
-                if not logits.isfinite().all():
-                    raise ValueError(f"generate: the model's logits at position {ids.shape[1] - 1} are not finite")
-                next_ids = _sample(logits, temperature, top_k, generator)
-                ids = torch.cat((ids, next_ids[:, None]), dim=1)
-            yield next_ids
-    finally:
-        model.train(training)
+# The checks.
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    if temperature < torch.finfo(torch.float32).tiny:  # 0, as far as float32 can tell
-        return logits.argmax(-1)
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    logits = logits - logits.amax(-1, keepdim=True)  # or a small temperature would make them infinite
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+def _whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"generate: {name} is {value!r}, not at least 1")
+
+
+def _ids(stop_ids: int | Sequence[int]) -> frozenset[int]:
+    stops = frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids)
+    for stop in stops:
+        if not isinstance(stop, int):
+            raise TypeError(f"generate: stop_ids holds {stop!r}, not an int")
+    return stops
+
+
+def _prompts(ids: Any, mask: Tensor | None) -> list[list[int]]:
+    """Each prompt's tokens, without padding."""
+    if isinstance(ids, Tensor):
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"generate: ids is {ids.dtype}, not of integers")
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"generate: ids has shape {tuple(ids.shape)}, not (B, T) with B and T at least 1")
+        rows = ids.tolist()
+    else:
+        rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in ids]
+    if mask is not None:
+        if not isinstance(ids, Tensor) or mask.shape != ids.shape:
+            raise ValueError(f"generate: attention_mask has shape {tuple(mask.shape)}, ids have another")
+        rows = [
+            [token for token, kept in zip(row, keep, strict=True) if kept]
+            for row, keep in zip(rows, mask.tolist(), strict=True)
+        ]
+    if not rows:
+        raise ValueError("generate: there is no prompt")
+    for number, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"generate: prompt {number} is empty; begin with the end-of-text token")
+        if not all(isinstance(token, int) for token in row):
+            raise TypeError(f"generate: prompt {number} holds {next(t for t in row if not isinstance(t, int))!r}")
+    return rows
+
+
+def _ready(model: Any, dtype: torch.dtype | None, max_new_tokens: int) -> Decoder | None:
+    if model is None or isinstance(model, Decoder):
+        return model
+    return Decoder(model, dtype=dtype, many_tokens=max_new_tokens >= LAY_OUT_FROM)
+
+
+def _vocabulary(decoder: Decoder, helper: Decoder | None, asked: int | None, encoding: Any) -> int:
+    size = decoder.outputs
+    if encoding is not None and encoding.n_vocab > size:
+        raise ValueError(f"generate: the encoding {encoding.name!r} has {encoding.n_vocab} ids, the model {size}")
+    if asked is not None and not 1 <= asked <= size:
+        raise ValueError(f"generate: vocab_size is {asked}, not from 1 to the model's {size}")
+    if helper is not None and (helper.outputs, helper.vocabulary) != (size, decoder.vocabulary):
+        raise ValueError(f"generate: the draft's vocabulary is {helper.outputs}, the model's {size}")
+    return asked or (size if encoding is None else encoding.n_vocab)
+
+
+def _check_tokens(prompts: list[list[int]], decoder: Decoder) -> None:
+    for number, prompt in enumerate(prompts):
+        if min(prompt) < 0 or max(prompt) >= decoder.vocabulary:
+            place, token = next((i, t) for i, t in enumerate(prompt) if not 0 <= t < decoder.vocabulary)
+            raise ValueError(
+                f"generate: token {token} at {place} of prompt {number} is outside a vocabulary of {decoder.vocabulary}"
+            )
+
+
+def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: int, overflow: str) -> None:
+    """ValueError for what the context, or the memory of the device, does not hold."""
+    longest, context = max(map(len, prompts)), decoder.context
+    if overflow == "error" and longest + new > context + 1:  # the last token is never fed back
+        raise ValueError(
+            f"generate: {longest} + {new} tokens pass the context of {context}; overflow='slide' forgets the oldest"
+        )
+    rows, each = len(prompts) * samples, slots(decoder, longest, new)
+    needed = Cache.size(decoder, rows, each) + rows * (longest + new) * 8 + rows * decoder.outputs * 4
+    if decoder.device.type == "cuda":
+        there = torch.cuda.mem_get_info(decoder.device)[0]
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > there:
+        raise ValueError(
+            f"generate: {rows} rows of {each} tokens need about {needed / 2**30:,.1f} GiB, "
+            f"{decoder.device} has {there / 2**30:,.1f}"
+        )
+
+
+# The host's side: what the tokens of a row say, and when it ends.
+
+
+class _Stops:
+    def __init__(self, ids: frozenset[int], strings: list[str], encoding: Any):
+        if strings and encoding is None:
+            raise ValueError("generate: stop_strings need an encoding, to read the tokens with")
+        for string in strings:
+            if not isinstance(string, str) or not string:
+                raise ValueError(f"generate: stop_strings holds {string!r}, not a string of at least one character")
+        if encoding is not None and not hasattr(encoding, "decode_single_token_bytes"):
+            raise TypeError(f"generate: encoding is a {type(encoding).__name__}, not a tiktoken.Encoding")
+        self.ids, self.strings, self.encoding = ids, strings, encoding
+
+
+class _Row:
+    """One row's tokens so far, its text that is certain, and why it ended."""
+
+    def __init__(self, prompt: list[int], limit: int, stops: _Stops):
+        self.prompt, self.limit, self.stops = prompt, limit, stops
+        self.tokens: list[int] = []
+        self.reason: Reason | None = None
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""  # what may be the beginning of a stop string
+
+    def take(self, ids: list[int]) -> tuple[list[int], str]:
+        """The ids that count, and the text that has become certain."""
+        kept, text = [], ""
+        for token in ids:
+            if self.reason is not None:
+                break
+            kept.append(token)
+            self.tokens.append(token)
+            if token in self.stops.ids:
+                self.reason = "stop_id"
+            elif self.stops.encoding is not None:
+                text += self._read(self.stops.encoding.decode_single_token_bytes(token))
+            if self.reason is None and len(self.tokens) == self.limit:
+                self.reason = "length"
+            if self.reason in ("stop_id", "length"):
+                text += self._read(b"", final=True)
+        return kept, text
+
+    def _read(self, data: bytes, final: bool = False) -> str:
+        """Whole characters, but for those that a stop string may begin with."""
+        text = self._held + self._decoder.decode(data, final)
+        places = [place for string in self.stops.strings if (place := text.find(string)) >= 0]
+        if places:
+            self.reason, self._held = "stop_string", ""
+            return text[: min(places)]
+        held = 0 if final else max((_overlap(text, string) for string in self.stops.strings), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, string: str) -> int:
+    """The most characters of the end of `text` that `string` begins with, short of all."""
+    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+
+
+def _continue(batch: Batch, speculation: Speculation | None, rows: list[_Row], stops: _Stops) -> Iterator[Step]:
+    """A generator of its own, so that stream's checks run when it is called, not at the first token."""
+    for told in _told(batch, speculation, rows):
+        tokens, texts, logprobs = [], [], []
+        for number, row in enumerate(rows):
+            if row.reason is None and -1 in told.ids[number]:
+                row.take(told.ids[number][: told.ids[number].index(-1)])
+                raise ValueError(_not_finite(batch.decoder, row))
+            kept, text = row.take(told.ids[number]) if row.reason is None else ([], "")
+            tokens.append(kept)
+            texts.append(text)
+            logprobs.append(told.logprobs[number][: len(kept)] if told.logprobs is not None else [])
+        yield Step(
+            tokens,
+            None if stops.encoding is None else texts,
+            None if told.logprobs is None else logprobs,
+            [row.reason for row in rows],
+        )
+
+
+def _told(batch: Batch, speculation: Speculation | None, rows: list[_Row]) -> Iterator[Told]:
+    """Each step's news, until all rows have ended."""
+    if speculation is not None:
+        yield speculation.start()
+        while any(row.reason is None for row in rows):
+            speculation.active = [row.reason is None for row in rows]
+            yield speculation.round()
+        return
+    readback = Readback(batch.decoder.device)
+    for _ in range(rows[0].limit):
+        batch.advance()
+        readback.put(batch.ids, batch.logprobs)
+        if len(readback) > readback.ahead:
+            yield readback.take()
+        if all(row.reason is not None for row in rows):
+            return
+    while len(readback) and any(row.reason is None for row in rows):
+        yield readback.take()
+
+
+def _not_finite(decoder: Decoder, row: _Row) -> str:
+    ids = row.prompt + row.tokens
+    window = torch.tensor(ids[-decoder.context :], device=decoder.device)
+    part = decoder.first_not_finite(window)
+    where = f"first in {part}" if part else "and a second pass over its tokens finds them finite"
+    return f"generate: the model's logits at position {len(ids) - 1} are not finite, {where}"

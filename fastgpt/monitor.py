@@ -125,13 +125,9 @@ def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, se
     end = encoding.encode_single_token(END_OF_TEXT)
     device = next(model.parameters()).device
     ids = torch.tensor([encoding.encode(prompt, disallowed_special=()) or [end]], device=device)
-    stream = generate(model, ids, tokens, temperature=0.8, seed=seed, vocab_size=encoding.n_vocab, overflow="slide")
-    written: list[int] = []
-    for next_ids in stream:
-        if next_ids.item() == end:
-            break
-        written.append(int(next_ids))
-    return prompt + encoding.decode(written)
+    options: dict = dict(temperature=0.8, seed=seed, vocab_size=encoding.n_vocab, overflow="slide", stop_ids=end)
+    (written,) = generate(model, ids, tokens, **options).tokens
+    return prompt + encoding.decode([token for token in written if token != end])
 
 
 def keep_sample(folder: Path, step: int, text: str) -> None:

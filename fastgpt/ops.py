@@ -43,7 +43,7 @@ def layer_norm(
     weight, bias: (C,), in any floating dtype. Source: Ba, Kiros, Hinton, "Layer Normalization", 2016, section 3.
     """
     checks.norm("layer_norm", x, weight, bias, eps)
-    return _road("layer_norm", backend, x).layer_norm(x, weight, bias, eps)
+    return road("layer_norm", backend, x).layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -73,7 +73,7 @@ def add_layer_norm(
     if residual_dtype is not None and residual_dtype not in checks.FLOATS:
         raise TypeError(f"{name}: residual_dtype is {residual_dtype}, not one of {checks.names(checks.FLOATS)}")
     checks.dropout(name, dropout_p, seed, x.device)
-    return _road(name, backend, x).add_layer_norm(
+    return road(name, backend, x).add_layer_norm(
         x, residual, weight, bias, eps, x_bias=x_bias, residual_dtype=residual_dtype, dropout_p=dropout_p, seed=seed
     )
 
@@ -107,7 +107,7 @@ def causal_attention(
         )
     checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return _road(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
+    return road(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
 
 
 def causal_attention_qkv(
@@ -132,7 +132,7 @@ def causal_attention_qkv(
     shape = (batch, heads, time, packed // 3 // heads)
     checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return _road(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
+    return road(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
 
 
 def document_ids(cu_seqlens: Tensor, time: int) -> Tensor:
@@ -176,7 +176,7 @@ def decode_attention(
     checks.integers(name, q.device, lengths=lengths)
     checks.shape(name, "lengths", lengths, q.shape[:1])
     checks.in_range(name, "length", lengths, k_cache.shape[2] + 1, f"a cache of {k_cache.shape[2]} slots")
-    return _road(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
+    return road(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
         q, k_cache, v_cache, lengths, scale=scale
     )
 
@@ -209,7 +209,7 @@ def gelu_mlp(
     checks.shape(name, "b_out", b_out, x.shape[-1:])
     if approximate not in ("tanh", "none"):
         raise ValueError(f"{name}: approximate is {approximate!r}, not 'tanh' or 'none'")
-    return _road(name, backend, x).gelu_mlp(x, w_in, b_in, w_out, b_out, approximate=approximate, recompute=recompute)
+    return road(name, backend, x).gelu_mlp(x, w_in, b_in, w_out, b_out, approximate=approximate, recompute=recompute)
 
 
 def linear_cross_entropy(
@@ -246,7 +246,7 @@ def linear_cross_entropy(
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{name}: z_loss is {z_loss}, not a finite number of at least 0")
     checks.in_range(name, "target", targets, weight.shape[0], f"a vocabulary of {weight.shape[0]}", ignore_index)
-    return _road(name, backend, x).linear_cross_entropy(
+    return road(name, backend, x).linear_cross_entropy(
         x,
         weight,
         targets,
@@ -294,7 +294,7 @@ def embedding(
     checks.in_range(name, "token", ids, token_weight.shape[0], f"a vocabulary of {token_weight.shape[0]}")
     if positions is not None:
         checks.in_range(name, "position", positions, context, f"a context of {context}")
-    return _road(name, backend, token_weight).embedding(
+    return road(name, backend, token_weight).embedding(
         ids, token_weight, position_weight, positions, dropout_p=dropout_p, seed=seed, dtype=dtype
     )
 
@@ -318,7 +318,8 @@ def explain(function: Callable, *args, **kwargs) -> str:
 # tensor, `arguments` what else the kernel's limits ask about.
 
 
-def _road(name: str, backend: Backend, operand: Tensor, **arguments) -> ModuleType:
+def road(name: str, backend: Backend, operand: Tensor, **arguments) -> ModuleType:
+    """The module whose function of that name serves such a call; for a caller that checks once and calls often."""
     return _choose(name, backend, operand, arguments)[0]
 
 

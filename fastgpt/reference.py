@@ -81,6 +81,9 @@ def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, ke
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
     """q (B, H, Tq, D) over the first lengths[b] slots of the caches (B, Hkv, Tmax, D), q's own the last Tq of them."""
+    if _full(q, k_cache, lengths):
+        grouped = q.shape[1] != k_cache.shape[1]
+        return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale, enable_gqa=grouped)
     slots = torch.arange(k_cache.shape[-2], device=q.device)
     steps = torch.arange(q.shape[-2], device=q.device)
     filled = slots < lengths[:, None]  # (B, Tmax)
@@ -89,6 +92,13 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
     k = k_cache.masked_fill(~filled[:, None, :, None], 0)
     v = v_cache.masked_fill(~filled[:, None, :, None], 0)
     return _masked_attention(q, k, v, allowed, scale, 0.0, None)
+
+
+def _full(q, k_cache, lengths) -> bool:
+    """Whether one query a row sees every slot, where asking does not wait for a device."""
+    if q.device.type != "cpu" or q.shape[-2] != 1 or torch.compiler.is_compiling():
+        return False
+    return bool((lengths == k_cache.shape[-2]).all())
 
 
 def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):

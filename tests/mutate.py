@@ -62,6 +62,14 @@ WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
 CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
+GENERATION = "test_generation.py::"
+CACHED, DRAWN, STOPS = (
+    GENERATION + "test_greedy_with_the_cache_is_greedy_without_it",
+    GENERATION + "test_draws_follow_the_softmax_with_its_filters",
+    GENERATION + "test_each_row_stops_by_itself",
+)
+DECODER, SAMPLING, BATCH = "fastgpt/decoder.py", "fastgpt/sampling.py", "fastgpt/batch.py"
+SPECULATIVE = "fastgpt/speculative.py"
 
 MUTANTS = [
     # LayerNorm
@@ -210,6 +218,31 @@ MUTANTS = [
     Mutant("a cache that is never filled", RASCHKA, "if use_cache and cache is not None:", "if False:", "test_families_raschka.py::test_the_cache_of_the_packages_variant_works", False),
     Mutant("loss ignores -100", "fastgpt/families/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
+    # generation
+    Mutant("positions one too early", DECODER, "self._walk(ids, positions, attend)", "self._walk(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
+    Mutant("a stale cache row", DECODER, "values[cache.row, :, positions] = v.transpose(1, 2)", "pass", CACHED, False),
+    Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", CACHED, False),
+    Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),
+    Mutant("the family's scale not read", DECODER, "            layer.scale,\n", "            None,\n", CACHED, False),
+    Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", GENERATION + "test_a_model_of_another_form_is_refused", False),
+    Mutant("modes not restored", DECODER, "module.training = training", "pass", GENERATION + "test_the_model_is_left_as_it_was", False),
+    Mutant("top_p one token short", SAMPLING, "F.pad(weights.cumsum(-1)[:, :-1], (1, 0))", "weights.cumsum(-1)", GENERATION + "test_top_p_ends_with_the_token_that_reaches_it", False),
+    Mutant("top_p's boundary", SAMPLING, "before >= self.top_p", "before > self.top_p", GENERATION + "test_top_p_ends_with_the_token_that_reaches_it", False),
+    Mutant("min_p of all, not of the likeliest", SAMPLING, "self.min_p * weights.amax(-1, keepdim=True)", "self.min_p", DRAWN, False),
+    Mutant("temperature after the filters", SAMPLING, "keepdim=True)) / self.temperature", "keepdim=True))", DRAWN, False),
+    Mutant("a penalty that rewards", SAMPLING, "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", GENERATION + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
+    Mutant("new tokens not seen", BATCH, "self.seen.scatter_(1, ids, True)", "pass", GENERATION + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
+    Mutant("samples of another prompt", BATCH, "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", GENERATION + "test_samples_of_a_prompt_share_its_row", False),
+    Mutant("a window of one token less", BATCH, "starts = (self.lengths - context)", "starts = (self.lengths - context + 1)", GENERATION + "test_slide_forgets_the_oldest", False),
+    Mutant("a stop id ends all rows", "fastgpt/generation.py", "if all(row.reason is not None for row in rows):", "if any(row.reason is not None for row in rows):", STOPS, False),
+    Mutant("a stop id ignored in one row", "fastgpt/generation.py", "if token in self.stops.ids:", "if token in self.stops.ids and self.prompt[0] != 7:", STOPS, False),
+    Mutant("a stop string shown in part", "fastgpt/generation.py", "held = 0 if final else", "held = 0 if True else", GENERATION + "test_stop_strings", False),
+    Mutant("half a character shown", "fastgpt/generation.py", "self._decoder.decode(data, final)", "data.decode(errors='replace')", GENERATION + "test_characters_are_streamed_whole", False),
+    Mutant("every proposal taken", SPECULATIVE, "(chance * q < p)", "(chance * q < p + 9)", GENERATION + "test_a_draft_gives_the_models_distribution", False),
+    Mutant("a rejected proposal drawn anew from p", SPECULATIVE, "left = (rest - guess).clamp(min=0)", "left = rest", GENERATION + "test_a_draft_gives_the_models_distribution", False),
+    Mutant("tokens after a rejection kept", SPECULATIVE, ".cumprod(dim=1)", "", GENERATION + "test_a_draft_changes_no_greedy_token", False),
+    Mutant("tokens counted twice in eval", "fastgpt/evaluation.py", "begin + i + 1 >= counted", "begin + i + 1 >= 0", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
+    Mutant("an eval window that forgets a token", "fastgpt/evaluation.py", "begin = max(0, end - window - 1)", "begin = max(0, end - window)", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     # weights
     Mutant("the square c_proj not transposed", GPT2, '"attn.c_attn.weight", "attn.c_proj.weight", "mlp', '"attn.c_attn.weight", "mlp', "test_convert.py::test_square_weights_are_transposed_by_value", False),
     Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),

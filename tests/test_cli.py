@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import fastgpt
-from fastgpt import GPTConfig, cli
+from fastgpt import GPTConfig, cli, cli_text
+from fastgpt.generation import Step, _Row, _Stops
 from fastgpt.settings import TrainConfig
 from fastgpt.tokenizer import END_OF_TEXT
 from fastgpt.weights import load_model
@@ -63,17 +64,20 @@ def main(capsys, *arguments):
 
 
 @pytest.fixture
-def stream(monkeypatch):
-    """Makes `generate` yield what it is given; the arguments that it got are in `stream.arguments`."""
+def told(monkeypatch):
+    """Makes `stream` yield these ids as text; the arguments that it got are in `told.arguments`."""
 
-    def stream(ids):
-        def generate(model, prompt, count, **options):
-            stream.arguments = dict(prompt=prompt.tolist(), count=count, **options)
-            return (torch.tensor([token]) for token in ids)
+    def told(ids):
+        def stream(decoder, prompt, count, **options):
+            told.arguments = dict(prompt=prompt, count=count, **options)
+            row = _Row(prompt[0], len(ids), _Stops(frozenset([options["stop_ids"]]), [], options["encoding"]))
+            return (
+                Step([kept], [text], None, [row.reason]) for kept, text in map(row.take, ([token] for token in ids))
+            )
 
-        monkeypatch.setattr(cli, "generate", generate)
+        monkeypatch.setattr(cli_text, "stream", stream)
 
-    return stream
+    return told
 
 
 def test_train_then_generate(text, tmp_path):
@@ -84,7 +88,8 @@ def test_train_then_generate(text, tmp_path):
 
     process = start("generate", "--checkpoint", str(tmp_path / "out"), "--prompt", "the fox", "--seed", "1")
     code, out, err = finish(process)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert re.fullmatch(r"\d+ tokens in \d+\.\d\d s, [\d,]+\.\d tokens/s\n", err)
     assert out.startswith("the fox")
     assert len(out) > len("the fox\n")
 
@@ -166,7 +171,7 @@ def test_a_model_of_another_encoding(capsys, checkpoint, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "encoding": "gpt2"}))
     code, _, err = main(capsys, "generate", "--checkpoint", str(tmp_path))
     assert code == 2
-    assert "vocab_size is 50257, not from 1 to the model's 257" in err
+    assert "the encoding 'gpt2' has 50257 ids, the model 257" in err
 
 
 @pytest.fixture
@@ -174,7 +179,7 @@ def fitted(monkeypatch):
     """The arguments that `fit` gets; nothing is trained and no sample written."""
     got = []
     monkeypatch.setattr(cli, "fit", lambda *arguments: got.extend(arguments))
-    monkeypatch.setattr(cli, "_write", lambda *arguments: None)
+    monkeypatch.setattr(cli_text, "write", lambda *arguments, **options: None)
     return got
 
 
@@ -219,26 +224,28 @@ def test_the_prompt_may_pass_the_context(capsys, checkpoint):
     [("", [256]), ("fox", [*b"fox"]), (END_OF_TEXT, [*END_OF_TEXT.encode()]), ("é🙂", [*"é🙂".encode()])],
     ids=["empty", "text", "special", "multi-byte"],
 )
-def test_the_prompt_is_text(capsys, checkpoint, stream, prompt, ids):
-    stream(b"!")
-    assert main(capsys, "generate", "--checkpoint", checkpoint, "--prompt", prompt) == (0, f"{prompt}!\n", "")
-    assert stream.arguments["prompt"] == [ids]
+def test_the_prompt_is_text(capsys, checkpoint, told, prompt, ids):
+    told(b"!")
+    assert main(capsys, "generate", "--checkpoint", checkpoint, "--prompt", prompt)[:2] == (0, f"{prompt}!\n")
+    assert told.arguments["prompt"] == [ids]
 
 
-def test_options_reach_generate(capsys, checkpoint, stream):
-    stream(b"")
-    options = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --seed 4"
-    assert main(capsys, "generate", "--checkpoint", checkpoint, *options.split())[0] == 0
-    expected = dict(count=9, temperature=0.5, top_k=3, seed=4, vocab_size=257, overflow="slide")
-    assert {name: stream.arguments[name] for name in expected} == expected
+def test_options_reach_generate(capsys, checkpoint, told):
+    told(b"")
+    options = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --seed 4 --top_p 0.75 --min_p 0.1 --stop a"
+    options = [*options.split(), "--repetition_penalty", "1.5", "--stop", "b c", "--overflow", "error"]
+    assert main(capsys, "generate", "--checkpoint", checkpoint, *options)[0] == 0
+    expected = dict(count=9, temperature=0.5, top_k=3, top_p=0.75, min_p=0.1, repetition_penalty=1.5, seed=4)
+    expected |= dict(stop_strings=["a", "b c"], stop_ids=256, overflow="error", num_samples=1)
+    assert {name: told.arguments[name] for name in expected} == expected
 
 
-def test_text_ends_with_the_document(capsys, checkpoint, stream):
-    stream([*b"end", 256, *b"of another"])
+def test_text_ends_with_the_document(capsys, checkpoint, told):
+    told([*b"end", 256, *b"of another"])
     assert main(capsys, "generate", "--checkpoint", checkpoint)[1] == "end\n"
 
 
-def test_characters_are_streamed_whole(monkeypatch, checkpoint, stream):
+def test_characters_are_streamed_whole(monkeypatch, checkpoint, told):
     class Terminal(io.StringIO):
         """What it showed at each flush."""
 
@@ -246,18 +253,22 @@ def test_characters_are_streamed_whole(monkeypatch, checkpoint, stream):
             shown.append(self.getvalue())
 
     shown = []
-    stream([*"aé🙂z".encode(), 0xC3])
+    told([*"aé🙂z".encode(), 0xC3])
     monkeypatch.setattr(sys, "stdout", Terminal())
     assert cli.main(["generate", "--checkpoint", checkpoint, "--prompt", "> "]) == 0
     whole = ["> ", "> a", "> aé", "> aé🙂", "> aé🙂z"]
-    assert list(dict.fromkeys(shown)) == [*whole, "> aé🙂z\ufffd\n"]  # the model stopped in the middle of a character
+    assert list(dict.fromkeys(shown)) == [
+        *whole,
+        "> aé🙂z\ufffd",
+        "> aé🙂z\ufffd\n",
+    ]  # it stopped in a character's middle
 
 
 def test_ctrl_c_in_generate(capsys, checkpoint, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "generate", interrupted)
+    monkeypatch.setattr(cli_text, "stream", interrupted)
     assert main(capsys, "generate", "--checkpoint", checkpoint) == (130, "", "")
 
 

@@ -1,18 +1,26 @@
+import itertools
+
 import pytest
 import torch
+from torch import nn
 
-from fastgpt import GPT, GPTConfig
-from fastgpt.generation import generate
+from fastgpt import GPT, GPTConfig, accelerate, batch, generate, reference
+from fastgpt.batch import Batch
+from fastgpt.decoder import Decoder
+from fastgpt.generation import stream
+from fastgpt.sampling import Sampling, race
+from fastgpt.tokenizer import encoding
+from tests import models
 
 VOCABULARY, CONTEXT = 13, 8
 PROMPT = torch.tensor([[3, 1, 4]])
-CHI_SQUARE_999 = {2: 13.82, 12: 32.91}  # the value that a thousandth of the draws pass, by degrees of freedom
+CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 12: 32.91, 24: 51.18}  # passed by a thousandth
 
 
-@pytest.fixture
-def model():
+def gpt(context=CONTEXT, **changes):
     """Matrices so large that every token counts for the next one; a last norm that keeps all of them likely."""
-    model = GPT(GPTConfig(vocab_size=VOCABULARY, block_size=CONTEXT, n_layer=2, n_head=2, n_embd=16, dropout=0.5))
+    shape = dict(vocab_size=VOCABULARY, block_size=context, n_layer=2, n_head=2, n_embd=16, dropout=0.5)
+    model = GPT(GPTConfig(**{**shape, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -21,173 +29,572 @@ def model():
     return model.eval()
 
 
-def tokens(model, ids, count, **options):
-    """(B, count)."""
-    return torch.stack(list(generate(model, ids, count, **options)), dim=1)
+@pytest.fixture
+def model():
+    return gpt()
+
+
+def logits(model, ids):
+    """(B, V) after ids (B, T), by the model's own forward in eval mode."""
+    training = model.training
+    with torch.no_grad():
+        output = model.eval()(ids)
+    model.train(training)
+    output = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    return output[:, -1]
+
+
+def recomputed(model, prompt, count, context=CONTEXT, penalty=1.0):
+    """The likeliest tokens after one prompt, each from the whole of what one pass may see."""
+    ids = list(prompt)
+    for _ in range(count):
+        scores = logits(model, torch.tensor([ids[-context:]]))[0]
+        for token in set(ids) if penalty != 1 else ():
+            scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+        ids.append(scores.argmax().item())
+    return ids[len(prompt) :]
 
 
 def draws(model, count, **options):
     """(count,): as many first tokens after PROMPT."""
-    return tokens(model, PROMPT.expand(count, -1), 1, **options)[:, 0]
+    return torch.tensor(generate(model, PROMPT, 1, num_samples=count, seed=0, **options).tokens)[:, 0]
 
 
-def logits(model):
-    """(V,): of the token after PROMPT."""
-    with torch.no_grad():
-        return model(PROMPT)[0, -1]
-
-
-def recomputed(model, ids, count):
-    """The likeliest tokens, each from the whole of what one pass may see."""
-    start = ids.shape[1]
-    for _ in range(count):
-        with torch.no_grad():
-            ids = torch.cat((ids, model(ids[:, -CONTEXT:])[:, -1:].argmax(-1)), dim=1)
-    return ids[:, start:]
-
-
-def test_greedy_takes_the_likeliest_token_each_time(model):
-    count = CONTEXT + 1 - PROMPT.shape[1]
-    expected = recomputed(model, PROMPT, count)
-    assert len(expected.unique()) > 2
-    assert torch.equal(tokens(model, PROMPT, count, temperature=0), expected)
-
-
-def test_slide_forgets_the_oldest(model):
-    expected = recomputed(model, PROMPT, 30)
-    assert len(expected[0, CONTEXT:].unique()) > 2
-    assert torch.equal(tokens(model, PROMPT, 30, temperature=0, overflow="slide"), expected)
-
-
-def test_slide_takes_a_prompt_longer_than_the_context(model):
-    long = torch.arange(20)[None] % VOCABULARY
-    expected = recomputed(model, long, 3)
-    assert torch.equal(tokens(model, long, 3, temperature=0, overflow="slide"), expected)
-
-
-def test_batch_of_three_equals_one_by_one(model):
-    prompts = torch.tensor([[3, 1, 4], [1, 5, 9], [2, 6, 5]])
-    together = tokens(model, prompts, 6, temperature=0)
-    assert len(together.unique(dim=0)) == 3
-    assert torch.equal(together, torch.cat([tokens(model, prompt[None], 6, temperature=0) for prompt in prompts]))
-
-
-def test_top_k_of_one_is_greedy(model):
-    assert torch.equal(tokens(model, PROMPT, 6, top_k=1), tokens(model, PROMPT, 6, temperature=0))
-
-
-@pytest.mark.parametrize("temperature", [2e-38, 1e-40, 1e-300])
-def test_a_small_temperature_is_greedy(model, temperature):
-    model.ln_f.weight.data.mul_(100)  # the logits are in the hundreds, and divided they pass float32
-    assert torch.equal(tokens(model, PROMPT, 6, temperature=temperature), tokens(model, PROMPT, 6, temperature=0))
-
-
-def test_seed_repeats(model):
-    first, again, other = (tokens(model, PROMPT, 6, seed=seed, temperature=3.0) for seed in (7, 7, 8))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_seed_leaves_the_global_generator_alone(model):
-    before = torch.get_rng_state()
-    tokens(model, PROMPT, 6, seed=7)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_without_seed_torch_manual_seed_repeats(model):
-    torch.manual_seed(7)
-    first = tokens(model, PROMPT, 6, temperature=3.0)
-    assert not torch.equal(tokens(model, PROMPT, 6, temperature=3.0), first)
-    torch.manual_seed(7)
-    assert torch.equal(tokens(model, PROMPT, 6, temperature=3.0), first)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("top_k", [None, 3, VOCABULARY + 1])
-def test_samples_follow_the_softmax(model, temperature, top_k):
-    probabilities = (logits(model) / temperature).softmax(-1)
-    if top_k == 3:
-        likeliest = probabilities.topk(3).indices
-        probabilities = torch.zeros(VOCABULARY).index_put((likeliest,), probabilities[likeliest])
-    expected = 20_000 * probabilities / probabilities.sum()
-    assert (expected[expected > 0] > 5).all(), "too few for a chi-square"
-
-    seen = draws(model, 20_000, seed=0, temperature=temperature, top_k=top_k).bincount(minlength=VOCABULARY)
+def assert_drawn_from(probabilities, seen):
+    """A chi-square of counts against probabilities, none of which may be small without being 0."""
+    expected = probabilities * seen.sum()
     possible = expected > 0
+    assert (expected[possible] > 5).all(), "too few for a chi-square"
     assert seen[~possible].sum() == 0
     distance = ((seen - expected)[possible] ** 2 / expected[possible]).sum().item()
     assert distance < CHI_SQUARE_999[int(possible.sum()) - 1]
 
 
+# The same tokens as without a cache.
+
+FAMILIES = {
+    "fastgpt": lambda: gpt(128),
+    "fastgpt, float32 stream, untied, no bias": lambda: gpt(128, residual="float32", tie=False, bias=False),
+    "hugging face": lambda: models.hugging_face(n_positions=128, scale_attn_by_inverse_layer_idx=True),
+    "nanogpt": lambda: models.nanogpt(block_size=128, bias=False),
+    "book": lambda: models.book(context_length=128, drop_rate=0.1, qkv_bias=False),
+    "book, fast": lambda: models.book("GPTModelFast", context_length=128),
+    "book, cache": lambda: models.book(module="kv_cache.gpt2", context_length=128),
+}
+
+
+def varied(model):
+    """The model with weights under which greedy tokens vary, so that a wrong one shows."""
+    last = next(parameter for name, parameter in model.named_parameters() if "ln_f." in name or "final_norm." in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=2.0)
+            else:
+                norm_weight = name.endswith(("ln_1.weight", "ln_2.weight", "scale", "norm1.weight", "norm2.weight"))
+                parameter.normal_(mean=float(norm_weight), std=0.1)
+        last.fill_(0.2)
+    return model
+
+
+def likeliest(model, ids):
+    """The likeliest token after each of ids, by one pass of the model's own forward, which has no cache."""
+    model.eval()
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        scores = model(ids) if isinstance(model, GPT) else models.logits_and_loss(model, ids, ids)[0]
+    return scores[0].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_with_the_cache_is_greedy_without_it(family, accelerated):
+    model = varied(FAMILIES[family]())
+    if accelerated and not isinstance(model, GPT):
+        accelerate(model)
+    prompts = [torch.arange(n).mul(7).add(n).remainder(VOCABULARY).tolist() for n in (3, 17, 1, 9, 18, 5, 12)]
+    together = generate(model, prompts, 110, temperature=0).tokens
+    for prompt, tokens in zip(prompts, together, strict=True):
+        assert likeliest(model, (prompt + tokens)[:-1])[len(prompt) - 1 :] == tokens
+        assert len(tokens) == 110 and len(set(tokens)) > 3
+    assert generate(model, prompts[1:2], 110, temperature=0).tokens == together[1:2]
+
+
+def test_slide_forgets_the_oldest(model):
+    prompts = [[3, 1, 4], [1], list(range(8))]
+    assert generate(model, prompts, 30, temperature=0, overflow="slide").tokens == [
+        recomputed(model, prompt, 30) for prompt in prompts
+    ]
+
+
+def test_slide_takes_a_prompt_longer_than_the_context(model):
+    long = (torch.arange(20) % VOCABULARY).tolist()
+    assert generate(model, [long], 3, temperature=0, overflow="slide").tokens == [recomputed(model, long, 3)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_passed_over(model, side):
+    ids, mask = torch.tensor([[5, 6, 7], [9, 9, 2]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    expected = generate(model, [ids[0].tolist(), [2]], 5, temperature=0).tokens
+    assert generate(model, ids, 5, attention_mask=mask, temperature=0).tokens == expected
+
+
+def test_streamed_is_whole(model):
+    options = dict(num_samples=3, seed=5, logprobs=True, stop_ids=[2, 11], overflow="slide")
+    whole, steps = generate(model, PROMPT, 20, **options), list(stream(model, PROMPT, 20, **options))
+    assert whole.tokens == [list(itertools.chain(*(step.tokens[row] for step in steps))) for row in range(3)]
+    assert whole.logprobs == [list(itertools.chain(*(step.logprobs[row] for step in steps))) for row in range(3)]
+    assert list(whole.reasons) == steps[-1].reasons
+    assert None in steps[0].reasons and all(len(tokens) == 1 for tokens in steps[0].tokens)
+    assert len(set(map(len, whole.tokens))) > 1
+
+
+def test_one_decoder_serves_many_calls(model):
+    decoder = Decoder(model, many_tokens=True)
+    for prompt in (PROMPT, PROMPT[:, :1]):
+        assert generate(decoder, prompt, 5, temperature=0) == generate(model, prompt, 5, temperature=0)
+
+
+def test_bfloat16_weights(model):
+    """The model's own bfloat16 copy gives the same tokens; the model stays as it is."""
+    expected = generate(gpt_like(model).bfloat16(), PROMPT, 6, temperature=0)
+    assert generate(model, PROMPT, 6, temperature=0, dtype=torch.bfloat16).tokens == expected.tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, PROMPT, 6, temperature=0).tokens == expected.tokens
+    assert model.wte.weight.dtype == torch.float32
+
+
+def gpt_like(model):
+    twin = GPT(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("family", ["fastgpt", "hugging face", "nanogpt", "book"])
+def test_the_model_is_left_as_it_was(family):
+    model = FAMILIES[family]().train()
+    part = next(module for name, module in model.named_modules() if name.endswith("1.attn") or name.endswith("1.att"))
+    part.eval()
+    modes = [module.training for module in model.modules()]
+    states = [(set(module.__dict__), set(module._buffers)) for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps = stream(model, PROMPT, 6, seed=1)
+    next(steps)
+    assert [module.training for module in model.modules()] == modes, "while it runs, too"
+    del steps
+    assert generate(model, PROMPT, 6, seed=1).tokens == generate(model.eval(), PROMPT, 6, seed=1).tokens, "no dropout"
+    assert [(set(module.__dict__), set(module._buffers)) for module in model.modules()] == states
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+# Parts that must be called, and models that can't be served.
+
+
+def test_a_part_with_a_hook_is_called():
+    model, calls = models.hugging_face(), []
+    plain = generate(model, PROMPT, 4, temperature=0).tokens
+
+    def louder(module, inputs, output):
+        calls.append(module)
+        return output * 1.5
+
+    parts = [model.transformer.h[0].attn.c_attn, model.transformer.h[0].mlp, model.transformer.h[1].ln_1]
+    parts += [model.transformer.h[1].attn.c_proj, model.lm_head, model.transformer.wte]
+    for part in parts:
+        part.register_forward_hook(louder)
+    assert generate(model, PROMPT, 4, temperature=0).tokens == [recomputed(model, PROMPT[0].tolist(), 4, 32)] != plain
+    assert set(calls) == set(parts)
+
+
+def test_a_hook_that_would_be_passed_by():
+    model = models.nanogpt()
+    model.transformer.h[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"transformer\.h\.1 would be passed by, and it has hooks"):
+        generate(model, PROMPT, 4)
+
+
+def test_a_model_of_another_form_is_refused():
+    model = models.nanogpt()
+
+    class Parallel(type(model.transformer.h[0])):
+        def forward(self, x):
+            return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))
+
+    model.transformer.h[1].__class__ = Parallel
+    with pytest.raises(ValueError, match="this NanoGPT computes something else than its parts say: its logits are off"):
+        generate(model, PROMPT, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(3, 3), ValueError, "Linear is not known"),
+        ("gpt2", TypeError, "model is a str, not an nn.Module"),
+    ],
+)
+def test_no_model(model, error, message):
+    with pytest.raises(error, match=message):
+        generate(model, PROMPT, 4)
+
+
+# Sampling.
+
+
+def test_top_k_of_one_is_greedy(model):
+    assert generate(model, PROMPT, 6, top_k=1).tokens == generate(model, PROMPT, 6, temperature=0).tokens
+
+
+@pytest.mark.parametrize("temperature", [2e-38, 1e-40, 1e-300])
+def test_a_small_temperature_is_greedy(model, temperature):
+    model.ln_f.weight.data.mul_(100)  # the logits are in the hundreds, and divided they pass float32
+    expected = generate(model, PROMPT, 6, temperature=0).tokens
+    assert generate(model, PROMPT, 6, temperature=temperature).tokens == expected
+
+
+def test_the_same_seed_gives_the_same_tokens(model):
+    first, again, other = (generate(model, PROMPT, 6, seed=s, temperature=3.0).tokens for s in (7, 7, 8))
+    assert first == again != other
+
+
+def test_seed_leaves_the_global_generator_alone(model):
+    before = torch.get_rng_state()
+    generate(model, PROMPT, 6, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_seed_torch_manual_seed_repeats(model):
+    torch.manual_seed(7)
+    first = generate(model, PROMPT, 6, temperature=3.0).tokens
+    assert generate(model, PROMPT, 6, temperature=3.0).tokens != first
+    torch.manual_seed(7)
+    assert generate(model, PROMPT, 6, temperature=3.0).tokens == first
+
+
+FILTERS = {
+    "softmax": {},
+    "hot": dict(temperature=2.5),
+    "top_k": dict(top_k=3),
+    "top_k past the vocabulary": dict(top_k=VOCABULARY + 1),
+    "top_p": dict(temperature=2.5, top_p=0.6),
+    "min_p": dict(temperature=2.5, min_p=0.3),
+    "all": dict(temperature=2.5, top_k=6, top_p=0.9, min_p=0.1, repetition_penalty=1.5),
+}
+
+
+def written_out(scores, seen=(), temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """(V,): the filters as their papers say them, one token at a time."""
+    scores = scores.double().tolist()
+    for token in set(seen):
+        scores[token] = scores[token] / repetition_penalty if scores[token] > 0 else scores[token] * repetition_penalty
+    order = sorted(range(len(scores)), key=lambda token: -scores[token])[:top_k]
+    weights = (torch.tensor([scores[token] for token in order], dtype=torch.float64) / temperature).softmax(0)
+    kept, total = {}, 0.0
+    for token, weight in zip(order, weights.tolist(), strict=True):
+        if total < top_p and weight >= min_p * weights[0].item():
+            kept[token] = weight
+        total += weight
+    whole = sum(kept.values())
+    return torch.tensor([kept.get(token, 0.0) / whole for token in range(len(scores))])
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_draws_follow_the_softmax_with_its_filters(model, name):
+    options = FILTERS[name]
+    expected = written_out(logits(model, PROMPT)[0], PROMPT[0].tolist(), **options)
+    assert name in ("softmax", "hot", "top_k past the vocabulary") or 1 < (expected > 0).sum() < VOCABULARY
+    assert_drawn_from(expected, draws(model, 20_000, **options).bincount(minlength=VOCABULARY))
+
+
+@pytest.mark.parametrize(("top_p", "left"), [(0.5, 1), (0.5000001, 2), (0.75, 2), (0.8, 3), (1.0, 4), (1e-9, 1)])
+def test_top_p_ends_with_the_token_that_reaches_it(top_p, left):
+    probabilities = Sampling(top_p=top_p).probabilities(
+        torch.tensor([[0.125, 0.5, 0.125, 0.25]]).log2().mul(0.6931472), None
+    )
+    assert (probabilities > 0).sum() == left
+    assert probabilities.sum().item() == pytest.approx(1)
+
+
+def test_min_p_keeps_its_own_boundary():
+    kept = Sampling(min_p=0.25).probabilities(torch.tensor([[0.0, -1.3862944, -1.3862945, -1.4]]), None)[0] > 0
+    assert kept.tolist()[0] and not kept.tolist()[3]
+    assert Sampling(min_p=1.0).probabilities(torch.tensor([[2.0, 1.0, 2.0]]), None).tolist() == [[0.5, 0, 0.5]]
+
+
+def test_repetition_penalty_sees_each_row_and_each_new_token(model):
+    prompts = [[3, 1, 4], [7]]
+    options = dict(temperature=0, repetition_penalty=1.8, overflow="slide")
+    assert generate(model, prompts, 12, **options).tokens == [recomputed(model, p, 12, penalty=1.8) for p in prompts]
+
+
+def test_the_penalty_shuns_what_was_seen_whatever_its_sign():
+    scores, seen = torch.tensor([[2.0, -2.0, 2.0, -2.0]]), torch.tensor([[True, True, False, False]])
+    found = Sampling(repetition_penalty=2.0).probabilities(scores, seen)
+    torch.testing.assert_close(found, torch.tensor([[1.0, -4.0, 2.0, -2.0]]).softmax(-1))
+
+
+def test_samples_of_a_prompt_share_its_row(model):
+    prompts = [[3, 1, 4], [7]]
+    rows = generate(model, prompts, 4, temperature=0, num_samples=3).tokens
+    assert rows == [tokens for prompt in prompts for tokens in generate(model, [prompt], 4, temperature=0).tokens * 3]
+    assert len(set(map(tuple, generate(model, PROMPT, 5, temperature=3.0, num_samples=8, seed=0).tokens))) > 4
+
+
+def test_logprobs_are_the_models_own(model):
+    found = generate(model, PROMPT, 4, seed=3, top_k=2, temperature=5.0, logprobs=True)
+    ids = PROMPT[0].tolist()
+    for token, logprob in zip(found.tokens[0], found.logprobs[0], strict=True):
+        assert logprob == pytest.approx(logits(model, torch.tensor([ids]))[0].log_softmax(-1)[token].item(), abs=1e-5)
+        ids.append(token)
+
+
 def test_vocab_size_is_never_exceeded(model):
-    assert (logits(model)[5:] > logits(model)[:5].max()).any()
-    assert draws(model, 1000, seed=0, temperature=100.0, vocab_size=5).unique().tolist() == [0, 1, 2, 3, 4]
-    assert draws(model, 1, temperature=0, vocab_size=5).item() == logits(model)[:5].argmax()
+    own = logits(model, PROMPT)[0]
+    assert (own[5:] > own[:5].max()).any()
+    assert draws(model, 1000, temperature=100.0, vocab_size=5).unique().tolist() == [0, 1, 2, 3, 4]
+    assert draws(model, 1, temperature=0, vocab_size=5).item() == own[:5].argmax()
+
+
+def test_race_is_a_draw_by_weight():
+    weights = torch.tensor([0.1, 0.0, 0.4, 1.5])
+    seen = race(weights.expand(20_000, 4), torch.Generator().manual_seed(0)).bincount(minlength=4)
+    assert_drawn_from(weights / weights.sum(), seen)
+
+
+# Stops and text.
+
+
+def test_each_row_stops_by_itself(model):
+    prompts = [[3, 1, 4], [7], [2, 2]]
+    free = generate(model, prompts, 30, temperature=0, overflow="slide").tokens
+    stops = [free[0][4], free[1][9]]
+    found = generate(model, prompts, 30, temperature=0, overflow="slide", stop_ids=stops)
+    for row, whole, reason in zip(found.tokens, free, found.reasons, strict=True):
+        ends = [place for place, token in enumerate(whole) if token in stops]
+        assert row == (whole[: ends[0] + 1] if ends else whole)
+        assert reason == ("stop_id" if ends else "length")
+    assert len({len(row) for row in found.tokens}) > 1, "rows of one length would prove little"
+
+
+class Scripted(GPT):
+    """A GPT of bytes that writes what it is told: each byte leads to the next of the text, by way of its position."""
+
+    def __init__(self, text, context=64):
+        super().__init__(GPTConfig(vocab_size=257, block_size=context, n_layer=1, n_head=1, n_embd=257, tie=False))
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.zero_()
+            self.ln_f.weight.fill_(1.0)
+            self.lm_head.weight.copy_(torch.eye(257))
+            for place, byte in enumerate(text.encode() if isinstance(text, str) else text):
+                self.wpe.weight[place, byte] = 1.0
+
+
+BYTES = encoding("byte")
+
+
+def written(text, count=None, **options):
+    data = text.encode() if isinstance(text, str) else bytes(text)
+    model = Scripted(data)
+    return generate(model, [[32]], count or len(data), temperature=0, encoding=BYTES, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "expected"),
+    [
+        ("one. two. three.", ["two"], "one. "),
+        ("one. two. three.", ["zwei", ". t"], "one"),
+        ("aab aaab", ["aaab"], "aab "),
+        ("no stop here", ["stop!", "xyz"], "no stop here"),
+        ("ends with a begi", ["begin"], "ends with a begi"),
+        ("é🙂 und é", ["🙂 u"], "é"),
+    ],
+)
+def test_stop_strings(text, stops, expected):
+    found = written(text, stop_strings=stops)
+    assert found.texts == [expected]
+    assert found.reasons == ["length" if expected == text else "stop_string"]
+    pieces = list(stream(Scripted(text), [[32]], len(text.encode()), temperature=0, encoding=BYTES, stop_strings=stops))
+    assert "".join(step.texts[0] for step in pieces) == expected
+
+
+def test_characters_are_streamed_whole():
+    text = "aé🙂z"
+    steps = stream(Scripted(text.encode() + b"\xc3"), [[32]], 9, temperature=0, encoding=BYTES)
+    assert [step.texts[0] for step in steps] == ["a", "", "é", "", "", "", "🙂", "z", "\ufffd"]
+
+
+def test_a_stop_id_is_no_text():
+    found = written([*b"end", 10, *b"more"], stop_ids=10)
+    assert (found.texts, found.tokens, found.reasons) == (["end"], [[*b"end", 10]], ["stop_id"])
+
+
+def test_the_vocabulary_is_the_encodings():
+    """A head that is padded past its tokenizer never gives a token that can't be read."""
+    model = gpt(vocab_size=300)
+    tokens = generate(model, PROMPT, 5, num_samples=50, temperature=50.0, seed=0, encoding=BYTES).tokens
+    assert 200 < max(map(max, tokens)) < 257
+
+
+# A draft.
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.6])
+@pytest.mark.parametrize("count", [1, 4, 15])
+def test_a_draft_changes_no_greedy_token(count, penalty):
+    model, other = gpt(64), gpt(64, n_layer=1)
+    prompts = [[3, 1, 4], [7], list(range(12))]
+    options = dict(temperature=0, logprobs=True, stop_ids=[5], repetition_penalty=penalty)
+    expected = generate(model, prompts, 52, **options)
+    for draft in (other, model):
+        found = generate(model, prompts, 52, draft=draft, draft_tokens=count, **options)
+        assert found.tokens == expected.tokens and found.reasons == expected.reasons
+        for row, wanted in zip(found.logprobs, expected.logprobs, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, dict(top_k=6, top_p=0.9, repetition_penalty=1.4)], ids=["softmax", "filters"])
+def test_a_draft_gives_the_models_distribution(options):
+    """Of the second and third token together, which the draft proposes: in classes of two by two."""
+    model, draft = gpt(16), gpt(16, n_layer=1)
+    options = dict(temperature=2.0, **options)
+    rows = torch.tensor(
+        generate(model, PROMPT, 3, num_samples=20_000, seed=0, draft=draft, draft_tokens=2, **options).tokens
+    )
+    first = rows[:, 0].mode().values
+    rows = rows[rows[:, 0] == first]
+    ids = [*PROMPT[0].tolist(), first.item()]
+    wanted = torch.zeros(VOCABULARY, 2)
+    second = written_out(logits(model, torch.tensor([ids]))[0], ids, **options)
+    for token in range(VOCABULARY):
+        third = written_out(logits(model, torch.tensor([[*ids, token]]))[0], [*ids, token], **options)
+        wanted[token] = second[token] * torch.stack((third[: VOCABULARY // 2].sum(), third[VOCABULARY // 2 :].sum()))
+    seen = torch.zeros(VOCABULARY, 2).index_put_(
+        (rows[:, 1], (rows[:, 2] >= VOCABULARY // 2).long()), torch.tensor(1.0), accumulate=True
+    )
+    expected = wanted * len(rows)
+    common = expected > 5
+    assert common.sum() > 3 and seen[wanted == 0].sum() == 0
+    distance = ((seen - expected)[common] ** 2 / expected[common]).sum().item()
+    degrees = int(common.sum())
+    assert distance < degrees + 3.3 * (2 * degrees) ** 0.5 + 6, (distance, degrees)  # above the 999th thousandth
+
+
+# Errors.
 
 
 @pytest.mark.parametrize(
     ("ids", "count", "options", "message"),
     [
         (PROMPT[0], 1, {}, r"ids has shape \(3,\), not \(B, T\)"),
-        (PROMPT[:, :0], 1, {}, r"ids has shape \(1, 0\), not \(B, T\) with T at least 1"),
+        (PROMPT[:, :0], 1, {}, r"ids has shape \(1, 0\), not \(B, T\) with B and T at least 1"),
+        ([], 1, {}, "there is no prompt"),
+        ([[1], []], 1, {}, "prompt 1 is empty; begin with the end-of-text token"),
+        (PROMPT, 1, {"attention_mask": torch.zeros(1, 3)}, "prompt 0 is empty"),
+        (PROMPT, 1, {"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
+        ([[1], [2, 13]], 1, {}, "token 13 at 1 of prompt 1 is outside a vocabulary of 13"),
+        ([[-1]], 1, {}, "token -1 at 0 of prompt 0 is outside a vocabulary of 13"),
         (PROMPT, 0, {}, "max_new_tokens is 0, not at least 1"),
         (PROMPT, -2, {}, "max_new_tokens is -2, not at least 1"),
+        (PROMPT, 1, {"num_samples": 0}, "num_samples is 0, not at least 1"),
+        (PROMPT, 1, {"num_samples": 10**12}, r"1000000000000 rows of 3 tokens need about [\d,.]+ GiB, cpu has [\d,.]+"),
         (PROMPT, 1, {"temperature": -0.5}, "temperature is -0.5, not a finite number of at least 0"),
         (PROMPT, 1, {"temperature": float("nan")}, "temperature is nan, not a finite number"),
         (PROMPT, 1, {"temperature": float("inf")}, "temperature is inf, not a finite number"),
         (PROMPT, 1, {"top_k": 0}, "top_k is 0, not at least 1"),
+        (PROMPT, 1, {"top_p": 0.0}, r"top_p is 0.0, not in \(0, 1\]"),
+        (PROMPT, 1, {"top_p": 1.5}, r"top_p is 1.5, not in \(0, 1\]"),
+        (PROMPT, 1, {"min_p": float("nan")}, r"min_p is nan, not in \[0, 1\]"),
+        (PROMPT, 1, {"repetition_penalty": 0.0}, "repetition_penalty is 0.0, not a positive number"),
         (PROMPT, 1, {"vocab_size": 0}, "vocab_size is 0, not from 1 to the model's 13"),
         (PROMPT, 1, {"vocab_size": 14}, "vocab_size is 14, not from 1 to the model's 13"),
+        (PROMPT, 1, {"encoding": BYTES}, "the encoding 'byte' has 257 ids, the model 13"),
+        (PROMPT, 1, {"stop_strings": "x"}, "stop_strings need an encoding"),
+        (PROMPT, 1, {"stop_strings": "", "encoding": BYTES}, "stop_strings holds '', not a string of at least one"),
         (PROMPT, 1, {"seed": 2**70}, "seed is 1180591620717411303424, not a 64-bit integer"),
         (PROMPT, 1, {"overflow": "wrap"}, "overflow is 'wrap', not 'error' or 'slide'"),
-        (PROMPT, 7, {}, r"3 \+ 7 tokens pass the context of 8"),
+        (PROMPT, 7, {}, r"3 \+ 7 tokens pass the context of 8; overflow='slide' forgets the oldest"),
+        ([[1] * 9], 1, {}, r"9 \+ 1 tokens pass the context of 8"),
+        (PROMPT, 1, {"draft": "same", "draft_tokens": 16}, "draft_tokens is 16, not from 1 to 15"),
+        (PROMPT, 1, {"draft": "same", "overflow": "slide"}, "overflow='slide' has no road with a draft"),
+        (PROMPT, 1, {"draft": gpt(vocab_size=14)}, "the draft's vocabulary is 14, the model's 13"),
+        (PROMPT, 5, {"draft": gpt(context=4)}, "the draft's context is 4, the model's 8"),
     ],
-    ids=[
-        "rank",
-        "empty",
-        "none",
-        "negative",
-        "cold",
-        "nan",
-        "hot",
-        "top_k",
-        "vocab-0",
-        "vocab-14",
-        "seed",
-        "overflow",
-        "context",
+    ids=str,
+)  # fmt: skip
+def test_bad_argument_is_refused_by_the_call_itself(model, ids, count, options, message):
+    if options.get("draft") == "same":
+        options = {**options, "draft": model}
+    with pytest.raises(ValueError, match=f"generate: {message}"):
+        stream(model, ids, count, **options)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "message"),
+    [
+        (PROMPT.float(), {}, "ids is torch.float32, not of integers"),
+        ([["a"]], {}, "prompt 0 holds 'a'"),
+        (PROMPT, {"stop_ids": ["a"]}, "stop_ids holds 'a', not an int"),
+        (PROMPT, {"encoding": "gpt2"}, "encoding is a str, not a tiktoken.Encoding"),
+        (PROMPT, {"dtype": torch.int8}, "dtype is torch.int8, not a floating-point one"),
     ],
 )
-def test_bad_argument_is_refused_by_the_call_itself(model, ids, count, options, message):
-    with pytest.raises(ValueError, match=f"generate: {message}"):
-        generate(model, ids, count, **options)
+def test_a_wrong_type_is_refused(model, ids, options, message):
+    with pytest.raises(TypeError, match=f"generate: {message}"):
+        stream(model, ids, 1, **options)
 
 
-def test_logits_that_are_not_finite(model):
-    model.wpe.weight.data[5] = float("nan")
-    stream = generate(model.train(), PROMPT, 6)
-    for _ in range(3):
-        next(stream)
-    with pytest.raises(ValueError, match="logits at position 5 are not finite"):
-        next(stream)
-    assert model.training
+PLACES = {
+    "wpe": lambda model: model.wpe.weight.data[5],
+    "h.1.attn": lambda model: model.h[1].attn.c_attn.bias.data,
+    "h.0.mlp": lambda model: model.h[0].mlp.c_fc.weight.data,
+    "ln_f": lambda model: model.ln_f.weight.data,
+}
 
 
-def test_dropout_is_off(model):
-    expected = tokens(model, PROMPT, 6, temperature=0)
-    assert torch.equal(tokens(model.train(), PROMPT, 6, temperature=0), expected)
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("part", PLACES)
+def test_logits_that_are_not_finite(model, part, draft):
+    helper = gpt() if draft else None
+    PLACES[part](model).fill_(float("inf") if part == "ln_f" else float("nan"))
+    steps = stream(model, [[3, 1, 4], [2]], 5, draft=helper)
+    with pytest.raises(
+        ValueError, match=rf"logits at position {5 if part == 'wpe' else 2} are not finite, first in {part}$"
+    ):
+        list(steps)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_mode_is_restored_at_the_end(model, training):
-    tokens(model.train(training), PROMPT, 6)
-    assert model.training == model.h[0].attn.training == training
+def test_a_row_that_has_ended_may_overflow_its_numbers(model):
+    """A NaN past a row's stop is nobody's, while another row goes on."""
+    prompts = [[3, 1, 4], [7]]
+    expected = generate(model, prompts, 5, temperature=0, stop_ids=11)
+    assert [len(tokens) for tokens in expected.tokens] == [1, 5]
+    model.wpe.weight.data[5] = float("nan")  # which the second row does not reach
+    assert generate(model, prompts, 5, temperature=0, stop_ids=11) == expected
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_mode_is_restored_when_the_iterator_is_abandoned(model, training):
-    stream = generate(model.train(training), PROMPT, 6)
-    next(stream)
-    assert not model.training
-    del stream
-    assert model.training == training
+def test_no_step_waits_for_the_device(model, monkeypatch):
+    """On a GPU nothing between the prompt and the readback may ask a tensor for its value."""
+    rows = Batch(
+        Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True
+    )
+    monkeypatch.setattr(reference, "_full", lambda *_: False)  # it asks on a CPU alone
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+    rows.advance()
+    rows._step(None)
+    rows._step(None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_graph_gives_the_steps_tokens(dtype, monkeypatch):
+    """On a GPU: a captured step against the same steps one launch at a time, greedy and drawn."""
+    model = gpt(128, n_embd=64).to("cuda", dtype)
+    for options in (dict(temperature=0), dict(seed=3, top_p=0.9, repetition_penalty=1.1), dict(stop_ids=[2, 5])):
+        captured = generate(model, [[3, 1, 4], [7]], 100, **{"temperature": 0, **options})
+        monkeypatch.setattr(batch, "GRAPH_FROM", 10**9)
+        assert generate(model, [[3, 1, 4], [7]], 100, **{"temperature": 0, **options}).tokens == captured.tokens
+        monkeypatch.undo()

@@ -23,6 +23,7 @@ from fastgpt.families import (
     plain,
     swap_of,
 )
+from fastgpt.families.anatomy import Anatomy, transformer_anatomy
 
 REPLACED = ("sdpa", "fastgpt")  # implementations that attention stands in for: the others were chosen for a reason
 # What may come with a call and asks for more than masked attention.
@@ -180,6 +181,14 @@ def language_model(module: Any, swap: Swap, *args, **kwargs):
     if return_dict is False or (return_dict is None and not getattr(module.config, "return_dict", True)):
         return result.to_tuple()
     return result
+
+
+def anatomy(model: Any) -> Anatomy | None:
+    """Of a GPT2LMHeadModel, or of another with its module tree."""
+    found = transformer_anatomy(model, "num_heads")
+    if found is not None and any(hasattr(layer.block, "crossattention") for layer in found.layers):
+        raise ValueError(f"generate: this {type(model).__name__} has cross-attention, and no encoder is given")
+    return found
 
 
 # Weights. Theirs are fastgpt's names behind "transformer.", with the linear layers' weights transposed.

@@ -18,6 +18,7 @@ from fastgpt.families import (
     plain,
     swap_of,
 )
+from fastgpt.families.anatomy import Anatomy, transformer_anatomy
 
 
 def recognise(module: Any) -> Swap | str | None:
@@ -81,6 +82,10 @@ def model(module: Any, swap: Swap, idx: Tensor, targets: Tensor | None = None) -
         x = layer(x)
     x = parts.ln_f(x)
     return None, ops.linear_cross_entropy(x, head.weight, targets, ignore_index=-1, backend=swap.backend)
+
+
+def anatomy(model: Any) -> Anatomy | None:
+    return transformer_anatomy(model, "n_head")
 
 
 # Weights: fastgpt's names behind "transformer.", and the tied head a second time.

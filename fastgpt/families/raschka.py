@@ -21,6 +21,7 @@ from fastgpt.families import (
     plain,
     swap_of,
 )
+from fastgpt.families.anatomy import Anatomy, Layer, backend_of
 from fastgpt.families.gpt2 import with_biases
 from fastgpt.families.nanogpt import expect
 
@@ -114,6 +115,36 @@ def block(block: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
     normed, x = add_then_norm(branch, x, block.norm2, bias, p)
     x = dropout(block.ff(normed)) + x
     return (x, new_cache) if caches else x
+
+
+def anatomy(model: Any) -> Anatomy | None:
+    parts = ("tok_emb", "pos_emb", "trf_blocks", "final_norm", "out_head")
+    layers: Any = getattr(model, "trf_blocks", None)
+    if not layers or not all(hasattr(model, name) for name in parts):
+        return None
+    return Anatomy(
+        model.tok_emb,
+        model.pos_emb,
+        tuple(
+            Layer(
+                block,
+                block.norm1,
+                block.att,
+                (block.att.qkv,) if hasattr(block.att, "qkv") else tuple(getattr(block.att, name) for name in SPLIT),
+                block.att.proj if hasattr(block.att, "proj") else block.att.out_proj,
+                block.norm2,
+                block.ff,
+                (getattr(block, _residual_dropout(block)),),
+                None,
+            )
+            for block in layers
+        ),
+        model.final_norm,
+        model.out_head,
+        layers[0].att.num_heads,
+        (model, layers),
+        backend_of(layers[0].att),
+    )
 
 
 # Weights.

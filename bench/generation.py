@@ -1,0 +1,100 @@
+"""Prompts read and tokens written: fastgpt's cache, Hugging Face's, and loops that compute all of it anew a token."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bench import baselines, work
+from bench.cases import EAGER, SUBJECT, Case, Subject
+from bench.machine import Machine
+from bench.models import BOOK, HUGGING_FACE, NANOGPT, gpt, with_backend
+from fastgpt.decoder import Decoder
+from fastgpt.generation import LAY_OUT_FROM, generate
+from fastgpt.model import GPT, GPTConfig
+
+KEPT, BFLOAT16 = f"{SUBJECT}, a Decoder kept", f"{SUBJECT}, bfloat16"
+
+
+def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int) -> list[Case]:
+    """Greedy tokens after a prompt; one alone is the prefill. Checked: the logits after the prompt."""
+    shape = GPTConfig(**config)
+
+    def problem():
+        model = gpt(machine, config).eval()
+        return model, torch.arange(B * prompt, device=machine.device).view(B, prompt) * 7919 % shape.vocab_size
+
+    def oracle(p, **changes):
+        return _ours(copy.deepcopy(with_backend(p[0], "torch", **changes)).double(), p[1], new).results()
+
+    def nanogpt(p):
+        model = baselines.nanogpt(p[0], machine.nanogpt)
+        return _recomputing(model, p[1], new)._replace(expected=lambda: oracle(p, gelu="none"))
+
+    variants: dict[str, Callable] = {
+        SUBJECT: lambda p: _ours(*p, new),
+        KEPT: lambda p: _kept(*p, new, many_tokens=new >= LAY_OUT_FROM),
+    }
+    if machine.kind != "cpu":
+        variants[EAGER] = lambda p: _ours(with_backend(p[0], "torch"), p[1], new)
+    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():  # elsewhere it is slower than float32
+        variants[BFLOAT16] = lambda p: _kept(*p, new, dtype=torch.bfloat16)
+    variants |= {
+        HUGGING_FACE: lambda p: _hugging_face(*p, new),
+        NANOGPT: nanogpt,
+        BOOK: lambda p: _recomputing(baselines.book(p[0]), p[1], new),
+    }
+    floor = work.generation(shape, B, prompt, new, machine.dtype.itemsize)
+    numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
+    op = "prefill" if new == 1 else "generate"
+    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False)]
+
+
+def _ours(model: GPT, ids: Tensor, new: int) -> Subject:
+    @torch.no_grad()
+    def logits():
+        return (model.head(model.features(ids)[:, -1]),)
+
+    return Subject(lambda: generate(model, ids, new, temperature=0), logits)
+
+
+def _kept(model: GPT, ids: Tensor, new: int, **options) -> Subject:
+    """What a later call costs: the weights are cast and laid out already."""
+    decoder = Decoder(model, **options)
+    return Subject(
+        lambda: generate(decoder, ids, new, temperature=0), lambda: (decoder.logits(decoder.features(ids)[:, -1]),)
+    )
+
+
+def _hugging_face(ours: GPT, ids: Tensor, new: int) -> Subject:
+    model = baselines.hugging_face(ours)
+
+    @torch.no_grad()
+    def logits():
+        return (model(ids).logits[:, -1],)
+
+    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    mask = torch.ones_like(ids)
+    return Subject(lambda: model.generate(ids, attention_mask=mask, **options), logits)
+
+
+def _recomputing(model: nn.Module, ids: Tensor, new: int) -> Subject:
+    """Every token from the whole of what came before, as nanoGPT's and the book's own loops do."""
+
+    def last(seen: Tensor) -> Tensor:
+        output = model(seen)
+        return (output[0] if isinstance(output, tuple) else output)[:, -1]
+
+    @torch.no_grad()
+    def run():
+        seen = ids
+        for _ in range(new):
+            seen = torch.cat((seen, last(seen).argmax(-1, keepdim=True)), dim=1)
+        return seen
+
+    @torch.no_grad()
+    def logits():
+        return (last(ids),)
+
+    return Subject(run, logits)

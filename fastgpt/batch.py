@@ -1,0 +1,162 @@
+"""The sequences of one call of generate, on the model's device: changed in place, and told to the host later."""
+
+import collections
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.decoder import Cache, Decoder
+from fastgpt.sampling import Sampling
+
+AHEAD = 4  # steps that a GPU is given before the host waits for the first of them
+GRAPH_FROM = 16  # tokens that make a capture worth while
+
+
+class Told(NamedTuple):
+    """One step's news, on the host."""
+
+    ids: list[list[int]]  # new ones of each row; -1 where the logits were not finite
+    logprobs: list[list[float]] | None
+
+
+class Batch:
+    """Rows of tokens that grow by one a step, all at once.
+
+    Every tensor is allocated here and changed in place, so on a GPU a step is one CUDA graph from the second on, which
+    embeds, decodes, samples and writes the token down without the host.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: list[list[int]],
+        samples: int,
+        new_tokens: int,
+        sampling: Sampling,
+        generator: torch.Generator | None,
+        vocab_size: int,
+        logprobs: bool,
+        room: int = 0,
+    ):
+        """room: tokens beyond new_tokens that may be written and not kept."""
+        self.decoder, self.sampling, self.generator, self.vocab_size = decoder, sampling, generator, vocab_size
+        device, longest = decoder.device, max(map(len, prompts))
+        self.samples, self.longest, self.steps = samples, longest, 0
+        self.rows = len(prompts) * samples
+        self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + room))
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        self.history = torch.zeros(self.rows, longest + new_tokens + room, dtype=torch.int64, device=device)
+        self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(device)
+        self.lengths = lengths.repeat_interleave(samples, 0).to(device)
+        self.even = len(set(map(len, prompts))) == 1
+        self.seen = None
+        if sampling.repetition_penalty != 1:
+            inside = torch.arange(longest) < lengths[:, None]
+            seen = torch.zeros(len(prompts), max(decoder.outputs, decoder.vocabulary), dtype=torch.bool)
+            seen[torch.nonzero(inside)[:, 0], padded[inside]] = True
+            self.seen = seen[:, :vocab_size].repeat_interleave(samples, 0).to(device)
+        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(self.rows, device=device) if logprobs else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs = device.type == "cuda" and not decoder.called and new_tokens >= GRAPH_FROM
+
+    def advance(self) -> None:
+        """One token more for every row."""
+        if self.steps == 0:
+            self._take(self.first_logits())
+        elif self.longest > self.cache.slots:  # past the context
+            self._take(self._window())
+        elif not self._graphs:
+            self._step(self.longest)
+        elif self._graph is None and self.steps == 1:
+            self._on_a_side_stream()  # what a capture can't do: compile kernels and create handles
+        else:
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+        self.steps += 1
+        self.longest += 1
+
+    def first_logits(self) -> Tensor:
+        """(rows, V) after the prompts, which go into the cache, each once."""
+        if self.longest > self.cache.slots:
+            return self._window()
+        prompts, lengths = self.history[:: self.samples, : self.longest], self.lengths[:: self.samples]
+        return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)
+
+    def _window(self) -> Tensor:
+        """The logits after the last tokens that the context holds, from the beginning: no position stays the same."""
+        context = self.decoder.context
+        starts = (self.lengths - context).clamp(min=0)
+        width = min(self.longest, context)
+        places = starts[:, None] + torch.arange(width, device=starts.device)
+        return self.decoder.prefill(self.history.gather(1, places), self.lengths.clamp(max=context), self.cache)
+
+    def _step(self, reach: int | None) -> None:
+        last = self.history.gather(1, self.lengths[:, None] - 1)
+        self._take(self.decoder.decode(last, self.lengths, self.cache, reach, self.even and reach is not None)[:, 0])
+
+    def _take(self, logits: Tensor) -> None:
+        """Sample from (rows, V) and write it down."""
+        with torch.no_grad():
+            logits = logits[:, : self.vocab_size]
+            ids = self.sampling.draw(logits, self.seen, self.generator)[:, None]
+            if self.logprobs is not None:
+                self.logprobs.copy_(logits.log_softmax(-1).gather(1, ids)[:, 0])
+            if self.seen is not None:
+                self.seen.scatter_(1, ids, True)
+            self.history.scatter_(1, self.lengths[:, None], ids)
+            self.lengths += 1
+            self.ids.copy_(torch.where(logits.isfinite().all(-1), ids[:, 0], -1))
+
+    def _on_a_side_stream(self) -> None:
+        stream = torch.cuda.Stream(self.decoder.device)
+        stream.wait_stream(torch.cuda.current_stream(self.decoder.device))
+        with torch.cuda.stream(stream):
+            self._step(None)
+        torch.cuda.current_stream(self.decoder.device).wait_stream(stream)
+
+    def _capture(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            self._graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self._graph):
+            self._step(None)
+
+
+def slots(decoder: Decoder, longest: int, new_tokens: int) -> int:
+    """Of the cache: the last token is never fed back."""
+    return min(decoder.context, longest + new_tokens - 1)
+
+
+class Readback:
+    """What steps tell, on its way to the host: copied beside the computation, and waited for AHEAD steps later."""
+
+    def __init__(self, device: torch.device):
+        self._asynchronous = device.type == "cuda"
+        self.ahead = AHEAD if self._asynchronous else 0
+        self._queue: collections.deque = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def put(self, ids: Tensor, logprobs: Tensor | None) -> None:
+        copies = [None if t is None else self._copy(t) for t in (ids, logprobs)]
+        event = torch.cuda.Event() if self._asynchronous else None
+        if event is not None:
+            event.record()
+        self._queue.append((event, *copies))
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._asynchronous)
+        return host.copy_(tensor, non_blocking=self._asynchronous)
+
+    def take(self) -> Told:
+        """The oldest step's."""
+        event, ids, logprobs = self._queue.popleft()
+        if event is not None:
+            event.synchronize()
+        return Told(ids[:, None].tolist(), None if logprobs is None else logprobs[:, None].tolist())

@@ -1,0 +1,424 @@
+"""A GPT of any family with a cache of keys and values: prompts in one pass, then a few tokens at a time.
+
+The model itself is not called and not touched. Its parts' weights are read where they are, and where a part does more
+than its class says (hooks, adapters, quantised weights) that part is called. `B` batch, `T` time, `C` channels, `H`
+heads, `D` head dim, `V` vocabulary.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops, reference
+from fastgpt.families import (
+    free_linear,
+    gpt2,
+    linear_weight,
+    nanogpt,
+    occupied,
+    plain,
+    raschka,
+    recognise_mlp,
+    recognise_norm,
+)
+from fastgpt.families.anatomy import Anatomy, Layer
+from fastgpt.model import GPT, MLP, LayerNorm
+
+MAX_STEP = 16  # new tokens that decode_attention takes at once
+_TRIAL_TOKENS = 16
+
+
+class Linear(NamedTuple):
+    weight: Tensor  # (out, in), in any order in memory
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class Norm(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+
+class Mlp(NamedTuple):
+    fc: Linear
+    gelu: Any
+    proj: Linear
+
+
+class Parts(NamedTuple):
+    """Of a layer. A module stands where it must be called."""
+
+    norm_1: Norm | nn.Module
+    qkv: tuple[Linear | nn.Module, ...]
+    out: Linear | nn.Module
+    norm_2: Norm | nn.Module
+    mlp: Mlp | nn.Module
+    scale: float | None
+
+
+class Cache:
+    """Keys and values of `rows` sequences of up to `slots` tokens, allocated once."""
+
+    def __init__(self, decoder: "Decoder", rows: int, slots: int):
+        self.rows, self.slots = rows, slots
+        shape = (len(decoder.layers), rows, decoder.heads, slots, decoder.head_dim)
+        self.k = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        self.v = torch.zeros_like(self.k)
+        self.row = torch.arange(rows, device=decoder.device)[:, None]
+
+    @staticmethod
+    def size(decoder: "Decoder", rows: int, slots: int) -> int:
+        """Bytes."""
+        elements = 2 * len(decoder.layers) * rows * slots * decoder.heads * decoder.head_dim
+        return elements * torch.empty((), dtype=decoder.dtype).element_size()
+
+
+def _unwrapped(model: Any) -> Any:
+    """Without torch.compile's, DistributedDataParallel's and PEFT's covers."""
+    while True:
+        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def _own_anatomy(model: GPT) -> Anatomy:
+    blocks: Any = model.h
+    layers = (
+        Layer(b, b.ln_1, b.attn, (b.attn.c_attn,), b.attn.c_proj, b.ln_2, b.mlp, (), None) for b in blocks
+    )  # fmt: skip
+    head = model.wte if model.lm_head is None else model.lm_head
+    config = model.config
+    return Anatomy(
+        model.wte, model.wpe, tuple(layers), model.ln_f, head, config.n_head, (model, blocks), config.backend
+    )
+
+
+def anatomy(model: Any) -> Anatomy:
+    """TypeError for what is no model, ValueError for one that is no GPT of the known families."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"generate: model is a {type(model).__name__}, not an nn.Module")
+    if isinstance(model, GPT):
+        return _own_anatomy(model)
+    for family in (gpt2, nanogpt, raschka):
+        if (found := family.anatomy(model)) is not None:
+            return found
+    raise ValueError(
+        f"generate: {type(model).__name__} is not known: fastgpt's GPT, Hugging Face's GPT2LMHeadModel, nanoGPT's GPT "
+        f"and the book's GPTModel are"
+    )
+
+
+class Decoder:
+    """A live model, made ready to be decoded from.
+
+    dtype: of the weights, activations and cache; autocast's or the model's own if None. On a CPU, `many_tokens` lays
+    the weights out anew where that makes a row's pass faster: it costs their memory once more, and about as long as
+    ten tokens. Weights that are neither laid out nor cast are the model's own, at every call as they are then.
+    TypeError and ValueError for a model that can't be served; one whose logits differ from what its parts say is tried
+    and refused.
+    """
+
+    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, many_tokens: bool = False):
+        inner = _unwrapped(model)
+        self.anatomy = found = anatomy(inner)
+        self._names = {id(module): name for name, module in inner.named_modules()}
+        for module, reason in found.passed_by():
+            raise ValueError(f"generate: {self.name(module)} would be passed by, and {reason}")
+        head: Any = found.head
+        self.device = head.weight.device
+        if dtype is None and torch.is_autocast_enabled(self.device.type):
+            dtype = torch.get_autocast_dtype(self.device.type)
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
+        self._modules = list(inner.modules())
+        self.called: list[nn.Module] = []
+        self._many = many_tokens and self.device.type == "cpu"
+        self._cast = dtype
+        embedded = found.tokens.weight.dtype
+        self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
+        self.stream_dtype = self.dtype
+        if isinstance(inner, GPT) and inner.config.residual == "float32":
+            self.stream_dtype = torch.float32
+        self.heads = found.heads
+        # On a CPU the checks of each call would take a tenth of a token's time: parts that fit are checked here, once.
+        self._torch = ops.road("layer_norm", found.backend, head.weight) is reference
+        self._backend = {} if self._torch else {"backend": found.backend}
+        self._functions: Any = reference if self._torch else ops
+        self.layers = [self._layer(layer) for layer in found.layers]
+        self.norm = self._norm(found.norm)
+        self.head = self._linear(found.head)
+        self.vocabulary: int = found.tokens.num_embeddings  # type: ignore[assignment]
+        self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
+        self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
+        width: int = found.tokens.embedding_dim  # type: ignore[assignment]
+        self.head_dim = width // self.heads
+        if self.called and dtype is not None and dtype != embedded:
+            raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")
+        if not isinstance(inner, GPT):
+            self._try(model)
+
+    def name(self, module: nn.Module) -> str:
+        """The module's name in the model."""
+        return self._names.get(id(module)) or "the model"
+
+    # How a part is read: as weights, or, where it must be called, as itself.
+
+    def _linear(self, module: Any) -> Linear | nn.Module:
+        if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
+            return Linear(self._ready(module.weight))
+        if not free_linear(module):
+            self.called.append(module)
+            return module
+        return Linear(self._ready(linear_weight(module)), self._as(module.bias))
+
+    def _as(self, tensor: Any) -> Any:
+        return tensor if tensor is None or self._cast is None else tensor.detach().to(self._cast)
+
+    def _ready(self, weight: Tensor) -> Tensor:
+        """(out, in), cast, and on a CPU in the order that a single row reads fastest.
+
+        Measured on two cores of an AMD EPYC (Zen 3), PyTorch 2.13: (in, out) in memory takes 0.5 to 0.6 of the time of
+        (out, in) where there are more outputs than inputs, and as long or longer where there are fewer.
+        """
+        weight = self._as(weight.detach())
+        if self._many and weight.shape[0] >= weight.shape[1] and weight.stride(0) != 1:
+            return weight.t().contiguous().t()
+        return weight
+
+    def _norm(self, module: Any) -> Norm | nn.Module:
+        names = ("weight", "bias")
+        if not isinstance(module, LayerNorm):
+            swap = recognise_norm(module)
+            if isinstance(swap, str) or swap is None:
+                self.called.append(module)
+                return module
+            names = swap.names
+        weight, bias = (getattr(module, name) for name in names)
+        if occupied(module) or not plain(weight, bias):
+            self.called.append(module)
+            return module
+        return Norm(weight.detach(), None if bias is None else bias.detach(), getattr(module, "eps", 1e-5))
+
+    def _mlp(self, module: Any) -> Mlp | nn.Module:
+        children = list(module.children())
+        inner = children[0] if len(children) == 1 and not occupied(module) else module  # the book's ff.layers
+        if isinstance(module, MLP):
+            linears, gelu = (module.c_fc, module.c_proj), module.gelu
+            act = None
+        else:
+            swap = recognise_mlp(inner)
+            if isinstance(swap, str) or swap is None:
+                self.called.append(module)
+                return module
+            linears, gelu = (getattr(inner, swap.names[0]), getattr(inner, swap.names[1])), swap.gelu
+            act = swap.act
+        others = [part for part in (module, inner, act) if part is not None]
+        if any(occupied(part) for part in others) or not all(free_linear(linear) for linear in linears):
+            self.called.append(module)
+            return module
+        fc, proj = (self._linear(linear) for linear in linears)
+        return Mlp(fc, gelu, proj)  # type: ignore[arg-type]
+
+    def _layer(self, layer: Layer) -> Parts:
+        qkv = tuple(layer.qkv)
+        packed: tuple[Linear | nn.Module, ...]
+        if len(qkv) > 1 and all(free_linear(part) for part in qkv):  # one product for the three
+            weight = torch.cat([linear_weight(part) for part in qkv]).detach()
+            biases: Any = [part.bias for part in qkv]
+            bias = None if any(b is None for b in biases) else self._as(torch.cat(biases).detach())
+            packed = (Linear(self._ready(weight), bias),)
+        else:
+            packed = tuple(self._linear(part) for part in qkv)
+        return Parts(
+            self._norm(layer.norm_1),
+            packed,
+            self._linear(layer.out),
+            self._norm(layer.norm_2),
+            self._mlp(layer.mlp),
+            layer.scale,
+        )
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Modules that are called are in eval mode meanwhile, and in their own mode again after."""
+        modes = [(module, module.training) for module in self._modules if module.training]
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    # One pass.
+
+    def prefill(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+        """Prompts (B, T), padded at their ends to one length, into the cache; the logits (B, V) after each prompt.
+
+        lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row.
+        """
+        copies, time = cache.rows // len(ids), ids.shape[1]
+
+        def attend(index: int, qkv: Tensor) -> Tensor:
+            _, k, v = self._split(qkv)
+            for kept, new in ((cache.k, k), (cache.v, v)):
+                kept[index].unflatten(0, (-1, copies))[:, :, :, :time] = new[:, None]
+            return self._attend_prompt(index, qkv)
+
+        x = self._walk(ids, None, attend)
+        return self.logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
+
+    def decode(
+        self, ids: Tensor, lengths: Tensor, cache: Cache, longest: int | None = None, even: bool = False
+    ) -> Tensor:
+        """The next few tokens (B, Tq) of each row -> logits (B, Tq, V).
+
+        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
+        longest: the largest of lengths, if the host knows it; the cache is read no further. even: all are the longest.
+        """
+        batch, new = ids.shape
+        positions = (lengths[:, None] - new) + torch.arange(new, device=ids.device)
+        reach = cache.slots if longest is None else longest
+
+        def attend(index: int, qkv: Tensor) -> Tensor:
+            q, k, v = self._split(qkv)
+            keys, values = cache.k[index], cache.v[index]
+            if even:
+                keys[:, :, reach - new : reach] = k
+                values[:, :, reach - new : reach] = v
+            else:
+                keys[cache.row, :, positions] = k.transpose(1, 2)
+                values[cache.row, :, positions] = v.transpose(1, 2)
+            y = self._functions.decode_attention(
+                q, keys[:, :, :reach], values[:, :, :reach], lengths, scale=self.layers[index].scale, **self._backend
+            )  # fmt: skip
+            return y.transpose(1, 2).reshape(batch, new, -1)
+
+        return self.logits(self._walk(ids, positions, attend))
+
+    def features(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
+        return self._walk(ids, None, self._attend_prompt)
+
+    def first_not_finite(self, ids: Tensor) -> str | None:
+        """The name of the first part that makes a number of this row (T,) infinite or NaN."""
+        found: list[str] = []
+
+        def trace(module: nn.Module, x: Tensor) -> None:
+            if not found and not x.isfinite().all():
+                found.append(self.name(module))
+
+        trace(self.anatomy.tokens, self.anatomy.tokens.weight[ids])  # type: ignore[index]
+        trace(self.anatomy.positions, self.anatomy.positions.weight[: len(ids)])  # type: ignore[index]
+        self._walk(ids[None], None, self._attend_prompt, trace)
+        return found[0] if found else None
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, 3C) -> q, k, v, views (B, H, T, D)."""
+        return qkv.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+    def _attend_prompt(self, index: int, qkv: Tensor) -> Tensor:
+        scale = self.layers[index].scale
+        return self._functions.causal_attention_qkv(qkv, self.heads, scale=scale, **self._backend)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, C) -> (…, V), in float32 whatever the weights are, or float64."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            logits = self.head(x)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _walk(
+        self,
+        ids: Tensor,
+        positions: Tensor | None,
+        attend: Callable[[int, Tensor], Tensor],
+        trace: Callable[[nn.Module, Tensor], None] | None = None,
+    ) -> Tensor:
+        """ids (B, T) -> what the head sees (B, T, C). attend(layer, qkv) turns (B, T, 3C) into (B, T, C)."""
+        told = trace or (lambda module, x: None)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._maybe_evaluating():
+            x = self._embed(ids, positions)
+            branch: Tensor | None = None
+            bias: Tensor | None = None
+            for index, (parts, layer) in enumerate(zip(self.layers, self.anatomy.layers, strict=True)):
+                normed, x = self._add_norm(parts.norm_1, branch, x, bias)
+                told(layer.norm_1, normed)
+                qkv = [linear(normed) for linear in parts.qkv]
+                y = attend(index, qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=-1))
+                branch, bias = _without_bias(parts.out, y)
+                told(layer.attn, branch)
+                normed, x = self._add_norm(parts.norm_2, branch, x, bias)
+                told(layer.norm_2, normed)
+                branch, bias = self._feed(parts.mlp, normed)
+                told(layer.mlp, branch)
+            normed, _ = self._add_norm(self.norm, branch, x, bias)
+            told(self.anatomy.norm, normed)
+        return normed
+
+    def _maybe_evaluating(self):
+        return self._evaluating() if self.called else contextlib.nullcontext()
+
+    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        tokens, places = self.anatomy.tokens, self.anatomy.positions
+        weights = tokens.weight, places.weight
+        if occupied(tokens) or occupied(places) or not plain(*weights):
+            if positions is None:
+                positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            return (tokens(ids) + places(positions)).to(self.stream_dtype)
+        return self._functions.embedding(ids, *weights, positions, dtype=self.stream_dtype, **self._backend)
+
+    def _add_norm(
+        self, norm: Norm | nn.Module, branch: Tensor | None, x: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x with branch + bias added, in the compute dtype, and that sum."""
+        if isinstance(norm, Norm):
+            if branch is None:
+                return self._functions.layer_norm(x, *norm, **self._backend).to(self.dtype), x
+            return self._functions.add_layer_norm(branch, x, *norm, x_bias=bias, **self._backend)
+        if branch is not None:
+            x = x + (branch if bias is None else branch + bias)
+        return norm(x), x
+
+    def _feed(self, mlp: Mlp | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(mlp, Mlp):
+            return mlp(x), None
+        fc, gelu, proj = mlp
+        y = self._functions.gelu_mlp(x, fc.weight, fc.bias, proj.weight, approximate=gelu, **self._backend)
+        return y, proj.bias
+
+    def _try(self, model: Any) -> None:
+        """ValueError unless the model's own forward gives the logits that its parts give."""
+        count = min(_TRIAL_TOKENS, self.context)
+        ids = torch.arange(count, device=self.device)[None] * 7919 % self.vocabulary
+        with torch.no_grad(), self._evaluating():
+            output = model(ids)
+        logits: Any = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+        expected = logits[:, -1].float()
+        actual = self.logits(self.features(ids)[:, -1])
+        distance = ((actual - expected).norm() / expected.norm()).item()
+        coarse = torch.float16 if self.dtype in (torch.float16, torch.bfloat16) else torch.float32
+        if math.isfinite(distance) and distance > {torch.float16: 0.1, torch.float32: 1e-3}[coarse]:
+            raise ValueError(
+                f"generate: this {type(_unwrapped(model)).__name__} computes something else than its parts say: its "
+                f"logits are off by {distance:.1%}"
+            )
+
+
+def _without_bias(layer: Linear | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The product, and the bias that whoever adds it to the stream adds too."""
+    if isinstance(layer, Linear):
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None

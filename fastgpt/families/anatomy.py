@@ -1,0 +1,86 @@
+"""Where the parts of a GPT are, whoever wrote it: what generation walks through, module by module, with a cache.
+
+Each family's `anatomy(model)` gives an Anatomy, or None for a model that is not its own.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fastgpt import ops
+from fastgpt.families import Swap, dropout_p, occupied, swap_of
+
+
+class Layer(NamedTuple):
+    """x + out(attention(qkv(norm_1(x)))), and to that mlp(norm_2(·))."""
+
+    block: nn.Module
+    norm_1: nn.Module
+    attn: nn.Module
+    qkv: tuple[nn.Module, ...]  # one packed projection, or those of queries, keys and values
+    out: nn.Module
+    norm_2: nn.Module
+    mlp: nn.Module
+    dropouts: tuple[nn.Module, ...]  # what generation leaves out
+    scale: float | None  # of the scores; None is 1 / sqrt(D)
+
+
+class Anatomy(NamedTuple):
+    tokens: nn.Module
+    positions: nn.Module
+    layers: tuple[Layer, ...]
+    norm: nn.Module
+    head: nn.Module
+    heads: int  # of attention
+    containers: tuple[nn.Module, ...]  # that hold the rest, and are walked through without being called
+    backend: ops.Backend
+
+    def passed_by(self) -> Iterator[tuple[nn.Module, str]]:
+        """Modules that do more than their class, whose calls generation would leave out, and what they do."""
+        for module in (*self.containers, *(part for layer in self.layers for part in (layer.block, layer.attn))):
+            if reason := occupied(module):
+                yield module, reason
+        for module in (dropout for layer in self.layers for dropout in layer.dropouts):
+            if dropout_p(module) is None:
+                yield module, occupied(module) or "it is no dropout"
+
+
+def backend_of(module: Any) -> ops.Backend:
+    """The one that accelerate was given, where the module is swapped."""
+    swap: Swap | None = swap_of(module)
+    return "auto" if swap is None else swap.backend
+
+
+def transformer_anatomy(model: Any, heads: str) -> Anatomy | None:
+    """Of a model with GPT-2's names, as Hugging Face and nanoGPT have them; `heads` names attention's count."""
+    body: Any = getattr(model, "transformer", None)
+    blocks: Any = getattr(body, "h", None)
+    if not blocks or not hasattr(model, "lm_head") or not hasattr(blocks[0].attn, heads):
+        return None
+    layers = (
+        Layer(
+            block,
+            block.ln_1,
+            block.attn,
+            (block.attn.c_attn,),
+            block.attn.c_proj,
+            block.ln_2,
+            block.mlp,
+            (block.attn.resid_dropout,),
+            getattr(block.attn, "scaling", None),
+        )
+        for block in blocks
+    )
+    containers: tuple = (model, body, blocks)
+    attn = blocks[0].attn
+    return Anatomy(
+        body.wte,
+        body.wpe,
+        tuple(layers),
+        body.ln_f,
+        model.lm_head,
+        getattr(attn, heads),
+        containers,
+        backend_of(attn),
+    )

@@ -1,0 +1,182 @@
+"""`fastgpt generate` and `fastgpt eval` on models of every kind."""
+
+import io
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig, cli, cli_text
+from fastgpt.tokenizer import encoding
+from fastgpt.weights import save_model
+
+BYTES = encoding("byte")
+SHAPE = dict(vocab_size=257, block_size=32, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model in a folder of fastgpt's and of Hugging Face's."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SHAPE)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "own").mkdir()
+    save_model(model, folder / "own", "byte")
+    model.save_pretrained(folder / "huggingface")
+    return folder
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    try:
+        code = cli.main(list(map(str, arguments)))
+    except SystemExit as exit:
+        code = exit.code
+    return code, *capsys.readouterr()
+
+
+GREEDY = ("--temperature", "0", "--max_new_tokens", "20", "--device", "cpu")
+
+
+def test_every_kind_of_checkpoint_writes_the_same(capsys, folders):
+    texts = {
+        run(capsys, "generate", "--checkpoint", folders / path, "--prompt", "ab", *GREEDY)[1]
+        for path in ("own", "huggingface")
+    }
+    file = folders / "huggingface" / "model.safetensors"
+    texts.add(run(capsys, "generate", "--checkpoint", file, "--n_head", "2", "--prompt", "ab", *GREEDY)[1])
+    assert len(texts) == 1 and texts.pop().startswith("ab")
+
+
+def test_a_vocabulary_that_tells_no_encoding(capsys, tmp_path):
+    GPT(GPTConfig(**{**SHAPE, "vocab_size": 300})).save_pretrained(tmp_path)
+    code, _, err = run(capsys, "generate", "--checkpoint", tmp_path)
+    assert code == 2 and "has a vocabulary of 300: name its --encoding" in err
+    assert run(capsys, "generate", "--checkpoint", tmp_path, "--encoding", "byte", "--seed", "1", *GREEDY)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt"),
+    [(b"a\r\nb <|endoftext|>", "a\r\nb <|endoftext|>"), (b"a\xff\xfeb", "a��b"), (b"", "")],
+    ids=["special", "no UTF-8", "empty"],
+)
+def test_a_prompt_from_a_file_or_standard_input_is_text(capsys, folders, tmp_path, monkeypatch, data, prompt):
+    (tmp_path / "prompt.txt").write_bytes(data)
+    command = ["generate", "--checkpoint", folders / "own", "--json", *GREEDY, "--prompt_file"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    for source in (tmp_path / "prompt.txt", "-"):
+        code, out, err = run(capsys, *command, source)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["prompt"] == prompt
+        assert json.loads(out)["prompt_tokens"] == (len(prompt.encode()) or 1)
+
+
+def test_json_and_samples(capsys, folders):
+    options = ("--num_samples", "3", "--seed", "5", "--max_new_tokens", "9")
+    command = ("generate", "--checkpoint", folders / "own", "--prompt", "ab", *options)
+    code, out, _ = run(capsys, *command, "--json")
+    told = json.loads(out)
+    assert code == 0 and len(told["samples"]) == 3 and told["tokens_per_second"] > 0
+    for sample in told["samples"]:
+        assert BYTES.decode_bytes(sample["tokens"]).decode("utf-8", "replace") == sample["text"]
+        assert len(sample["logprobs"]) == len(sample["tokens"]) == 9 and sample["reason"] == "length"
+    code, out, err = run(capsys, *command)
+    expected = "".join(f"--- {n}\nab{sample['text']}\n" for n, sample in enumerate(told["samples"], 1))
+    assert out == expected and err.startswith("27 tokens in ")
+
+
+def test_a_draft(capsys, folders):
+    command = ("generate", "--checkpoint", folders / "own", "--prompt", "ab", *GREEDY)
+    assert run(capsys, *command)[1] == run(capsys, *command, "--draft", folders / "huggingface")[1]
+
+
+def test_a_conversation(capsys, folders, monkeypatch):
+    """A prompt after another until the input ends; Ctrl-C ends a text alone, a mistake is told."""
+    prompts = iter(["ab", "interrupted", "x" * 33])
+
+    def ask(question):
+        assert question == "prompt> "
+        try:
+            return next(prompts)
+        except StopIteration:
+            raise EOFError from None
+
+    written = cli_text.write
+
+    def write(decoder, tokens, prompt, *rest, **how):
+        if prompt == "interrupted":
+            raise KeyboardInterrupt
+        written(decoder, tokens, prompt, *rest, **how)
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(cli_text, "write", write)
+    options = ("--interactive", "--overflow", "error", *GREEDY)
+    code, out, err = run(capsys, "generate", "--checkpoint", folders / "own", *options)
+    assert code == 0 and out.startswith("ab")
+    assert "33 + 20 tokens pass the context of 32" in err and "tokens/s" in err
+
+
+@pytest.mark.parametrize("options", [(), ("--stride", "32"), ("--window", "7", "--stride", "3", "--batch_size", "2")])
+def test_eval_is_the_plain_sum_over_tokens(capsys, folders, tmp_path, options):
+    text = "the quick brown fox é🙂 jumps. " * 7
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    code, out, _ = run(capsys, "eval", tmp_path / "text.txt", "--checkpoint", folders / "own", "--json", *options)
+    found = json.loads(out)
+    given = dict(zip(options[::2], map(int, options[1::2]), strict=True))
+    window = given.get("--window", 32)
+    stride = given.get("--stride", window // 2)
+    model, _ = cli_text.load(str(folders / "own"), None)
+    ids, total, seen = [256, *text.encode()], 0.0, 0
+    for place in range(1, len(ids)):
+        if place > seen:  # the next pass
+            seen = min(len(ids) - 1, seen + (stride if seen else window))
+            begin = max(0, seen - window)
+        with torch.no_grad():
+            scores = model.double()(torch.tensor([ids[begin:place]]))[0, -1]
+        total -= scores.log_softmax(-1)[ids[place]].item()
+    assert code == 0
+    assert found["tokens"] == found["bytes"] == len(text.encode())
+    assert found["loss"] == pytest.approx(total / len(text.encode()), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2), rel=1e-6)
+
+
+def test_eval_of_a_token_file(capsys, folders, tmp_path):
+    np.array([*b"some words", 256, *b"and more"], dtype=np.uint16).tofile(tmp_path / "val.bin")
+    code, out, _ = run(capsys, "eval", tmp_path / "val.bin", "--checkpoint", folders / "huggingface")
+    assert code == 0
+    assert "bits a byte (18 tokens, 17 bytes)" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--window 33", "window is 33, not from 1 to the context of 32"),
+        ("--window 0", "window is 0, not from 1 to the context of 32"),
+        ("--window 8 --stride 9", "stride is 9, not from 1 to the window of 8"),
+        ("--batch_size 0", "batch_size is 0, not at least 1"),
+        ("--encoding gpt2", "token 50256 at offset 0 is outside a vocabulary of 257"),
+    ],
+)
+def test_a_mistake_in_eval(capsys, folders, tmp_path, options, message):
+    (tmp_path / "text.txt").write_text("some words")
+    command = ("eval", tmp_path / "text.txt", "--checkpoint", folders / "own", *options.split())
+    code, _, err = run(capsys, *command)
+    assert code == 2
+    assert err.startswith("fastgpt eval: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_eval_of_a_model_that_is_not_finite(capsys, folders, tmp_path):
+    model, _ = cli_text.load(str(folders / "own"), None)
+    model.wpe.weight.data[3] = math.nan
+    save_model(model, tmp_path, "byte")
+    (tmp_path / "text.txt").write_text("some words")
+    code, _, err = run(capsys, "eval", tmp_path / "text.txt", "--checkpoint", tmp_path)
+    assert code == 2 and "the loss of tokens 1 to 11 is not finite" in err
