@@ -8,60 +8,19 @@ heads, `D` head dim, `V` vocabulary.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops, reference
-from fastgpt.families import (
-    free_linear,
-    gpt2,
-    linear_weight,
-    nanogpt,
-    occupied,
-    plain,
-    raschka,
-    recognise_mlp,
-    recognise_norm,
-)
-from fastgpt.families.anatomy import Anatomy, Layer
-from fastgpt.model import GPT, MLP, LayerNorm
+from fastgpt.families import occupied, plain
+from fastgpt.model import GPT
+from fastgpt.parts import Linear, Mlp, Norm, Reader, anatomy, unwrapped
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
-
-
-class Linear(NamedTuple):
-    weight: Tensor  # (out, in), in any order in memory
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Norm(NamedTuple):
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-
-class Mlp(NamedTuple):
-    fc: Linear
-    gelu: Any
-    proj: Linear
-
-
-class Parts(NamedTuple):
-    """Of a layer. A module stands where it must be called."""
-
-    norm_1: Norm | nn.Module
-    qkv: tuple[Linear | nn.Module, ...]
-    out: Linear | nn.Module
-    norm_2: Norm | nn.Module
-    mlp: Mlp | nn.Module
-    scale: float | None
 
 
 class Cache:
@@ -81,46 +40,6 @@ class Cache:
         return elements * torch.empty((), dtype=decoder.dtype).element_size()
 
 
-def _unwrapped(model: Any) -> Any:
-    """Without torch.compile's, DistributedDataParallel's and PEFT's covers."""
-    while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            return model
-
-
-def _own_anatomy(model: GPT) -> Anatomy:
-    blocks: Any = model.h
-    layers = (
-        Layer(b, b.ln_1, b.attn, (b.attn.c_attn,), b.attn.c_proj, b.ln_2, b.mlp, (), None) for b in blocks
-    )  # fmt: skip
-    head = model.wte if model.lm_head is None else model.lm_head
-    config = model.config
-    return Anatomy(
-        model.wte, model.wpe, tuple(layers), model.ln_f, head, config.n_head, (model, blocks), config.backend
-    )
-
-
-def anatomy(model: Any) -> Anatomy:
-    """TypeError for what is no model, ValueError for one that is no GPT of the known families."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"generate: model is a {type(model).__name__}, not an nn.Module")
-    if isinstance(model, GPT):
-        return _own_anatomy(model)
-    for family in (gpt2, nanogpt, raschka):
-        if (found := family.anatomy(model)) is not None:
-            return found
-    raise ValueError(
-        f"generate: {type(model).__name__} is not known: fastgpt's GPT, Hugging Face's GPT2LMHeadModel, nanoGPT's GPT "
-        f"and the book's GPTModel are"
-    )
-
-
 class Decoder:
     """A live model, made ready to be decoded from.
 
@@ -132,7 +51,7 @@ class Decoder:
     """
 
     def __init__(self, model: Any, *, dtype: torch.dtype | None = None, many_tokens: bool = False):
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         self.anatomy = found = anatomy(inner)
         self._names = {id(module): name for name, module in inner.named_modules()}
         for module, reason in found.passed_by():
@@ -144,9 +63,7 @@ class Decoder:
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
         self._modules = list(inner.modules())
-        self.called: list[nn.Module] = []
-        self._many = many_tokens and self.device.type == "cpu"
-        self._cast = dtype
+        reader = Reader(dtype, many_tokens and self.device.type == "cpu")
         embedded = found.tokens.weight.dtype
         self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
         self.stream_dtype = self.dtype
@@ -157,9 +74,10 @@ class Decoder:
         self._torch = ops.road("layer_norm", found.backend, head.weight) is reference
         self._backend = {} if self._torch else {"backend": found.backend}
         self._functions: Any = reference if self._torch else ops
-        self.layers = [self._layer(layer) for layer in found.layers]
-        self.norm = self._norm(found.norm)
-        self.head = self._linear(found.head)
+        self.layers = [reader.layer(layer) for layer in found.layers]
+        self.norm = reader.norm(found.norm)
+        self.head = reader.linear(found.head)
+        self.called = reader.called
         self.vocabulary: int = found.tokens.num_embeddings  # type: ignore[assignment]
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
         self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
@@ -173,83 +91,6 @@ class Decoder:
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
         return self._names.get(id(module)) or "the model"
-
-    # How a part is read: as weights, or, where it must be called, as itself.
-
-    def _linear(self, module: Any) -> Linear | nn.Module:
-        if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
-            return Linear(self._ready(module.weight))
-        if not free_linear(module):
-            self.called.append(module)
-            return module
-        return Linear(self._ready(linear_weight(module)), self._as(module.bias))
-
-    def _as(self, tensor: Any) -> Any:
-        return tensor if tensor is None or self._cast is None else tensor.detach().to(self._cast)
-
-    def _ready(self, weight: Tensor) -> Tensor:
-        """(out, in), cast, and on a CPU in the order that a single row reads fastest.
-
-        Measured on two cores of an AMD EPYC (Zen 3), PyTorch 2.13: (in, out) in memory takes 0.5 to 0.6 of the time of
-        (out, in) where there are more outputs than inputs, and as long or longer where there are fewer.
-        """
-        weight = self._as(weight.detach())
-        if self._many and weight.shape[0] >= weight.shape[1] and weight.stride(0) != 1:
-            return weight.t().contiguous().t()
-        return weight
-
-    def _norm(self, module: Any) -> Norm | nn.Module:
-        names = ("weight", "bias")
-        if not isinstance(module, LayerNorm):
-            swap = recognise_norm(module)
-            if isinstance(swap, str) or swap is None:
-                self.called.append(module)
-                return module
-            names = swap.names
-        weight, bias = (getattr(module, name) for name in names)
-        if occupied(module) or not plain(weight, bias):
-            self.called.append(module)
-            return module
-        return Norm(weight.detach(), None if bias is None else bias.detach(), getattr(module, "eps", 1e-5))
-
-    def _mlp(self, module: Any) -> Mlp | nn.Module:
-        children = list(module.children())
-        inner = children[0] if len(children) == 1 and not occupied(module) else module  # the book's ff.layers
-        if isinstance(module, MLP):
-            linears, gelu = (module.c_fc, module.c_proj), module.gelu
-            act = None
-        else:
-            swap = recognise_mlp(inner)
-            if isinstance(swap, str) or swap is None:
-                self.called.append(module)
-                return module
-            linears, gelu = (getattr(inner, swap.names[0]), getattr(inner, swap.names[1])), swap.gelu
-            act = swap.act
-        others = [part for part in (module, inner, act) if part is not None]
-        if any(occupied(part) for part in others) or not all(free_linear(linear) for linear in linears):
-            self.called.append(module)
-            return module
-        fc, proj = (self._linear(linear) for linear in linears)
-        return Mlp(fc, gelu, proj)  # type: ignore[arg-type]
-
-    def _layer(self, layer: Layer) -> Parts:
-        qkv = tuple(layer.qkv)
-        packed: tuple[Linear | nn.Module, ...]
-        if len(qkv) > 1 and all(free_linear(part) for part in qkv):  # one product for the three
-            weight = torch.cat([linear_weight(part) for part in qkv]).detach()
-            biases: Any = [part.bias for part in qkv]
-            bias = None if any(b is None for b in biases) else self._as(torch.cat(biases).detach())
-            packed = (Linear(self._ready(weight), bias),)
-        else:
-            packed = tuple(self._linear(part) for part in qkv)
-        return Parts(
-            self._norm(layer.norm_1),
-            packed,
-            self._linear(layer.out),
-            self._norm(layer.norm_2),
-            self._mlp(layer.mlp),
-            layer.scale,
-        )
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -412,7 +253,7 @@ class Decoder:
         coarse = torch.float16 if self.dtype in (torch.float16, torch.bfloat16) else torch.float32
         if math.isfinite(distance) and distance > {torch.float16: 0.1, torch.float32: 1e-3}[coarse]:
             raise ValueError(
-                f"generate: this {type(_unwrapped(model)).__name__} computes something else than its parts say: its "
+                f"generate: this {type(unwrapped(model)).__name__} computes something else than its parts say: its "
                 f"logits are off by {distance:.1%}"
             )
 

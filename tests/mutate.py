@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant("a stale cache row", DECODER, "values[cache.row, :, positions] = v.transpose(1, 2)", "pass", CACHED, False),
     Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", CACHED, False),
     Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),
-    Mutant("the family's scale not read", DECODER, "            layer.scale,\n", "            None,\n", CACHED, False),
+    Mutant("the family's scale not read", "fastgpt/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
     Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", GENERATION + "test_a_model_of_another_form_is_refused", False),
     Mutant("modes not restored", DECODER, "module.training = training", "pass", GENERATION + "test_the_model_is_left_as_it_was", False),
     Mutant("top_p one token short", SAMPLING, "F.pad(weights.cumsum(-1)[:, :-1], (1, 0))", "weights.cumsum(-1)", GENERATION + "test_top_p_ends_with_the_token_that_reaches_it", False),

@@ -1,8 +1,10 @@
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, GPTConfig, accelerate, batch, generate, reference
 from fastgpt.batch import Batch
@@ -586,6 +588,79 @@ def test_no_step_waits_for_the_device(model, monkeypatch):
     rows.advance()
     rows._step(None)
     rows._step(None)
+
+
+def test_every_token_costs_the_same_and_the_cache_stays_where_it_is():
+    """Operators are counted, not timed."""
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    rows = Batch(Decoder(gpt(128)), [[3, 1, 4]], 1, 100, Sampling(), None, 13, True)
+    rows.advance()
+    counts, places = set(), set()
+    for _ in range(99):
+        with Counter() as counter:
+            counter.count = 0
+            rows.advance()
+        counts.add(counter.count)
+        places.add((rows.cache.k.data_ptr(), rows.cache.v.data_ptr(), rows.history.data_ptr()))
+    assert len(counts) == 1 and len(places) == 1
+
+
+def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
+    """The order of things on a GPU, with a graph that is none: what is captured runs at each replay, and not before."""
+    told = dict(temperature=2.0, seed=3, repetition_penalty=1.2, logprobs=True)
+    model = gpt(64)
+    expected = generate(model, [[3, 1, 4], [7]], 40, **told)
+    log, made = [], []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            log.append(type(generator).__name__)
+
+        def replay(self):
+            log.append("replay")
+            made[0]._step(None)
+
+    @contextlib.contextmanager
+    def graph(captured):
+        held = [t for t in (*vars(made[0]).values(), *vars(made[0].cache).values()) if isinstance(t, torch.Tensor)]
+        kept, state = [tensor.clone() for tensor in held], made[0].generator.get_state()
+        yield log.append("capture")
+        for tensor, before in zip(held, kept, strict=True):
+            tensor.copy_(before)
+        made[0].generator.set_state(state)
+
+    class Captured(Batch):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._graphs = True
+            made.append(self)
+
+        def _on_a_side_stream(self):
+            log.append("first")
+            self._step(None)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr("fastgpt.generation.Batch", Captured)
+    assert generate(model, [[3, 1, 4], [7]], 40, **told).tokens == expected.tokens
+    assert log == ["first", "Generator", "capture", *["replay"] * 38]
+
+
+def test_the_kernels_give_the_fallbacks_tokens(device):
+    config = dict(n_layer=1, n_embd=32, vocab_size=32)
+    fallback = gpt(32, backend="torch", **config).to(device)
+    kernels = GPT(GPTConfig(**{**vars(fallback.config), "backend": "triton"})).to(device)
+    kernels.load_state_dict(fallback.state_dict())
+    options = dict(temperature=0, num_samples=2, logprobs=True)
+    expected = generate(fallback, [[3, 1, 4], [7]], 5, **options)
+    found = generate(kernels, [[3, 1, 4], [7]], 5, **options)
+    assert found.tokens == expected.tokens
+    torch.testing.assert_close(torch.tensor(found.logprobs), torch.tensor(expected.logprobs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from fastgpt import cli, monitor
+from fastgpt import GPT, GPTConfig, cli, monitor
 from tests import models
 
 ROOT = Path(__file__).parent.parent
@@ -59,6 +59,13 @@ def test_the_three_swaps_run_with_and_without_their_new_lines(family, nanogpts_m
     assert "gelu_mlp" in printed and "left" not in printed
     if family == "transformers":
         assert printed in README
+
+
+def test_the_snippet_about_text_runs(capsys):
+    (snippet,) = [snippet for snippet in SNIPPETS if snippet.startswith("from fastgpt import generate, stream")]
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=32))
+    exec(compile(snippet, "README.md", "exec"), {"model": model, "idx": torch.arange(8).view(2, 4)})
+    assert "['length', 'length', 'length', 'length']" in capsys.readouterr().out
 
 
 def test_the_map_names_every_file():
