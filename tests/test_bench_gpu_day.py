@@ -191,7 +191,7 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     timed = [row for row in rows if row.status == "ok"]
     assert all(row.median == pytest.approx(1e-3) for row in timed) and len(timed) > 60
     skipped = {row.variant for row in rows if row.status == "skipped" and row.note}
-    assert skipped <= {"SDPA cuDNN", "SDPA efficient", "flex_attention"}
+    assert skipped <= {"SDPA cuDNN", "SDPA efficient", "flex_attention", "nanoGPT", "the book, fast"}
     assert len(timed) + sum(row.status == "skipped" for row in rows) == len(rows)
     tried = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
     assert len(tried) == 11 and all(record["status"] == "ok" for record in tried)
