@@ -116,8 +116,9 @@ class Reader:
     def _ready(self, weight: Tensor) -> Tensor:
         """(out, in), cast, and on a CPU in the order that a single row reads fastest.
 
-        Measured on two cores of an AMD EPYC (Zen 3), PyTorch 2.13: (in, out) in memory takes 0.5 to 0.6 of the time of
-        (out, in) where there are more outputs than inputs, and as long or longer where there are fewer.
+        Measured on two busy cores of an AMD EPYC (Zen 3), PyTorch 2.13, in turns: (in, out) in memory takes 0.5 to 0.65
+        of the time of (out, in) where there are more outputs than inputs, 0.8 to 0.9 where there are as many, and as
+        long or longer where there are fewer.
         """
         weight = self._as(weight.detach())
         if self._laid_out and weight.shape[0] >= weight.shape[1] and weight.stride(0) != 1:
