@@ -83,7 +83,7 @@ def fitted(monkeypatch):
     """The arguments that `fit` gets; nothing is trained and no sample written."""
     got = []
     monkeypatch.setattr(cli, "fit", lambda *arguments: got.append(arguments))
-    monkeypatch.setattr(cli, "_write", lambda *arguments: None)
+    monkeypatch.setattr(cli.cli_text, "write", lambda *arguments, **options: None)
     return got
 
 
