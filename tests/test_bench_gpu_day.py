@@ -173,6 +173,7 @@ def test_without_a_sanitizer_the_reason_is_printed(capsys):
     assert "nothing was sanitized" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     """Every stage, on Triton's interpreter and a clock of its own; only torch.cuda is another object."""
     pytest.importorskip("triton", reason="Triton is not to be had on this platform")

@@ -217,10 +217,11 @@ def test_pytest_bench_says_wrong(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-p", "wrong", "bench/", "-k", "embedding and fwd", "-q"]
     out, file = tmp_path / "out", tmp_path / "benchmark.json"
+    outside_xdist = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run = subprocess.run(
         [*command, "-p", "no:cacheprovider", "--bench-out", out, "--benchmark-json", file],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**outside_xdist, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=900,

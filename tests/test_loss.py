@@ -194,10 +194,12 @@ def peak_bytes(call, folder):
     return max(itertools.accumulate(changes))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_beside_the_gradients_it_holds_a_tenth_of_the_logits(dtype, reduction, tmp_path):
-    rows, channels, vocab = 2560, 32, 50257
+    rows, channels, vocab = 2560, 8, 50257
     x, weight = (torch.randn(n, channels, dtype=dtype, requires_grad=True) for n in (rows, vocab))
     targets = torch.randint(0, vocab, (rows,))
     logits = rows * vocab * dtype.itemsize
@@ -212,6 +214,7 @@ def test_beside_the_gradients_it_holds_a_tenth_of_the_logits(dtype, reduction, t
         return loss, torch.autograd.grad(loss.sum(), (x, weight))
 
     assert peak_bytes(step, tmp_path) - gradients <= 0.1 * logits
-    assert peak_bytes(plain_step, tmp_path) > 2 * logits  # so the count can see what it is to forbid
+    if dtype == torch.float32:  # minutes less than in bfloat16 on a CPU without it, and the count is the same
+        assert peak_bytes(plain_step, tmp_path) > 2 * logits  # so the count can see what it is to forbid
     with torch.no_grad():
         assert peak_bytes(lambda: ops.linear_cross_entropy(x, weight, targets), tmp_path) <= 0.1 * logits

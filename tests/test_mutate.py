@@ -14,9 +14,10 @@ def test_every_mutant_still_applies_and_has_its_own_name():
     assert len({mutant.name for mutant in mutate.MUTANTS}) == len(mutate.MUTANTS)
 
 
+@pytest.mark.slow
 def test_a_few_mutants_are_killed(capsys):
-    assert mutate.main(["Δ missing in dq", "no correction of the mean", "partials shared", "one-hot missing"]) == 0
-    assert "4 of 4 killed" in capsys.readouterr().out
+    assert mutate.main(["no correction of the mean", "partials shared", "one-hot missing"]) == 0
+    assert "3 of 3 killed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
