@@ -73,4 +73,3 @@ def pytest_collection_modifyitems(config, items):
     if dropped := [item for item in items if not runs_here(item)]:
         config.hook.pytest_deselected(items=dropped)
     items[:] = sorted(kept, key=lambda item: item.path.name != "test_roads.py")  # the longest first, for pytest -n
-
