@@ -78,7 +78,9 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
         return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
     if 90 <= card.capability < 120 and card.shared >= 160 * 1024:  # Hopper and its successor in data centers
         if kernel == "dkdv":
-            return Tiles(64 // (1 + extras) // (1 + (head_dim > 64)), 128, 8, 2)
+            if head_dim <= 64 and not extras:
+                return Tiles(64, 128, 8, 3)  # Triton 3.6's ptxas spills with two stages
+            return Tiles(32 // (1 + (extras and head_dim > 64)), 128, 8, 2)
         if kernel == "fwd" and head_dim <= 64 and not extras:
             return Tiles(128, 64, 4, 3)
         return Tiles(128, 32 if extras and kernel == "dq" and head_dim > 64 else 64, 8, 2)

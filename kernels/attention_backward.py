@@ -13,12 +13,12 @@ Flops, causal: 14 B H T² D / 2 (one kernel would do with 10). One turn of the u
 
     kernel    D     tile   warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
     dq       64   128x64       8   244     12    32    32    32    32           768   512    488   683
-    dkdv     64   64x128       8   319     16    32    32    32    32          1024   512    638   768
+    dkdv     64   64x128       8   328     16    32    32    32    32          1024   512    656   768
     dq      128   128x64       8   285     20    32    32    32    32          1536   512    570  1365
     dkdv    128   32x128       8   264     20    16    16    16    16          1024   256    528   768
 
-At T = 1024 both kernels together allow at most 326 TFLOP/s of useful work (the usual 10 B H T² D / 2) at D = 64 if the
-tensor core never overlaps the rest, 518 if all does; at D = 128 380 and 541. Δ's pass over o and do is left out.
+At T = 1024 both kernels together allow at most 323 TFLOP/s of useful work (the usual 10 B H T² D / 2) at D = 64 if the
+tensor core never overlaps the rest, 514 if all does; at D = 128 380 and 541. Δ's pass over o and do is left out.
 """
 
 import math
