@@ -26,6 +26,7 @@ def losses(backend, device):
     return torch.stack([step(row[:, :-1], row[:, 1:])[0] for row in sequences]).cpu()
 
 
+@pytest.mark.slow
 def test_three_hundred_steps_lose_the_same(device, monkeypatch):
     """Both add in float32 in another order, and training magnifies what that rounds away, about tenfold in a hundred
     steps here: the first losses agree to float32, the last to a part in ten thousand."""
