@@ -39,6 +39,7 @@ class Case:
     variants: dict[str, Callable[[Any], Subject]]
     oracle: Callable[[Any], tuple]
     capture: bool = True  # as a CUDA graph, where the device has them
+    eager: str = EAGER  # the variant by whose error the others are judged; without it, fastgpt's is PyTorch's own
 
     @property
     def name(self) -> str:

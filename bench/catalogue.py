@@ -4,6 +4,7 @@ from bench import cases, models
 from bench.cases import Case
 from bench.generation import generation
 from bench.machine import Machine
+from bench.swap import swap
 from fastgpt.model import PRESETS
 
 _124M = PRESETS["gpt2-124M"]
@@ -34,6 +35,7 @@ def _on_a_gpu(machine: Machine) -> list[Case]:
         *generation(machine, 1, 32, 128, _124M, tier=2),
         *generation(machine, 64, 32, 128, _124M, tier=2),
         *generation(machine, 8, 512, 1, _124M, tier=2),
+        *swap(machine, 8, 1024, _124M, tier=2),
         *cases.add_layer_norm(machine, M, 1600, tier=3),
     ]
     for T in (4096, 16384, 512, 2048, 8192):
@@ -58,6 +60,7 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *cases.decode(machine, 8, 12, 1024, 64, tier=1),
         *generation(machine, 1, 32, 128, _124M, tier=1),
         *generation(machine, 1, 256, 1, _124M, tier=1),
+        *swap(machine, 1, 256, {**_124M, "n_layer": 2}, tier=1),
     ]
 
 
@@ -74,4 +77,5 @@ def small(machine: Machine) -> list[Case]:
         *models.block(machine, 1, 8, _TINY, tier=1),
         *cases.decode(machine, 1, 2, 16, 16, tier=2),
         *generation(machine, 1, 2, 3, _TINY, tier=2),
+        *swap(machine, 1, 8, _TINY, tier=2),
     ]

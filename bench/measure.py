@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from bench.baselines import Unavailable
-from bench.cases import EAGER, SUBJECT, Case, Subject
+from bench.cases import SUBJECT, Case, Subject
 from bench.check import judge
 from bench.machine import Machine
 from bench.timing import Timing, interleaved
@@ -78,10 +78,10 @@ def _measure(case, machine, roofs):
     problem = case.problem()
     oracle = case.oracle(problem)
     rows, calls, eager = {}, {}, None
-    for name in sorted(case.variants, key=lambda name: name != EAGER):  # the others are judged by its error
+    for name in sorted(case.variants, key=lambda name: name != case.eager):  # the others are judged by its error
         row, call, results = _prepare(case, name, problem, oracle, eager, machine, facts)
         rows[name] = row
-        if name == EAGER or (name == SUBJECT and EAGER not in case.variants):
+        if name == case.eager or (name == SUBJECT and case.eager not in case.variants):
             eager = results
         if call is not None:
             calls[name] = call

@@ -1,5 +1,6 @@
 """The cases above a function: a block and a training step, at the weights of one fastgpt.GPT."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -125,71 +126,107 @@ class StepProblem(NamedTuple):
     targets: Tensor
 
 
+def step_problem(machine: Machine, B: int, T: int, config: dict) -> StepProblem:
+    model = gpt(machine, config)
+    idx = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % model.config.vocab_size
+    targets = idx.roll(-1, dims=1).clone()
+    targets[:, -1] = -100  # Hugging Face shifts labels itself and has none for the last place
+    return StepProblem(model, idx, targets)
+
+
+def step(model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], p: StepProblem) -> Subject:
+    """Forward, backward and a fused AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        loss(model, p.idx, p.targets).backward()
+        optimizer.step()
+
+    def results():
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(model, p.idx[:2], p.targets[:2])
+        value.backward()
+        grads = [baselines.named_gradient(model, name).clone() for name in _CHECKED]
+        optimizer.zero_grad(set_to_none=True)
+        return value.detach(), *grads
+
+    return Subject(run, results)
+
+
+def step_work(shape: GPTConfig, B: int, T: int, e: int) -> Work:
+    lines = work.train_step(shape, B, T, e, adamw_bytes=7 * e)
+    return Work(sum(n * w.flops for _, _, n, w in lines), sum(n * w.bytes for _, _, n, w in lines))
+
+
+def own_loss(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
+    return model(idx, targets)
+
+
+class Family(NamedTuple):
+    """Another's model at the weights of one of ours."""
+
+    build: Callable[[GPT, Machine], nn.Module]
+    logits: Callable[[nn.Module, Tensor], Tensor]  # (B, T, V), of idx
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # of idx and targets, where -100 stands for none
+    makes_its_loss: bool  # or leaves it to its caller
+    changes: dict  # to our config, for the function that it computes
+
+
+FAMILIES = {
+    HUGGING_FACE: Family(
+        lambda model, machine: baselines.hugging_face(model),
+        lambda model, idx: model(idx).logits,
+        lambda model, idx, targets: model(idx, labels=idx).loss,
+        True,
+        {},
+    ),
+    NANOGPT: Family(
+        lambda model, machine: baselines.nanogpt(model, machine.nanogpt),
+        lambda model, idx: model(idx, idx)[0],
+        lambda model, idx, targets: model(idx, targets.where(targets >= 0, -1))[1],
+        True,
+        {"gelu": "none"},
+    ),
+    BOOK: Family(
+        lambda model, machine: baselines.book(model),
+        lambda model, idx: model(idx),
+        lambda model, idx, targets: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()),
+        False,
+        {},
+    ),
+}
+
+
 def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Case]:
     """Forward, backward and a fused AdamW, all weights in the operands' dtype. Checked: the loss and some gradients of
     up to two rows, for float64 takes memory."""
     shape = GPTConfig(**config)
-    e = machine.dtype.itemsize
-
-    def problem():
-        model = gpt(machine, config)
-        idx = torch.arange(B * T, device=machine.device).view(B, T) * 7919 % shape.vocab_size
-        targets = idx.roll(-1, dims=1).clone()
-        targets[:, -1] = -100  # Hugging Face shifts labels itself and has none for the last place
-        return StepProblem(model, idx, targets)
-
-    def of(model: nn.Module, loss: Callable, p: StepProblem) -> Subject:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-        def run():
-            optimizer.zero_grad(set_to_none=True)
-            loss(p.idx, p.targets).backward()
-            optimizer.step()
-
-        def results():
-            optimizer.zero_grad(set_to_none=True)
-            value = loss(p.idx[:2], p.targets[:2])
-            value.backward()
-            grads = [baselines.named_gradient(model, name).clone() for name in _CHECKED]
-            optimizer.zero_grad(set_to_none=True)
-            return value.detach(), *grads
-
-        return Subject(run, results)
+    problem = functools.partial(step_problem, machine, B, T, config)
 
     def fresh(p, backend):
-        twin = with_backend(p.model, backend)
-        return of(twin, twin, p)
+        return step(with_backend(p.model, backend), own_loss, p)
 
     def compiled(p):
         if machine.kind == "cpu":
             raise baselines.Unavailable("compiling the whole model on a CPU takes longer than this benchmark")
         twin = with_backend(p.model, "torch")
-        return of(twin, baselines.compiled(machine, twin), p)
+        run = baselines.compiled(machine, twin)
+        return step(twin, lambda _, idx, targets: run(idx, targets), p)
 
-    def theirs(p):
-        model = baselines.hugging_face(p.model)
-        return of(model, lambda idx, targets: model(idx, labels=idx).loss, p)
-
-    def nanogpt(p):
-        model = baselines.nanogpt(p.model, machine.nanogpt)
-        subject = of(model, lambda idx, targets: model(idx, targets.where(targets >= 0, -1))[1], p)
-        return subject._replace(expected=lambda: oracle(p, gelu="none"))
-
-    def book(p):
-        model = baselines.book(p.model)
-        loss = lambda idx, targets: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())  # noqa: E731
-        return of(model, loss, p)
+    def theirs(name, p):
+        family = FAMILIES[name]
+        subject = step(family.build(p.model, machine), family.loss, p)
+        return subject._replace(expected=lambda: oracle(p, **family.changes)) if family.changes else subject
 
     variants = {SUBJECT: lambda p: fresh(p, "auto")}
     if machine.kind != "cpu":
         variants[EAGER] = lambda p: fresh(p, "torch")
-    variants |= {COMPILED: compiled, HUGGING_FACE: theirs, NANOGPT: nanogpt, BOOK: book}
+    variants |= {COMPILED: compiled, **{name: functools.partial(theirs, name) for name in FAMILIES}}
 
     def oracle(p, **changes):
-        twin = with_backend(p.model, "torch", **changes).double()
-        return of(twin, twin, p).results()
+        return step(with_backend(p.model, "torch", **changes).double(), own_loss, p).results()
 
-    lines = work.train_step(shape, B, T, e, adamw_bytes=7 * e)
-    floor = Work(sum(n * w.flops for _, _, n, w in lines), sum(n * w.bytes for _, _, n, w in lines))
-    shape_numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
-    return [Case("training step", shape_numbers, tier, floor, problem, variants, oracle, capture=False)]
+    numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
+    floor = step_work(shape, B, T, machine.dtype.itemsize)
+    return [Case("training step", numbers, tier, floor, problem, variants, oracle, capture=False)]

@@ -168,6 +168,17 @@ def train_step(config: GPTConfig, batch: int, time: int, e: int = 2, adamw_bytes
     ]
 
 
+def forward(config: GPTConfig, batch: int, time: int, e: int) -> Work:
+    """The logits of every position."""
+    B, T, C, H, L = batch, time, config.n_embd, config.n_head, config.n_layer
+    M, F, V, D = B * T, config.n_inner or 4 * C, config.vocab_size, C // H
+    layer = matmul(M, 3 * C, C, e) + matmul(M, C, C, e) + matmul(M, F, C, e) + matmul(M, C, F, e)
+    layer += attention_fwd(B, H, T, D, e) + bias_gelu_fwd(M, F, e) + add_layer_norm_fwd(M, C, e)
+    layer += add_layer_norm_fwd(M, C, e)
+    rest = embedding_fwd(M, T, C, e) + layer_norm_fwd(M, C, e) + matmul(M, V, C, e)
+    return Work(L * layer.flops, L * layer.bytes) + rest
+
+
 def generation(config: GPTConfig, batch: int, prompt: int, new: int, e: int) -> Work:
     """`new` tokens a row with a cache: the prompt in one pass, then every weight once a token, and the filled slots."""
     C, L, V = config.n_embd, config.n_layer, config.vocab_size

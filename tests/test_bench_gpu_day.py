@@ -191,7 +191,8 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     rows = Folder(out / "cases").rows()
     timed = [row for row in rows if row.status == "ok"]
     assert all(row.median == pytest.approx(1e-3) for row in timed) and len(timed) > 60
-    skipped = {row.variant for row in rows if row.status == "skipped" and row.note}
+    absent = ("nanoGPT: ", "the book, fast: ")  # whose models are swapped where they are installed
+    skipped = {row.variant for row in rows if row.status == "skipped" and row.note and not row.case.startswith(absent)}
     assert skipped <= {"SDPA cuDNN", "SDPA efficient", "flex_attention", "nanoGPT", "the book, fast"}
     assert len(timed) + sum(row.status == "skipped" for row in rows) == len(rows)
     tried = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
