@@ -22,6 +22,13 @@ def test_without_targets_it_returns_the_last_position_alone(bias):
     torch.testing.assert_close(logits, before[0], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_its_norms_are_replaced_whether_they_have_a_bias(bias):
+    report = accelerate(nanogpt(bias=bias))
+    norms = {row.name.rpartition(".")[2] for row in report.rows if row.now == "layer_norm"}
+    assert norms == {"ln_1", "ln_2", "ln_f"}
+
+
 @pytest.mark.parametrize("ignored", [0, 4, 18])
 @pytest.mark.parametrize("flag", [False, True])
 def test_the_loss_ignores_minus_one(flag, ignored):

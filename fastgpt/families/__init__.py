@@ -132,6 +132,9 @@ def _affine(norm: Any, swap: Swap) -> tuple[Any, Any]:
     return getattr(norm, weight), getattr(norm, bias)
 
 
+_AFFINE = (["weight", "bias"], ["weight"], ["scale", "shift"])  # a norm's parameters; nanoGPT's bias may be None
+
+
 def recognise_norm(module: Any) -> Swap | str | None:
     """nn.LayerNorm, nanoGPT's (weight, bias or none) and the book's (scale, shift)."""
     own = list(module._parameters)
@@ -140,7 +143,9 @@ def recognise_norm(module: Any) -> Swap | str | None:
             return f"it normalises {len(module.normalized_shape)} axes"
         if module.weight is None:
             return "it has no weight"
-    elif not own_type(module).__name__.endswith("LayerNorm") or own not in (["weight", "bias"], ["scale", "shift"]):
+    elif own == ["weight"] and getattr(module, "bias", ...) is not None:
+        return None
+    elif not own_type(module).__name__.endswith("LayerNorm") or own not in _AFFINE:
         return None
     names = ("scale", "shift") if own == ["scale", "shift"] else ("weight", "bias")
     weight = getattr(module, names[0])
