@@ -160,6 +160,7 @@ MUTANTS = [
     Mutant("splits of a row in one slot", DECODE, "* SPLITS + split\n", "* SPLITS\n", CACHE),
     Mutant("a length past the cache believed", DECODE, "tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)\n    begin", "tl.minimum(tl.load(lengths_ptr + batch), slots + 16).to(tl.int32)\n    begin", "test_decode.py::test_a_length_past_the_cache_reads_nothing_past_it"),
     Mutant("empty slots seen as zeros", DECODE, "cols[None, :] <= last[:, None]", "cols[None, :] <= last[:, None] + steps", CACHE),
+    Mutant("merged splits not rescaled", DECODE, "acc = acc * rescale + tl.sum(weights[:, None] * o, axis=0)", "acc = acc + tl.sum(weights[:, None] * o, axis=0)", "test_decode.py::test_more_splits_than_are_merged_at_once"),
     Mutant("splits by the batch", DECODE, "max(128, triton.next_power_of_2(triton.cdiv(slots, 64)))", "max(128, triton.next_power_of_2(triton.cdiv(slots, rows)))", "test_decode.py::test_the_split_depends_on_the_cache_alone", False),
     # cross entropy
     Mutant("one-hot missing", LOSS, "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),

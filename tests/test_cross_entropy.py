@@ -47,6 +47,7 @@ def test_the_real_vocabulary(vocab):
 
 def test_several_blocks_and_chunks(device, monkeypatch):
     """Blocks of 128 logits, and 150 rows in three chunks, the last one short."""
+    monkeypatch.setattr("fastgpt.loss._rows_at_once", lambda *args: 64)
     monkeypatch.setattr(cross_entropy, "_tiles", lambda vocab: (128, 4))
     upstream = torch.tensor(1.0, device=device)
     check(*head(150, 16, 300, torch.float32, scale=0.3, device=device), upstream, "mean", backend="triton")

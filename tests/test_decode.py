@@ -44,6 +44,13 @@ def test_lengths(length, device):
     check(operands([length, 100, 1], 2, 2, 1, 100, 16, torch.float32, device))
 
 
+def test_more_splits_than_are_merged_at_once(device):
+    """The last of them weigh most, so that what was merged before has to be made smaller."""
+    q, k, v, lengths = operands([600, 540, 512, 1], 1, 1, 1, 600, 16, torch.float32, device)
+    k[:, :, 512:] *= 3
+    check((q, k, v, lengths))
+
+
 @pytest.mark.parametrize("dim", [1, 16, 25, 64, 80, 128, 256])
 def test_head_dims_and_dtypes(dim, device):
     for dtype in DTYPES:

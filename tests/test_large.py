@@ -88,7 +88,7 @@ def test_the_longest_context(extras, device, monkeypatch):
 
 def test_decoding_at_the_end_of_the_longest_context(device, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(decode, "_tiles", lambda *args: decode.Tiles(16, 8192, 8192, 4, 1))
+        monkeypatch.setattr(decode, "_tiles", lambda *args: decode.Tiles(16, 4096, 4096, 4, 1))
     q, k, v, _ = operands(1, 1, 1, 131072, 16, torch.float32, device)
     lengths = torch.tensor([131071], device=device)
     k[:, :, 131071:] = v[:, :, 131071:] = torch.nan
