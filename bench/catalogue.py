@@ -49,7 +49,6 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *cases.attention(machine, 1, 12, 1024, 64, tier=0),
         *cases.attention(machine, 1, 6, 1024, 128, tier=0),
         *cases.attention(machine, 4, 12, 256, 64, tier=1),
-        *cases.attention(machine, 2, 12, 512, 64, tier=1),
         *cases.add_layer_norm(machine, 2048, 768, tier=0),
         *cases.mlp_halves(machine, 256, 768, 3072, tier=0),
         *cases.gelu_mlp(machine, 256, 768, 3072, tier=0),
@@ -58,9 +57,9 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *models.block(machine, 1, 256, _124M, tier=1),
         *models.train_step(machine, 1, 256, _124M, tier=0),
         *cases.decode(machine, 8, 12, 1024, 64, tier=1),
-        *generation(machine, 1, 32, 128, _124M, tier=1),
-        *generation(machine, 1, 256, 1, _124M, tier=1),
-        *swap(machine, 1, 256, {**_124M, "n_layer": 2}, tier=1),
+        *generation(machine, 1, 32, 64, _124M, tier=1),
+        *generation(machine, 1, 128, 1, _124M, tier=1),
+        *swap(machine, 1, 256, {**_124M, "n_layer": 2, "vocab_size": 4096}, tier=1),
     ]
 
 

@@ -53,7 +53,7 @@ class Machine:
             clock = DeviceClock(dry.FakeCuda(), "cpu")
             return cls(kind, "cpu", torch.float32, clock, "eager", 0.0, (2, 2))
         torch.set_num_threads(CPU_THREADS)
-        return cls("cpu", "cpu", torch.float32, HostClock(), "inductor", 0.5, (5, 100))
+        return cls("cpu", "cpu", torch.float32, HostClock(), "inductor", 0.5, (3, 100))
 
     @property
     def cuda(self) -> Any:

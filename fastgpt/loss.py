@@ -113,8 +113,8 @@ def _outputs(x, weight, dtype, needs_x, needs_weight):
 
 
 def _rows_at_once(rows: int, copied: bool) -> int:
-    """A twelfth of them, a fortieth where a float32 copy is made too; but not so few that the matmuls wait for weight and
-    dweight to be read and written more than they compute (on a CPU, 1024 rows take 1.4 times longer by 86 than by 256)."""
+    """A twelfth of them, a fortieth where a float32 copy is made too; but not so few that the matmuls wait for weight
+    and dweight to be read and written (on a CPU, 1024 rows take 1.4 times longer by 86 than by 256)."""
     return max(64, -(-rows // 40)) if copied else max(256, -(-rows // 12))
 
 

@@ -143,9 +143,9 @@ def recognise_norm(module: Any) -> Swap | str | None:
             return f"it normalises {len(module.normalized_shape)} axes"
         if module.weight is None:
             return "it has no weight"
-    elif own == ["weight"] and getattr(module, "bias", ...) is not None:
+    elif own not in _AFFINE or not own_type(module).__name__.endswith("LayerNorm"):
         return None
-    elif not own_type(module).__name__.endswith("LayerNorm") or own not in _AFFINE:
+    if own == ["weight"] and getattr(module, "bias", ...) is not None:  # T5's has none at all and takes no mean off
         return None
     names = ("scale", "shift") if own == ["scale", "shift"] else ("weight", "bias")
     weight = getattr(module, names[0])
