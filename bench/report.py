@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from bench.cases import SUBJECT
-from bench.measure import AGAIN, Folder, Row, noise
+from bench.measure import Folder, Row, noise
 from bench.work import Work
 
 ROOT = Path(__file__).parent.parent
