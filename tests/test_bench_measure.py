@@ -209,6 +209,7 @@ def test_a_sample_takes_as_long_as_its_call():
     assert 0.01 <= HostClock(2**10).sample(lambda: time.sleep(0.01)) < 1
 
 
+@pytest.mark.slow
 def test_pytest_bench_says_wrong(tmp_path):
     """The whole command on a CPU, one case of it, with a fastgpt.ops.embedding that is off by its last token."""
     (tmp_path / "wrong.py").write_text(

@@ -20,6 +20,7 @@ def test_a_few_mutants_are_killed(capsys):
     assert "3 of 3 killed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [("rstd = 1.0", "rstd = 1.00"), ("rstd = 1.0", "rstd = undefined"), ("import torch\n", "import torch, nowhere\n")],
