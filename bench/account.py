@@ -101,7 +101,7 @@ def read(listing: str) -> Account:
             if found[1].startswith("BRA") and (target := re.search(r"`\((\.L_x_\d+)\)", found[2])):
                 begin = labels.get(target[1], len(instructions))  # a label not yet seen lies ahead
                 spans.append(range(begin, len(instructions)))
-    products = [s for s in spans if any(instructions[i][0].startswith("HGMMA") for i in s)]
+    products = [s for s in spans if any(instructions[i][0].startswith(("HGMMA", "HMMA")) for i in s)]
     innermost = [s for s in products if not any(o != s and o.start >= s.start and o.stop <= s.stop for o in products)]
     inside = sum(map(len, innermost))
     return Account([_loop([instructions[i] for i in s]) for s in innermost], len(instructions) - inside)
@@ -120,6 +120,8 @@ def _loop(body: list[tuple[str, str]]) -> Loop:
             flops += 2 * m * n * k
             a_in_registers = re.match(r"R\d+, R\d+", operands) is not None
             operand_bytes += 2 * k * (n if a_in_registers else m + n)
+        if name.startswith("HMMA.16816"):  # of one warp, where HGMMA is of four
+            flops += 4 * 2 * 16 * 8 * 16
     waits = sum(name.startswith("WARPGROUP.DEPBAR") and operands.endswith("0x0") for name, operands in body)
     return Loop(counts, flops, operand_bytes, copied_bytes, waits)
 

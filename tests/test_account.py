@@ -11,7 +11,7 @@ import triton
 
 from bench import account
 from bench import compile as gate
-from fastgpt.kernels import attention, attention_backward, linear_gelu
+from fastgpt.kernels import attention, attention_backward, decode, linear_gelu
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -102,3 +102,16 @@ def test_the_fused_matmuls_docstring_tells_it_too():
         rates = account.teraflops(flops, serial), account.teraflops(flops * turns, serial * turns + ends)
         numbers = [loop.instructions, busy["tensor"], busy["shared"], busy["l2"], *rates]
         assert {str(round(number)) for number in numbers} <= said, numbers
+
+
+@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="another compiler issues other instructions")
+def test_decodings_docstring_tells_it_too():
+    said = set(re.findall(r"\d+(?:\.\d+)?", decode.__doc__))
+    for dim in (64, 128):
+        launch = gate.launches(gate.cases()[f"cache D {dim} bfloat16"], 90)[0]
+        (loop,) = account.of(gate.compile_for(launch, 90).asm["cubin"], gate._tool("nvdisasm")).loops
+        busy = loop.clocks(launch.options["num_warps"])
+        assert max(clocks for unit, clocks in busy.items() if unit != "l2") == busy["issue"] == loop.instructions
+        read = 2 * launch.arguments["BLOCK_N"] * dim * 2  # bytes of keys and values
+        rate = read / busy["issue"] * account.MULTIPROCESSORS * account.CLOCK / 1e12
+        assert {str(loop.instructions), f"{read // 1024}", f"{rate:.1f}"} <= said
