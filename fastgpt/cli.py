@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastgpt import cli_text
+from fastgpt.doctor import examine
 from fastgpt.families.raschka import VARIANTS
 from fastgpt.model import PRESETS, GPTConfig
 from fastgpt.settings import SETTINGS, TrainConfig, read_settings
@@ -51,9 +52,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="fastgpt", description="Train, run, evaluate, convert and verify GPTs.", allow_abbrev=False)
+    parser = _Parser(
+        prog="fastgpt",
+        description="Train, run, evaluate, convert and verify GPTs; examine a machine.",
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | tokenize | generate | eval | convert | verify"
+        dest="command", required=True, metavar="train | tokenize | generate | eval | convert | verify | doctor"
     )
 
     train = commands.add_parser("train", help="train a GPT and save it", allow_abbrev=False)
@@ -106,6 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
     check.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
     check.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"the largest ratio (default: {TOLERANCE:g})")
+
+    health = commands.add_parser("doctor", help="what this machine runs, why, and what to mend", allow_abbrev=False)
+    health.set_defaults(run=_doctor)
+    health.add_argument("--json", action="store_true", help="for a program to read")
     return parser
 
 
@@ -216,3 +225,9 @@ def _verify(options: argparse.Namespace) -> int:
     found = verify_model(model, ids, tolerance=options.tolerance)
     print(found)
     return 0 if found.passed else 1
+
+
+def _doctor(options) -> int:
+    diagnosis = examine()
+    print(diagnosis.json() if options.json else diagnosis)
+    return int(not diagnosis.healthy)

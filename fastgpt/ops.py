@@ -25,12 +25,12 @@ from fastgpt import checks, reference
 Backend = Literal["auto", "triton", "torch"]
 
 autograd: Any = None  # the Triton road, where there is a Triton to import
-_NO_TRITON = "Triton is not installed"
+NO_TRITON = "Triton is not installed"
 if find_spec("triton") is not None:
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        _NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
+        NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
     else:
         from fastgpt import autograd
 
@@ -340,7 +340,7 @@ def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tu
 def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
     """What keeps the Triton kernel from serving this call, or None."""
     if autograd is None:
-        return _NO_TRITON
+        return NO_TRITON
     if not autograd.INTERPRETED:
         if operand.device.type != "cuda" or torch.version.hip:
             kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device

@@ -282,6 +282,8 @@ MUTANTS = [
     Mutant("the same dropout in every process", "fastgpt/run.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
     Mutant("accumulation adds up", "fastgpt/step.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
     Mutant("a cut between a space and its word", "fastgpt/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
+    Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),
+    Mutant("doctor: problems without an exit code", "fastgpt/cli.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
     Mutant("documents end after their end", "fastgpt/data.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
 ]  # fmt: skip
 

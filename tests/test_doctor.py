@@ -1,0 +1,161 @@
+"""fastgpt doctor on machines that are not this one: only what it looks at is replaced."""
+
+import json
+import sysconfig
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastgpt import cli, doctor, ops
+
+needs_triton = pytest.mark.skipif(ops.autograd is None, reason="Triton is not to be had on this platform")
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """An H100 with all that it needs; a function that takes one thing away or changes it."""
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.00\nGCC version:\n")
+    headers = tmp_path / "include"
+    headers.mkdir()
+    (headers / "Python.h").touch()
+    monkeypatch.setattr(doctor, "DRIVER", driver)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(headers))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("CC", "CUDA_VISIBLE_DEVICES", "TRITON_PTXAS_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "a" / "cache"))
+
+    def card(name, major, minor):
+        properties = SimpleNamespace(
+            name=name, major=major, minor=minor, total_memory=80 * 2**30, shared_memory_per_block_optin=232_448
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
+
+    card("NVIDIA H100", 9, 0)
+    return SimpleNamespace(card=card, driver=driver, headers=headers, folder=tmp_path)
+
+
+def problems():
+    diagnosis = doctor.examine()
+    found = [finding for finding in diagnosis.findings if finding.problem]
+    assert all(finding.remedy for finding in found)
+    assert diagnosis.healthy == (not found)
+    return [finding.problem for finding in found], diagnosis
+
+
+@needs_triton
+def test_a_machine_that_has_all(machine):
+    found, diagnosis = problems()
+    assert found == []
+    facts = {finding.what: finding.found for finding in diagnosis.findings}
+    assert facts["GPU 0"] == "NVIDIA H100, compute capability 9.0, 80 GiB, 227 KiB shared memory a block"
+    assert facts["driver"] == "NVIDIA UNIX x86_64 Kernel Module  580.00"
+    assert facts["kernel cache"] == str(machine.folder / "a" / "cache")
+    assert not (machine.folder / "a").exists(), "looking leaves nothing behind"
+    assert set(diagnosis.functions) == set(ops._LIMITS)
+    assert all("Triton kernel on cuda:0" in sentence for sentence in diagnosis.functions.values())
+    assert str(diagnosis).endswith("nothing is wrong")
+
+
+def test_no_gpu_is_no_problem(machine, monkeypatch):
+    machine.driver.unlink()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found, diagnosis = problems()
+    assert found == []
+    assert all("PyTorch" in sentence for sentence in diagnosis.functions.values())
+
+
+def test_no_triton(machine, monkeypatch):
+    monkeypatch.setattr(ops, "autograd", None)
+    monkeypatch.setattr(ops, "NO_TRITON", "Triton is 3.5.1, the kernels need 3.6 or newer")
+    found, diagnosis = problems()
+    assert found == ["Triton is 3.5.1, the kernels need 3.6 or newer, so PyTorch serves on the GPU too"]
+    assert all("Triton is 3.5.1" in sentence for sentence in diagnosis.functions.values())
+
+
+@needs_triton
+def test_an_old_card(machine):
+    machine.card("Tesla T4", 7, 5)
+    found, diagnosis = problems()
+    assert found == ["Tesla T4 has compute capability 7.5, the kernels need 8.0 or newer"]
+    assert all("7.5" in sentence for sentence in diagnosis.functions.values())
+
+
+@pytest.mark.parametrize("hidden", [None, ""])
+def test_a_gpu_that_pytorch_cannot_use(machine, monkeypatch, hidden):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    (problem,) = problems()[0]
+    assert ("older than its CUDA" if hidden is None else "CUDA_VISIBLE_DEVICES is ''") in problem
+
+
+def test_a_pytorch_without_cuda(machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert problems()[0] == ["an NVIDIA driver is loaded, but this PyTorch is built without CUDA"]
+
+
+@needs_triton
+@pytest.mark.parametrize("asked", [None, "nvcc99"])
+def test_no_compiler(machine, monkeypatch, asked):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    if asked:
+        monkeypatch.setenv("CC", asked)
+    found, diagnosis = problems()
+    assert found == ["Triton finds no C compiler for what launches its kernels"]
+    assert asked is None or "CC is 'nvcc99', which is not there" in str(diagnosis)
+
+
+@needs_triton
+def test_no_headers(machine):
+    (machine.headers / "Python.h").unlink()
+    assert problems()[0] == [f"Triton needs Python's headers, there is no {machine.headers / 'Python.h'}"]
+
+
+@needs_triton
+def test_a_cache_that_cannot_be_written(machine, monkeypatch):
+    """A file stands where the folder should be: root, who may write anywhere, can't write there either."""
+    (machine.folder / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(machine.folder / "file" / "cache"))
+    (problem,) = problems()[0]
+    assert problem.startswith("compiled kernels can't be kept in") and "Not a directory" in problem
+
+
+@needs_triton
+def test_kernels_that_would_be_interpreted(machine, monkeypatch):
+    monkeypatch.setattr(ops.autograd, "INTERPRETED", True)
+    assert problems()[0] == ["TRITON_INTERPRET is set: kernels run in Python, thousands of times slower"]
+
+
+def test_what_cannot_be_looked_at_is_a_finding(machine, monkeypatch):
+    def broken(index):
+        raise RuntimeError("CUDA error: unknown error")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
+    found, diagnosis = problems()
+    assert "GPU: RuntimeError: CUDA error: unknown error" in found
+    assert "RuntimeError" in diagnosis.functions["layer_norm"] or ops.autograd is None
+
+
+def test_the_command(machine, monkeypatch, capsys):
+    machine.card("Tesla T4", 7, 5)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "PROBLEM: Tesla T4 has compute capability 7.5" in out and "what to do: " in out
+    assert cli.main(["doctor", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["healthy"] is False
+    assert next(f for f in told["findings"] if f["what"] == "GPU 0")["problem"].startswith("Tesla T4")
+    machine.card("NVIDIA A100", 8, 0)
+    assert cli.main(["doctor"]) == int(ops.autograd is None)
+    assert capsys.readouterr().err == ""
