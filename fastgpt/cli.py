@@ -19,7 +19,7 @@ from fastgpt.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.tokenizer import encoding
 from fastgpt.tokens import meta_of, tokenize
 from fastgpt.train import fit, pretrained
-from fastgpt.verify import TOLERANCE, load, random_ids, verify_model
+from fastgpt.verify import TOLERANCE, load, random_ids, verify_functions, verify_model
 from fastgpt.weights import convert
 
 
@@ -100,9 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--variant", default="GPTModel", choices=VARIANTS, help="for the book (default: GPTModel)")
     change.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
 
-    check = commands.add_parser("verify", help="compare a model before and after accelerate", allow_abbrev=False)
+    check = commands.add_parser("verify", help="compare with float64 what this machine computes", allow_abbrev=False)
     check.set_defaults(run=_verify)
-    check.add_argument("source", metavar="MODEL", help="a folder, or MODULE:FACTORY, whose call makes the model")
+    model = "a folder, or MODULE:FACTORY, whose call makes the model to accelerate (default: fastgpt's own functions)"
+    check.add_argument("source", nargs="?", metavar="MODEL", help=model)
     check.add_argument("--text", metavar="FILE", help="a text to read (default: random tokens)")
     check.add_argument("--encoding", default="gpt2", help="of the text (default: gpt2)")
     check.add_argument("--rows", type=int, default=2, metavar="N", help="sequences (default: 2)")
@@ -211,7 +212,11 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    """0 if the model passes, 1 if not."""
+    """0 if the model, or fastgpt.ops, passes; 1 if not."""
+    if options.source is None:
+        found = verify_functions(options.device, tolerance=options.tolerance)
+        print(found)
+        return int(not found.passed)
     model = load(options.source)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, None if options.dtype is None else getattr(torch, options.dtype))

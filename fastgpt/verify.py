@@ -1,7 +1,8 @@
 """A model before and after accelerate: how far its logits, loss and gradients are from float64, by its own error.
 
 `fastgpt verify FOLDER` or `fastgpt verify MODULE:FACTORY` on the command line, `verify_model` in Python, and the
-fixtures of fastgpt.pytest_plugin in a test suite.
+fixtures of fastgpt.pytest_plugin in a test suite. `fastgpt verify` alone is `verify_functions`: fastgpt.ops as this
+machine runs it, by PyTorch's error.
 """
 
 import copy
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgpt import ops, reference
 from fastgpt.files import CONFIG, read_json
 from fastgpt.model import GPT
 from fastgpt.swap import Report, accelerate, accelerated
@@ -82,6 +84,73 @@ def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE,
     return Verification(report, _differences(oracle, before, after), tolerance)
 
 
+def verify_functions(device: str | None = None, *, tolerance: float = TOLERANCE) -> Verification:
+    """Every function of fastgpt.ops, values and gradients, in the dtypes of the device: before is PyTorch's own error,
+    after fastgpt's, each the largest of that call; dropout and masks included.
+
+    device: cuda where there is one, else cpu, where only float32 is asked (the fallback, or Triton's interpreter).
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    halves = (torch.bfloat16, torch.float16) if torch.device(device).type == "cuda" else ()
+    found = []
+    for dtype in (torch.float32, *halves):
+        for label, (name, floats, options) in _calls(device).items():
+            rounded = [tensor.to(dtype) for tensor in floats]
+            oracle = _results(getattr(reference, name), [tensor.double() for tensor in rounded], options)
+            theirs = _results(getattr(reference, name), rounded, options)
+            ours = _results(getattr(ops, name), rounded, options)
+            worst = max(
+                (_difference(label, *three, 0.0) for three in zip(oracle, theirs, ours, strict=True)),
+                key=lambda difference: difference.ratio,
+            )
+            found.append(worst._replace(what=f"{label}, {str(dtype).removeprefix('torch.')}"))
+    return Verification(None, tuple(found), tolerance)
+
+
+def _calls(device: str) -> dict[str, tuple[str, list[Tensor], dict[str, Any]]]:
+    """By label: a function's name, its floating-point operands, and what else it takes. Heads are GPT-2's, of 64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def floats(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device)
+
+    def numbers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator).to(device)
+
+    B, H, T, C, F, V = 2, 2, 70, 128, 512, 1000
+    x, heads = floats(B, T, C), [floats(B, H, T, 64) for _ in range(3)]
+    dropped: dict[str, Any] = dict(dropout_p=0.1, seed=1)
+    padding = torch.arange(T, device=device) >= torch.tensor([[0], [9]], device=device)
+    lengths = torch.tensor([T, 33], device=device)
+    mlp = [x, floats(F, C, scale=C**-0.5), floats(F), floats(C, F, scale=F**-0.5), floats(C)]
+    ids = dict(ids=numbers(V, B, T))
+    targets = dict(targets=numbers(V, B, T))
+    return {
+        "layer_norm": ("layer_norm", [x, floats(C), floats(C)], {}),
+        "add_layer_norm with dropout": ("add_layer_norm", [x, floats(B, T, C), floats(C), floats(C)], dropped),
+        "causal_attention": ("causal_attention", heads, {}),
+        "causal_attention, padded, dropout": ("causal_attention", heads, {"key_mask": padding, **dropped}),
+        "causal_attention_qkv": ("causal_attention_qkv", [floats(B, T, 3 * C)], {"heads": H}),
+        "decode_attention": ("decode_attention", [floats(B, H, 1, 64), *heads[1:]], {"lengths": lengths}),
+        "gelu_mlp": ("gelu_mlp", mlp, {}),
+        "linear_cross_entropy": ("linear_cross_entropy", [x, floats(V, C, scale=C**-0.5)], targets),
+        "embedding": ("embedding", [floats(V, C), floats(T, C)], ids),
+    }
+
+
+def _results(function: Any, floats: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
+    """What comes out, and the gradients of what went in; decoding has none."""
+    names = [name for name in inspect.signature(function).parameters if name not in options]
+    trained = function.__name__ != "decode_attention"
+    leaves = [tensor.detach().requires_grad_(trained) for tensor in floats]
+    outs = function(**dict(zip(names, leaves, strict=False)), **options)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    if not trained:
+        return [out.detach() for out in outs]
+    upstream = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out.dtype) for out in outs]
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
+
+
 def _on_torch(model: nn.Module) -> nn.Module:
     """fastgpt's own GPT with PyTorch's functions for its kernels; any other model as it is."""
     for module in model.modules() if isinstance(model, GPT) else ():
@@ -112,18 +181,21 @@ def _ask(model: Any, ids: Tensor) -> dict[str, Tensor]:
 def _differences(oracle: dict, before: dict, after: dict) -> tuple[Difference, ...]:
     largest = max(value.abs().max().item() for name, value in oracle.items() if name not in ("logits", "loss"))
     found = []
-    for name, expected in oracle.items():
-        unit = torch.finfo(before[name].dtype).eps
-        size = expected.abs().max().item()
-        excuse = 2 * unit * size
-        if name not in ("logits", "loss"):  # one that is zero but for rounding, as a key's bias, has the others' size
-            excuse += unit * largest / 8
-        theirs, ours = ((side[name].double() - expected).abs().max().item() for side in (before, after))
-        ratio = ours / max(theirs, excuse, torch.finfo(torch.float64).tiny)
-        found.append(Difference(name, theirs, ours, ratio if ratio == ratio else float("inf")))
+    for name, expected in oracle.items():  # a gradient that is zero but for rounding, as a key's bias, has others' size
+        other = 0.0 if name in ("logits", "loss") else largest
+        found.append(_difference(name, expected, before[name], after[name], other))
     logits, loss, *grads = found
     worst = max(grads, key=lambda difference: difference.ratio)
     return logits, loss, worst._replace(what=f"gradient of {worst.what}")
+
+
+def _difference(what: str, oracle: Tensor, before: Tensor, after: Tensor, largest: float) -> Difference:
+    """largest: the size of what else was computed on the way, a part of whose rounding is excused too."""
+    unit = torch.finfo(before.dtype).eps
+    excuse = 2 * unit * oracle.abs().max().item() + unit * largest / 8
+    theirs, ours = ((side.double() - oracle).abs().max().item() for side in (before, after))
+    ratio = ours / max(theirs, excuse, torch.finfo(torch.float64).tiny)
+    return Difference(what, theirs, ours, ratio if ratio == ratio else float("inf"))
 
 
 def load(source: str) -> nn.Module:

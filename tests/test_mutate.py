@@ -14,6 +14,12 @@ def test_every_mutant_still_applies_and_has_its_own_name():
     assert len({mutant.name for mutant in mutate.MUTANTS}) == len(mutate.MUTANTS)
 
 
+def test_the_table_tells_of_every_mutant():
+    lines = (mutate.ROOT / "tests" / "mutants.txt").read_text(encoding="utf-8").splitlines()
+    for mutant in mutate.MUTANTS:
+        assert any(line.startswith(f"killed   {mutant.name:40} {mutant.test}") for line in lines), mutant.name
+
+
 @pytest.mark.slow
 def test_a_few_mutants_are_killed(capsys):
     assert mutate.main(["no correction of the mean", "partials shared", "one-hot missing"]) == 0

@@ -1,15 +1,16 @@
 """verify: a right model passes, a wrong one fails, as a function, a command and fixtures."""
 
+import inspect
 import re
 
 import pytest
 import torch
 from torch import nn
 
-from fastgpt import GPT, GPTConfig, verify, weights
+from fastgpt import GPT, GPTConfig, ops, verify, weights
 from fastgpt.cli import main
 from fastgpt.families import nanogpt as family
-from fastgpt.verify import random_ids, verify_model
+from fastgpt.verify import random_ids, verify_functions, verify_model
 from tests.models import CONTEXT, FAMILIES, VOCAB, hugging_face, nanogpt, randomised
 
 
@@ -196,3 +197,34 @@ def test_the_plugins_fixtures(tmp_path, capsys):
     output = capsys.readouterr().out
     assert "1 failed, 3 passed" in output and re.search(r"FAILED .*test_wrong", output), output
     assert verify.TOLERANCE == 4
+
+
+def test_the_functions_of_this_machine(capsys):
+    assert main(["verify"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("passed\n")
+    for name in ops._LIMITS:
+        assert f"\n{name}" in out
+
+
+@pytest.mark.parametrize("name", sorted(ops._LIMITS))
+@pytest.mark.parametrize("factor", [1 + 1e-4, float("nan")])
+def test_a_function_that_is_off_fails(monkeypatch, name, factor):
+    right = getattr(ops, name)
+
+    def off(*args, **kwargs):
+        outs = right(*args, **kwargs)
+        return tuple(out * factor for out in outs) if isinstance(outs, tuple) else outs * factor
+
+    off.__name__, off.__signature__ = name, inspect.signature(right)
+    monkeypatch.setattr(ops, name, off)
+    found = verify_functions("cpu")
+    assert not found.passed
+    failed = [difference.what for difference in found.differences if difference.ratio > found.tolerance]
+    assert failed and all(what.startswith(name) for what in failed)
+
+
+@pytest.mark.gpu
+def test_the_functions_of_a_gpu():
+    found = verify_functions("cuda")
+    assert found.passed and len(found.differences) == 27, str(found)
