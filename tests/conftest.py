@@ -1,8 +1,8 @@
-"""The roads a test can take. `pytest` alone takes all that the machine has.
+"""The roads a test can take. `pytest` alone takes all that the machine has, and leaves out what is marked slow.
 
 A test that asks for `device` runs Triton kernels. It is made twice: marked `interpreter`, on CPU tensors, which runs
 only under TRITON_INTERPRET=1, in a process that test_roads.py starts; and marked `gpu`, which runs where there is a
-GPU. Everything else runs in the main process alone. What a process can't run is deselected there, never skipped.
+GPU. Everything else runs where Triton is not interpreted. What a process can't run is deselected, never skipped.
 """
 
 import os
