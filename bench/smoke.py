@@ -6,12 +6,8 @@ from bench.cases import FUSED, SUBJECT
 from bench.catalogue import small
 from bench.machine import Machine
 
-_REPEATS = (
-    "generate",
-    "block fwd+bwd",
-    "linear + GELU",
-    "dgrad + dGELU",
-)  # kernels that the training step launches too
+# What ends so launches no kernel that the training step does not; the last two are other families' models.
+_REPEATS = ("generate", "block fwd+bwd", "linear + GELU", "dgrad + dGELU", ": forward", ": training step")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +18,7 @@ def main(options: argparse.Namespace) -> int:
     """Call fastgpt's variants of every small case."""
     machine = Machine.of("dry" if options.dry_run else "cuda")
     for case in small(machine):
-        if case.op in _REPEATS:
+        if case.op.endswith(_REPEATS):
             continue
         with machine.clock.session():
             problem = case.problem()
