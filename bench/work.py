@@ -141,7 +141,7 @@ def train_step(config: GPTConfig, batch: int, time: int, e: int = 2, adamw_bytes
     """What one training step launches, in Lines: activations, weights and their gradients of `e` bytes, no dropout."""
     B, T, C, H, L = batch, time, config.n_embd, config.n_head, config.n_layer
     M, F, V, D = B * T, config.n_inner or 4 * C, config.vocab_size, C // H
-    chunks = -(-M // max(256, -(-M // 12)))  # of the head; each reads the weight and adds to its float32 gradient
+    chunks = 12 if M >= 768 else -(-M // 256)  # of the head; each reads the weight and adds to its float32 gradient
     rows = M / chunks
     bias_grads = [Line("qkv bias gradient", "memory", L, Work(0, 3 * M * C * e))] if config.bias else []
     return [
