@@ -214,6 +214,8 @@ def _convert(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     """0 if the model, or fastgpt.ops, passes; 1 if not."""
     if options.source is None:
+        if options.text or options.dtype:
+            raise ValueError("--text and --dtype are of a MODEL, and none was given")
         found = verify_functions(options.device, tolerance=options.tolerance)
         print(found)
         return int(not found.passed)

@@ -130,7 +130,7 @@ def _triton() -> Iterator[Finding]:
     found = os.environ.get("TRITON_PTXAS_PATH", str(ptxas) if ptxas.exists() else "none")
     yield Finding("ptxas", found, problem, "reinstall triton, or set TRITON_PTXAS_PATH" if problem else "")
     if ops.autograd.INTERPRETED:
-        problem = "TRITON_INTERPRET is set: kernels run in Python, thousands of times slower" if _has_gpu() else ""
+        problem = "TRITON_INTERPRET is set: kernels run in Python, not on the GPU" if _has_gpu() else ""
         yield Finding("TRITON_INTERPRET", "set", problem, "unset it" if problem else "")
 
 

@@ -298,7 +298,7 @@ def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tu
         inherited["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         for name in ("fastgpt", "kernels", "tests"):
-            shutil.copytree(ROOT / name, Path(folder, name))  # what Python compiled before too: a third of the time
+            shutil.copytree(ROOT / name, Path(folder, name))  # with what Python compiled before
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:
             file = Path(folder, mutant.file)

@@ -5,6 +5,7 @@ The tensors that reach past 2^31 elements are mostly holes: on a CPU their untou
 
 import pytest
 import torch
+from test_loss import peak_bytes
 
 from fastgpt import ops
 
@@ -96,3 +97,22 @@ def test_decoding_at_the_end_of_the_longest_context(device, monkeypatch):
     torch.testing.assert_close(
         ops.decode_attention(q, k, v, lengths, backend="triton").double(), expected, rtol=1e-5, atol=1e-7
     )
+
+
+def test_memory_grows_with_the_length_and_not_its_square(device, tmp_path, monkeypatch):
+    """What PyTorch gives out for a step, masks and dropout on; scores of all pairs would make it four times as much."""
+    if device.type == "cpu":
+        monkeypatch.setattr(attention, "_tiles", lambda *args: attention.Tiles(256, 256, 4, 1))
+
+    def peak(time):
+        tensors = operands(1, 1, time, time, 16, torch.float32, device)
+        options = dict(key_mask=torch.ones(1, time, dtype=torch.bool, device=device), dropout_p=0.1, seed=1)
+        if device.type == "cpu":
+            return peak_bytes(lambda: run(*tensors, backend="triton", **options), tmp_path)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(*tensors, backend="triton", **options)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(512)  # compiled, and what is allocated once
+    assert peak(2048) < 2.2 * peak(1024)

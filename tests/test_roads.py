@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 TESTS = Path(__file__).parent
-ROADS = [  # by the time they take, the longest first
+ROADS = [  # each about a minute's work
     ["test_attention_masks.py", "test_embedding.py"],
     ["test_attention.py", "test_linear_gelu.py", "test_model.py"],
     ["test_autograd.py", "test_mlp.py", "test_ops.py"],

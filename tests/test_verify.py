@@ -207,6 +207,11 @@ def test_the_functions_of_this_machine(capsys):
         assert f"\n{name}" in out
 
 
+def test_options_of_a_model_without_one(capsys):
+    assert main(["verify", "--dtype", "bfloat16"]) == 2
+    assert "--text and --dtype are of a MODEL, and none was given" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", sorted(ops._LIMITS))
 @pytest.mark.parametrize("factor", [1 + 1e-4, float("nan")])
 def test_a_function_that_is_off_fails(monkeypatch, name, factor):
