@@ -15,6 +15,7 @@ from fastgpt.kernels import attention, attention_backward, cross_entropy, decode
 from fastgpt.kernels import embedding as embedding_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
+_FEWEST_ROWS = 256  # of the logits at once: with fewer the matmuls wait for weight and dweight to be read and written
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -94,6 +95,12 @@ def _on_its_device(launcher):
     return launch
 
 
+def _go_over_logits(x, *arguments):
+    """By a twelfth of the rows, but 256 at least: fewer would wait for the weights. A row's pass is one launch."""
+    pass_over_rows = _on_its_device(cross_entropy.cross_entropy_rows)
+    loss.by_rows(pass_over_rows, max(_FEWEST_ROWS, -(-len(x) // 12)), x, *arguments)
+
+
 def _custom_op(launcher, fake):
     """`launcher` as the op fastgpt::<its name>."""
     op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", _on_its_device(launcher), mutates_args=())
@@ -112,9 +119,7 @@ gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
 gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
 embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.embedding_fwd_outputs)
 embedding_bwd = _custom_op(embedding_kernels.embedding_bwd, embedding_kernels.embedding_bwd_outputs)
-chunked_losses = loss.chunked_op(
-    "chunked_losses_triton", _on_its_device(cross_entropy.cross_entropy_rows), copies_half_precision=False
-)
+chunked_losses = loss.chunked_op("chunked_losses_triton", _go_over_logits)
 
 
 class LayerNorm(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""The chunked linear + cross-entropy head that both roads share; what they differ in is the pass over a chunk's logits.
+"""The chunked linear + cross-entropy head that both roads share; what they differ in is how they go over the logits.
 
-Logits exist for one chunk of rows at a time and are overwritten in place by their own gradient, so that beside dx and
-dweight a training step holds about a twelfth of what the logits of all rows would take.
+Logits exist for one chunk at a time and are overwritten in place by their own gradient, so that beside dx and dweight
+a training step holds about a twelfth of what the logits of all rows would take.
 """
 
 import functools
@@ -112,14 +112,7 @@ def _outputs(x, weight, dtype, needs_x, needs_weight):
     return losses, dx, dweight if len(x) else dweight.zero_()
 
 
-def _rows_at_once(rows: int, copied: bool) -> int:
-    """A twelfth of them, a fortieth where a float32 copy is made too. Where that would be fewer than 64, the matmuls
-    would wait for weight and dweight to be read and written: 256 (256 rows take 1.3 times longer by 64 on a CPU)."""
-    share = -(-rows // (40 if copied else 12))
-    return share if share >= 64 else 64 if copied else 256
-
-
-def _add_product(total, a, b, first: bool) -> None:
+def add_product(total, a, b, first: bool) -> None:
     """total += a b, or = a b to begin with, in total's float32 whatever the dtype of the factors."""
     if a.is_cuda and a.dtype != total.dtype:  # cuBLAS multiplies halves and adds in float32
         if first:
@@ -143,12 +136,10 @@ def _without_autocast(op):
     return run
 
 
-def chunked_op(name: str, pass_over_rows: Callable[..., Tensor], copies_half_precision: bool):
+def chunked_op(name: str, go_over: Callable[..., None]):
     """The op fastgpt::<name>: one call to a compiler, whatever the chunks.
 
-    pass_over_rows(logits (n, V), targets (n,), row_grads (n,) or None, ignore_index, label_smoothing, z_loss,
-    losses (n,)) writes the losses, may overwrite the logits, and returns the gradient that takes their place.
-    copies_half_precision: it works in float32 on a copy, three times the memory in all.
+    go_over(x, weight, targets, row_grads or None, settings, losses, dx or None, dweight or None) writes the last three.
     """
 
     @torch.library.custom_op(f"fastgpt::{name}", mutates_args=())
@@ -167,23 +158,10 @@ def chunked_op(name: str, pass_over_rows: Callable[..., Tensor], copies_half_pre
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, C), weight (V, C), targets (N,) -> losses (N,); and with row_grads (N,), what reaches each loss from
         above, dx (N, C) in x's dtype and dweight (V, C) in float32, each only if needed."""
-        vocab, statistics = weight.shape[0], _statistics_dtype(dtype)
         losses, dx, dweight = _outputs(x, weight, dtype, needs_x, needs_weight)
-        weight = weight.to(dtype)
-        step = _rows_at_once(len(x), copies_half_precision and dtype != statistics)
-        stride = -(-vocab // 64) * 64  # 50257 is odd: rows padded to 50304 stay aligned for the matmuls
-        buffer = torch.empty(min(step, len(x)), stride, dtype=dtype, device=x.device)
-        for start in range(0, len(x), step):
-            rows = slice(start, start + step)
-            chunk = x[rows].to(dtype)
-            logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk), :vocab])
-            grads = None if row_grads is None else row_grads[rows]
-            dlogits = pass_over_rows(logits, targets[rows], grads, ignore_index, label_smoothing, z_loss, losses[rows])
-            if needs_x:
-                dx[rows] = torch.mm(dlogits if dlogits.dtype == dtype else logits.copy_(dlogits), weight)
-            if needs_weight:
-                _add_product(dweight, dlogits.t(), chunk, first=start == 0)
-            del dlogits  # or two of them would live at once
+        settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
+        wanted = (dx if needs_x else None, dweight if needs_weight else None)
+        go_over(x, weight, targets, row_grads, settings, losses, *wanted)
         return losses, dx, dweight
 
     @chunked_losses.register_fake
@@ -193,31 +171,26 @@ def chunked_op(name: str, pass_over_rows: Callable[..., Tensor], copies_half_pre
     return chunked_losses
 
 
-def _pass_over_rows(logits, targets, row_grads, ignore_index, label_smoothing, z_loss, losses):
-    """In PyTorch, in place in float32. The gradient comes back in float32."""
-    vocab = logits.shape[1]
-    target = targets.long()
-    ignored = target == ignore_index
-    valid = (target >= 0) & (target < vocab)
-    index = target.clamp(0, vocab - 1)[:, None]  # never reads out of bounds
+def by_rows(
+    pass_over_rows: Callable[..., Tensor], rows_at_once: int, x, weight, targets, grads, settings, losses, dx, dweight
+):
+    """A chunk of rows at a time, against the whole vocabulary.
 
-    z = logits.to(losses.dtype)
-    z_target = z.gather(1, index)[:, 0]
-    z_mean = z.mean(1) if label_smoothing else 0.0
-    top = z.amax(1)
-    total = z.sub_(top[:, None]).exp_().sum(1)
-    lse = total.log() + top
-    loss = lse - (1 - label_smoothing) * z_target - label_smoothing * z_mean + z_loss * lse**2
-    losses.copy_(loss.masked_fill_(~valid, torch.nan).masked_fill_(ignored, 0))
-    if row_grads is None:
-        return z
-
-    grad = row_grads.to(z.dtype).masked_fill(~valid, torch.nan).masked_fill_(ignored, 0)
-    z.mul_((grad * (1 + 2 * z_loss * lse) / total)[:, None])
-    if label_smoothing:
-        z.sub_((grad * label_smoothing / vocab)[:, None])
-    at_target = z.gather(1, index) - ((1 - label_smoothing) * grad)[:, None]
-    return z.scatter_(1, index, at_target)  # one place a row: scatter_add_ would be refused as nondeterministic
-
-
-chunked_losses = chunked_op("chunked_losses", _pass_over_rows, copies_half_precision=True)
+    pass_over_rows(logits (n, V), targets (n,), row_grads (n,) or None, ignore_index, label_smoothing, z_loss,
+    losses (n,)) writes the losses, may overwrite the logits, and returns the gradient that takes their place.
+    """
+    vocab, dtype = weight.shape[0], settings.dtype
+    weight = weight.to(dtype)
+    stride = -(-vocab // 64) * 64  # 50257 is odd: rows padded to 50304 stay aligned for the matmuls
+    buffer = torch.empty(min(rows_at_once, len(x)), stride, dtype=dtype, device=x.device)
+    for start in range(0, len(x), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        chunk = x[rows].to(dtype)
+        logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk), :vocab])
+        row_grads = None if grads is None else grads[rows]
+        dlogits = pass_over_rows(logits, targets[rows], row_grads, *settings[:3], losses[rows])
+        if dx is not None:
+            dx[rows] = torch.mm(dlogits if dlogits.dtype == dtype else logits.copy_(dlogits), weight)
+        if dweight is not None:
+            add_product(dweight, dlogits.t(), chunk, first=start == 0)
+        del dlogits  # or two of them would live at once

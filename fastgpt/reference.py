@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import loss
+from fastgpt import logits, loss
 
 # The site of the dropout counter: equal seeds in two functions must not give equal masks. As in kernels/.
 ATTENTION_SITE, RESIDUAL_SITE, EMBEDDING_SITE = 0, 1, 2
@@ -155,7 +155,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
         reduction=reduction,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
-        chunked_losses=loss.chunked_losses,
+        chunked_losses=logits.chunked_losses,
     )
 
 

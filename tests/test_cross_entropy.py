@@ -11,6 +11,7 @@ from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
+from fastgpt import autograd
 from fastgpt.kernels import cross_entropy
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,7 +48,7 @@ def test_the_real_vocabulary(vocab):
 
 def test_several_blocks_and_chunks(device, monkeypatch):
     """Blocks of 128 logits, and 150 rows in three chunks, the last one short."""
-    monkeypatch.setattr("fastgpt.loss._rows_at_once", lambda *args: 64)
+    monkeypatch.setattr(autograd, "_FEWEST_ROWS", 64)
     monkeypatch.setattr(cross_entropy, "_tiles", lambda vocab: (128, 4))
     upstream = torch.tensor(1.0, device=device)
     check(*head(150, 16, 300, torch.float32, scale=0.3, device=device), upstream, "mean", backend="triton")
@@ -117,8 +118,6 @@ def test_gradcheck_in_float64():
 
 
 def test_opcheck(device):
-    from fastgpt import autograd
-
     x, weight, targets = (t.detach() for t in head(20, 8, 65, torch.float32, device=device))
     for row_grads, needs in ((None, (False, False)), (torch.ones(20, device=device), (True, True))):
         args = (x, weight, targets, row_grads, -100, 0.1, 0.01, torch.float32, *needs)
