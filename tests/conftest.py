@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastgpt import ops
+from tests.models import FAMILIES
 
 INTERPRETED = ops.autograd is not None and ops.autograd.INTERPRETED
 _INTERPRETED = pytest.StashKey[set[str]]()
@@ -25,6 +26,12 @@ HAS_GPU = torch.cuda.is_available() and torch.version.hip is None and torch.cuda
 )
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """A function that makes a small model of one of the families; keywords change its configuration."""
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(autouse=True)

@@ -12,18 +12,13 @@ from torch import nn
 
 from fastgpt import accelerate, accelerated, families, restore
 from fastgpt.testing import assert_accurate
-from tests.models import CONTEXT, FAMILIES, VOCAB, book, hugging_face, logits_and_loss, nanogpt, randomised
+from tests.models import CONTEXT, VOCAB, book, hugging_face, logits_and_loss, nanogpt, randomised
 
 ROADS = [
     pytest.param("cpu", id="fallback"),
     pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
 ]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
 
 
 def batch(time=CONTEXT, device="cpu"):
