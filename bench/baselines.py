@@ -39,6 +39,12 @@ def compiled(machine: Machine, function: Callable) -> Callable:
     return torch.compile(function, backend=machine.compiler, dynamic=False, fullgraph=True)
 
 
+def compiles_models(machine: Machine) -> None:
+    """Unavailable where compiling a whole model would take longer than all the rest."""
+    if machine.kind == "cpu" and not machine.compiles_models:
+        raise Unavailable("on a CPU with --bench-compiled alone: compiling whole models takes minutes")
+
+
 def sdpa(backend: SDPBackend) -> Callable:
     """scaled_dot_product_attention pinned to one of its kernels: whatever it picks unpinned can't hide."""
 

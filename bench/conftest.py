@@ -21,6 +21,9 @@ def pytest_addoption(parser):
     group.addoption(
         "--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to compare with: runs its model.py"
     )
+    group.addoption(
+        "--bench-compiled", action="store_true", help="on a CPU too, the families' whole models by torch.compile"
+    )
     group.addoption("--bench-resume", action="store_true", help="keep the rows that are in that folder already")
 
 
@@ -29,7 +32,8 @@ class Run:
 
     def __init__(self, config):
         machine = Machine.of(config.getoption("--bench-machine"))
-        self.machine = dataclasses.replace(machine, nanogpt=config.getoption("--nanogpt"))
+        given = dict(nanogpt=config.getoption("--nanogpt"), compiles_models=config.getoption("--bench-compiled"))
+        self.machine = dataclasses.replace(machine, **given)
         self.cases = {case.name: case for case in catalogue(self.machine)}
         self.folder = Folder(config.getoption("--bench-out"))
         self.resume = config.getoption("--bench-resume")

@@ -34,6 +34,7 @@ class Machine:
     seconds: float  # of sampling a variant
     rounds: tuple[int, int]  # the fewest and the most samples of a variant
     nanogpt: Path | None = None  # a folder with nanoGPT's model.py, to compare with
+    compiles_models: bool = False  # whether a CPU compiles whole models too, half a minute each
 
     @classmethod
     def of(cls, kind: str | None = None) -> "Machine":
