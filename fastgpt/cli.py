@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastgpt import cli_text
+from fastgpt.distributed import device_named
 from fastgpt.doctor import examine
 from fastgpt.families.raschka import VARIANTS
 from fastgpt.model import PRESETS, GPTConfig
@@ -36,6 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"fastgpt {options.command}: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no class of its own for a CPU's
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"fastgpt {options.command}: {str(error).splitlines()[0] or 'out of memory'}", file=sys.stderr)
         return 2
 
 
@@ -109,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--rows", type=int, default=2, metavar="N", help="sequences (default: 2)")
     check.add_argument("--tokens", type=int, default=33, metavar="N", help="tokens of each (default: 33)")
     check.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    check.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+    check.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
     check.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(default: the model's)")
     check.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"the largest ratio (default: {TOLERANCE:g})")
 
@@ -219,8 +225,7 @@ def _verify(options: argparse.Namespace) -> int:
         found = verify_functions(options.device, tolerance=options.tolerance)
         print(found)
         return int(not found.passed)
-    model = load(options.source)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, device = load(options.source), device_named(options.device)
     model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
     ids = random_ids(model, options.rows, options.tokens, options.seed)
     if options.text is not None:

@@ -13,6 +13,7 @@ import torch
 
 from fastgpt.data import read_tokens
 from fastgpt.decoder import Decoder
+from fastgpt.distributed import device_named
 from fastgpt.evaluation import evaluate
 from fastgpt.files import CONFIG, holds_weights, read_json
 from fastgpt.generation import LAY_OUT_FROM, generate, stream
@@ -66,7 +67,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--encoding", help="byte, gpt2, … (default: the model's)")
     model.add_argument("--n_head", type=int, metavar="N", help="heads, where nothing in PATH says how many")
-    model.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
     model.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the model's)")
 
 
@@ -88,11 +89,7 @@ def load(path: str, name: str | None, n_head: int | None = None) -> tuple[GPT, t
 
 def _model(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
     model, tokens = load(options.checkpoint, options.encoding, options.n_head)
-    return model.to(_device(options)), tokens
-
-
-def _device(options: argparse.Namespace) -> str:
-    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device_named(options.device)), tokens
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -55,12 +55,12 @@ def join(device: str) -> World:
     that is not here."""
     size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
     if size == 1:
-        return World(0, 1, _device(device))
+        return World(0, 1, device_named(device))
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    here = _device(device)
+    here = device_named(device)
     if here.type == "cuda":
-        torch.cuda.set_device(here)
+        torch.cuda.setdevice_named(here)
     if not dist.is_initialized():  # gloo for what the hosts tell each other
         dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), size, here)
@@ -73,7 +73,8 @@ def leave(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one. ValueError for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

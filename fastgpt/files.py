@@ -3,15 +3,15 @@
 A .safetensors or .pt file, or a folder with one of them, whole or in parts, and the settings beside it.
 """
 
+import functools
 import json
-import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -107,21 +107,13 @@ def _read_parts(folder: Path, index: str) -> dict[str, Any]:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     """The tensors and the settings of one file; a checkpoint's state dict is found by its usual names."""
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path), {}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        return _parsed(path, load_file, "a whole safetensors file"), {}
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError(f"{path} is compressed, as torch.save writes nothing")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a file of weights that torch.load reads without running code: {reason}"
-        ) from error
+        entries = _parsed(path, lambda path: zipfile.ZipFile(path).infolist(), "a whole zip archive")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError(f"{path} is compressed, as torch.save writes nothing")
+    load = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    found = _parsed(path, load, "a file of weights that torch.load reads without running code")
     settings: Any = {}
     if isinstance(found, dict):
         settings = found.get("model_args", {})
@@ -136,3 +128,13 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     ):
         raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     return found, settings
+
+
+def _parsed(path: Path, parse: Callable[[Path], Any], what: str) -> Any:
+    """parse(path); ValueError where the file is not `what`: whatever a parser raises at bytes it did not expect."""
+    with path.open("rb"):  # a file that can't be read is another error
+        try:
+            return parse(path)
+        except Exception as error:
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ValueError(f"{path} is not {what}: {reason}") from error

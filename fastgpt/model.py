@@ -42,8 +42,8 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"GPTConfig: {name} is {value!r}, not a whole number of at least 1")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise ValueError(f"GPTConfig: {name} is {value!r}, not a whole number of at least 1 and below 2**31")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
         if self.n_inner is not None and (not isinstance(self.n_inner, int) or self.n_inner < 1):

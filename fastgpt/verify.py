@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops, reference
+from fastgpt.distributed import device_named
 from fastgpt.files import CONFIG, read_json
 from fastgpt.model import GPT
 from fastgpt.swap import Report, accelerate, accelerated
@@ -84,17 +85,17 @@ def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE,
     return Verification(report, _differences(oracle, before, after), tolerance)
 
 
-def verify_functions(device: str | None = None, *, tolerance: float = TOLERANCE) -> Verification:
+def verify_functions(device: str = "auto", *, tolerance: float = TOLERANCE) -> Verification:
     """Every function of fastgpt.ops, values and gradients, in the dtypes of the device: before is PyTorch's own error,
     after fastgpt's, each the largest of that call; dropout and masks included.
 
     device: cuda where there is one, else cpu, where only float32 is asked (the fallback, or Triton's interpreter).
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    halves = (torch.bfloat16, torch.float16) if torch.device(device).type == "cuda" else ()
+    place = device_named(device)
+    halves = (torch.bfloat16, torch.float16) if place.type == "cuda" else ()
     found = []
     for dtype in (torch.float32, *halves):
-        for label, (name, floats, options) in _calls(device).items():
+        for label, (name, floats, options) in _calls(place).items():
             rounded = [tensor.to(dtype) for tensor in floats]
             oracle = _results(getattr(reference, name), [tensor.double() for tensor in rounded], options)
             theirs = _results(getattr(reference, name), rounded, options)
@@ -107,7 +108,7 @@ def verify_functions(device: str | None = None, *, tolerance: float = TOLERANCE)
     return Verification(None, tuple(found), tolerance)
 
 
-def _calls(device: str) -> dict[str, tuple[str, list[Tensor], dict[str, Any]]]:
+def _calls(device: torch.device) -> dict[str, tuple[str, list[Tensor], dict[str, Any]]]:
     """By label: a function's name, its floating-point operands, and what else it takes. Heads are GPT-2's, of 64."""
     generator = torch.Generator().manual_seed(0)
 
@@ -237,6 +238,8 @@ def limits(model: nn.Module) -> tuple[int, int]:
 def random_ids(model: nn.Module, rows: int = 2, tokens: int = 33, seed: int = 0) -> Tensor:
     """Token ids (rows, tokens), or as many as the context holds with one to predict, on the model's device."""
     vocabulary, context = limits(model)
+    if not (0 < rows < 2**31 and 1 < tokens < 2**31):
+        raise ValueError(f"rows = {rows} sequences of tokens = {tokens} can't be made; at least 1 of 2")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (rows, min(tokens, context + 1)), generator=generator)
     return ids.to(next(model.parameters()).device)

@@ -184,6 +184,33 @@ def test_a_row_of_the_batch_does_not_depend_on_the_others(device):
     assert all(torch.equal(a[1:2], b) for a, b in zip(whole, alone, strict=True))
 
 
+def test_heads_rows_and_values_change_places_with_their_results(device):
+    """To the bit: whatever is permuted or doubled going in is permuted or doubled coming out."""
+    tensors = operands(3, 4, 40, 40, 16, torch.float32, device)
+    o, dq, dk, dv = run(*tensors, backend="triton")
+    heads, rows = torch.tensor([2, 0, 3, 1], device=device), torch.tensor([1, 2, 0], device=device)
+    for axis, order in ((1, heads), (0, rows)):
+        moved = run(*(t.index_select(axis, order) for t in tensors), backend="triton")
+        assert all(torch.equal(a, b.index_select(axis, order)) for a, b in zip(moved, (o, dq, dk, dv), strict=True))
+    q, k, v, do = tensors
+    doubled = run(q, k, 2 * v, do, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(doubled, (2 * o, 2 * dq, 2 * dk, dv), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_kept_in_float32(dtype, device):
+    """600 equal keys: a sum of ones in bfloat16 ends at 256, and each query's share would show it."""
+    time = 600
+    q, k, v = torch.zeros(3, 1, 1, time, 16, dtype=dtype, device=device)
+    _, lse = attention.attention_fwd(q, k, v + 1, None, None, None, 0.25, 0.0)
+    expected = torch.arange(1, time + 1, device=device).log2()
+    assert (lse[0, 0] - expected).abs().max() < 1e-5
+    v.requires_grad_()
+    ops.causal_attention(q, k, v, backend="triton").backward(torch.ones_like(v))
+    shares = 1 / torch.arange(1, time + 1, dtype=torch.float64)
+    assert_accurate(v.grad[0, 0, :, :1], shares.flip(0).cumsum(0).flip(0)[:, None], magnitude=torch.ones(time, 1) * 7)
+
+
 def test_the_same_input_gives_the_same_bits(device):
     tensors = operands(2, 2, 70, 70, 32, torch.float32, device)
     first, second = run(*tensors, backend="triton"), run(*tensors, backend="triton")

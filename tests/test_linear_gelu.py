@@ -52,6 +52,14 @@ def test_recompute_changes_no_bit(dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(kept, made, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_are_kept_in_float32(dtype, device):
+    """1024 ones in bfloat16 end at 256; the GELU of so large a number is itself."""
+    x, w_in, w_out = (torch.ones(shape, dtype=dtype, device=device) for shape in ((16, 1024), (32, 1024), (1024, 32)))
+    _, _, activation = mlp.gelu_mlp_fwd(x, w_in, None, w_out, None, True, False)
+    assert torch.equal(activation, torch.full_like(activation, 1024))
+
+
 def test_without_a_bias(device):
     tensors = operands((20,), 16, 40, torch.float32, device)
     tensors[2] = None

@@ -60,6 +60,30 @@ def test_masks_of_other_seeds_sites_and_heads_are_independent():
         assert z.abs() < 5
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("what", ["attention", "add_layer_norm", "embedding"])
+def test_dropout_is_unbiased(p, what):
+    """The mean over 200 seeds is what there is without dropout, within what the masks' spread allows."""
+    q, k, v = torch.randn(3, 1, 2, 12, 8, dtype=F64)
+    ids, rows = torch.arange(12)[None], torch.randn(3, 12, 8, dtype=F64)
+    calls = {
+        "attention": lambda **options: reference.causal_attention(q, k, v, **options),
+        "add_layer_norm": lambda **options: reference.add_layer_norm(rows[0], rows[1], rows[2, 0], **options)[1],
+        "embedding": lambda **options: reference.embedding(ids, rows[0], rows[1], **options),
+    }
+    call = calls[what]
+    draws = torch.stack([call(dropout_p=p, seed=seed) for seed in range(200)])
+    z = (draws.mean(0) - call()) / (draws.std(0) / math.sqrt(200)).clamp(min=1e-12)
+    assert z.abs().max() < 5 and 0.5 < z.square().mean() < 2
+
+
+def test_each_place_is_dropped_as_often_as_any_other():
+    """Over a thousand seeds, by each place's own binomial count: no place has a smaller share than chance gives it."""
+    kept = sum(reference.dropout_mask(seed, 0.3, (1, 1, 24, 24), 0, "cpu").double() for seed in range(1000))
+    z = (kept - 700) / math.sqrt(1000 * 0.3 * 0.7)
+    assert z.abs().max() < 5 and 0.8 < z.square().mean() < 1.2
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_the_ends_of_dropout(p):
     x, residual, weight = torch.randn(3, 8), torch.randn(3, 8), torch.ones(8)

@@ -1,0 +1,24 @@
+"""matrix.txt has every row, and names only tests that are there."""
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+TABLE = (TESTS / "matrix.txt").read_text(encoding="utf-8").split("\n\n", 1)[1]
+
+
+def test_every_row_is_there_once_and_has_a_test():
+    rows = re.findall(r"^([NST]\d+) +\S.*\n +test_", TABLE, re.M)
+    assert rows == [
+        *(f"N{i}" for i in range(1, 20)),
+        *(f"S{i}" for i in range(1, 24)),
+        *(f"T{i}" for i in range(1, 11)),
+    ]
+    assert len(rows) == len(re.findall(r"^\S", TABLE, re.M))
+
+
+def test_every_test_that_it_names_is_there():
+    named = re.findall(r"^ +(\S+)::(\S+)$", TABLE, re.M)
+    assert len(named) + len(re.findall(r"^\S", TABLE, re.M)) == len(TABLE.splitlines())
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (TESTS / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
