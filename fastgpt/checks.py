@@ -19,6 +19,9 @@ def every(name, dtypes, device, tensors):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {label} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+            raise TypeError(f"{name}: {label} is a {kind} tensor, not a dense one")
         if tensor.dtype not in dtypes:
             raise TypeError(f"{name}: {label} is {tensor.dtype}, not one of {names(dtypes)}")
         if tensor.device != device:
@@ -27,7 +30,9 @@ def every(name, dtypes, device, tensors):
 
 def floats(name, **tensors):
     """All floating-point tensors, on the device of the first; None is passed over."""
-    first = next(iter(tensors.values()))
+    label, first = next(iter(tensors.items()))
+    if first is None:
+        raise TypeError(f"{name}: {label} is None, not a tensor")
     every(name, FLOATS, getattr(first, "device", None), tensors)
 
 

@@ -39,6 +39,23 @@ TABLES = (t(10, 8), t(6, 8))
 
 BAD = {
     "not a tensor": (lambda: ops.layer_norm([1.0], W), TypeError, "layer_norm: x is a list"),
+    "None": (lambda: ops.layer_norm(None, W), TypeError, "x is None, not a tensor"),
+    "sparse": (
+        lambda: ops.gelu_mlp(MLP[0].to_sparse(), *MLP[1:]),
+        TypeError,
+        "x is a sparse_coo tensor, not a dense one",
+    ),
+    "nested": (
+        lambda: ops.causal_attention(torch.nested.nested_tensor([t(3, 8)]), Q, Q),
+        TypeError,
+        "q is a nested tensor, not a dense one",
+    ),
+    "quantised": (
+        lambda: ops.layer_norm(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), W),
+        TypeError,
+        "x is torch.qint8, not one of float16",
+    ),
+    "complex": (lambda: ops.layer_norm(X.cfloat(), W), TypeError, "x is torch.complex64, not one of float16"),
     "an integer tensor": (lambda: ops.layer_norm(X.long(), W), TypeError, "x is torch.int64, not one of float16"),
     "weight too short": (lambda: ops.layer_norm(X, t(7)), ValueError, "weight has shape (7,), not (8,)"),
     "bias too long": (lambda: ops.layer_norm(X, W, t(9)), ValueError, "bias has shape (9,), not (8,)"),
