@@ -89,10 +89,21 @@ def verify_functions(device: str = "auto", *, tolerance: float = TOLERANCE) -> V
     """Every function of fastgpt.ops, values and gradients, in the dtypes of the device: before is PyTorch's own error,
     after fastgpt's, each the largest of that call; dropout and masks included.
 
-    device: cuda where there is one, else cpu, where only float32 is asked (the fallback, or Triton's interpreter).
+    device: "auto" is cuda where there is one. On a cpu only float32 is asked of the fallback, all three of the kernels
+    in Triton's interpreter (TRITON_INTERPRET=1), which is sanitized for it.
     """
     place = device_named(device)
-    halves = (torch.bfloat16, torch.float16) if place.type == "cuda" else ()
+    interpreted = ops.autograd is not None and ops.autograd.INTERPRETED
+    if interpreted:
+        from fastgpt.sanitizer import sanitized  # needs Triton
+
+        with sanitized():
+            return _verify_functions(place, True, tolerance)
+    return _verify_functions(place, place.type == "cuda", tolerance)
+
+
+def _verify_functions(place: torch.device, half: bool, tolerance: float) -> Verification:
+    halves = (torch.bfloat16, torch.float16) if half else ()
     found = []
     for dtype in (torch.float32, *halves):
         for label, (name, floats, options) in _calls(place).items():

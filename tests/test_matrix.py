@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
 TABLE = (TESTS / "matrix.txt").read_text(encoding="utf-8").split("\n\n", 1)[1]
 
 
@@ -22,3 +23,10 @@ def test_every_test_that_it_names_is_there():
     assert len(named) + len(re.findall(r"^\S", TABLE, re.M)) == len(TABLE.splitlines())
     for file, name in named:
         assert re.search(rf"^def {name}\(", (TESTS / file).read_text(encoding="utf-8"), re.M), f"{file}::{name}"
+
+
+def test_the_readmes_promises_name_rows_that_are_there():
+    (promises,) = re.findall(r"## What it promises\n(.*?)\n## ", README.read_text(encoding="utf-8"), re.DOTALL)
+    named = [name for line in promises.splitlines() for name in re.findall(r"\b[NST]\d+\b", line.rpartition(" | ")[2])]
+    assert len(named) >= 15
+    assert not set(named) - set(re.findall(r"^([NST]\d+) ", TABLE, re.M))

@@ -43,4 +43,5 @@ def test_the_slow_ones_pass_too():
 
 
 def test_no_file_is_forgotten(interpreted_files):
-    assert interpreted_files <= {"test_parity.py", *(file for files in ROADS for file in files)}  # it has a slow one
+    slow_alone = {"test_parity.py", "test_verify.py"}
+    assert interpreted_files <= {*slow_alone, *(file for files in ROADS for file in files)}

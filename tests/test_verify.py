@@ -207,6 +207,14 @@ def test_the_functions_of_this_machine(capsys):
         assert f"\n{name}" in out
 
 
+@pytest.mark.slow
+@pytest.mark.interpreter
+def test_the_kernels_in_the_interpreter():
+    """Sanitized, so in half precision too: what tests/accuracy.txt says."""
+    found = verify_functions("cpu")
+    assert found.passed and len(found.differences) == 27
+
+
 def test_options_of_a_model_without_one(capsys):
     assert main(["verify", "--dtype", "bfloat16"]) == 2
     assert "--text and --dtype are of a MODEL, and none was given" in capsys.readouterr().err
