@@ -56,6 +56,7 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *cases.embedding(machine, 4, 256, 768, 50257, tier=1),
         *models.block(machine, 1, 256, _124M, tier=1),
         *models.train_step(machine, 1, 256, _124M, tier=0),
+        *models.train_step(machine, 8, 256, PRESETS["byte-10M"], tier=0),
         *cases.decode(machine, 8, 12, 1024, 64, tier=1),
         *generation(machine, 1, 32, 64, _124M, tier=1),
         *generation(machine, 1, 128, 1, _124M, tier=1),

@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one"
     )
+    train.add_argument(
+        "--strict_resume", action="store_true", help="never from an older one where the newest is broken"
+    )
     train.add_argument("--overwrite", action="store_true", help="replace a model that is in --out already")
     train.add_argument("--config", metavar="FILE", help=f"a TOML file of options, as --out keeps them in {SETTINGS}")
     train.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: byte-0.8M)")
@@ -158,6 +161,7 @@ def _fields(options: dict, config: type) -> dict:
 
 def _train(options: argparse.Namespace) -> None:
     out = options.out or "out"
+    options.resume |= options.strict_resume
     if getattr(options, "init_from", None) == "resume":  # nanoGPT's way to say it
         options.resume = True
         del options.init_from
@@ -176,7 +180,8 @@ def _train(options: argparse.Namespace) -> None:
         model_config = GPTConfig.preset(preset, **_fields(chosen, GPTConfig))
     else:
         model_config = pretrained(train_config.init_from, **_fields(chosen, GPTConfig)).config
-    model = fit(model_config, train_config, tokens, source, out, options.overwrite, options.resume)
+    how = (options.overwrite, options.resume, options.strict_resume)
+    model = fit(model_config, train_config, tokens, source, out, *how)
     if train_config.fsdp or int(os.environ.get("RANK", 0)):  # only a whole model can write, and once is enough
         return
     print(f"\nsaved in {out}; a sample:\n")

@@ -4,7 +4,9 @@ One process on one device is the same code with a World of size 1, where every f
 """
 
 import datetime
+import faulthandler
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.model import GPT
 
+STALL = 300.0  # seconds without a step that are worth a look; a checkpoint of the largest model takes fewer
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: the longest that rank 0 may take to write a checkpoint
 
 
@@ -33,6 +36,12 @@ class World(NamedTuple):
         flags = torch.tensor(flag)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return int(flags)
+
+    def watch(self) -> None:
+        """Where processes wait for each other: unless this is called again within STALL seconds, the stacks of this one
+        are written to stderr, which tells who waits where. The wait itself ends with TIMEOUT."""
+        if self.size > 1 and sys.__stderr__ is not None:
+            faulthandler.dump_traceback_later(STALL, file=sys.__stderr__)
 
     def mean(self, value: Tensor) -> Tensor:
         """Of a scalar on the device, over all processes."""
@@ -69,6 +78,7 @@ def join(device: str) -> World:
 def leave(world: World) -> None:
     """Once all are done: a process that went earlier would look like one that died."""
     if world.size > 1:
+        faulthandler.cancel_dump_traceback_later()
         dist.barrier()
         dist.destroy_process_group()
 

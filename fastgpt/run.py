@@ -79,7 +79,14 @@ class Run:
         betas = (config.beta1, config.beta2)
         self.optimizer = adamw(model, config.learning_rate, config.weight_decay, betas, config.cuda_graph)
         self.step_on = Step(
-            self.forward, self.optimizer, world, config.grad_clip, autocast, config.cuda_graph, self.end
+            self.forward,
+            self.optimizer,
+            world,
+            config.grad_clip,
+            autocast,
+            config.cuda_graph,
+            self.end,
+            skips=config.skip_nonfinite > 0,
         )
         torch.manual_seed(_rank_seed(config.seed, world.rank, 0))  # of dropout
         self.steps_done = 0
@@ -88,6 +95,7 @@ class Run:
         self.recent: list[float] = []  # losses since the last row
         self.seconds = 0.0  # of the processes before this one
         self.overflows = 0
+        self.skipped = 0  # steps that were not finite
         self.started = time.perf_counter()
         self.monitor: monitor.Monitor | None = None
         if world.rank == 0:
@@ -97,7 +105,7 @@ class Run:
         facts = saved.facts
         state.restore(saved, self.model, self.optimizer)
         self.steps_done, self.seen, self.rows = facts["step"], facts["windows"], list(facts["rows"])
-        self.recent, self.seconds = list(facts["recent"]), facts["seconds"]
+        self.recent, self.seconds, self.skipped = list(facts["recent"]), facts["seconds"], facts.get("skipped", 0)
         if facts.get("scaler"):
             self.step_on.scaler.load_state_dict(facts["scaler"])
         was, now = facts["versions"], state.versions(self.device)
@@ -128,6 +136,7 @@ class Run:
         if self.monitor is not None:
             self.monitor.start(first, config.max_iters)
         while self.steps_done < config.max_iters:
+            self.world.watch()
             unread.append(self.step())
             last = self.steps_done == config.max_iters
             evaluates = self.steps_done % config.eval_interval == 0 or last
@@ -135,17 +144,18 @@ class Run:
             stop = self.world.agree(self.signals.got)
             if not (stop or evaluates or saves or self.steps_done % config.log_interval == 0):
                 continue
+            steps = len(unread)
             losses, norm = self.read(unread)
             self.recent += losses
             speed = (self.steps_done - first) * tokens_a_step / (time.perf_counter() - self.started)
             rate = config.learning_rate_at(self.steps_done - 1)
             if self.monitor is not None:
-                self.monitor.stepped(self.steps_done, len(losses), losses[-1], norm, rate, speed)
+                self.monitor.stepped(self.steps_done, steps, losses[-1] if losses else math.nan, norm, rate, speed)
             if evaluates:
                 self.rows.append(
                     {
                         "step": self.steps_done,
-                        "train_loss": sum(self.recent) / len(self.recent),
+                        "train_loss": sum(self.recent) / len(self.recent) if self.recent else math.nan,
                         "val_loss": self.evaluate(),
                         "learning_rate": rate,
                         "tokens_per_second": speed,
@@ -177,18 +187,29 @@ class Run:
         return idx.view(-1, self.batch, block), targets.reshape(-1, self.batch, block)
 
     def read(self, unread: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[float], float]:
-        """The losses of the steps since the last look, and the last norm; waits for the device.
+        """The losses of the steps since the last look, but for those that were skipped, and the last norm; waits for
+        the device.
 
-        FloatingPointError, in every process, if one of them was not finite: from that step on nothing was updated.
+        FloatingPointError, in every process, if one of them was not finite and skip_nonfinite steps were already:
+        nothing was updated from it.
         """
         found = torch.stack([torch.stack(each) for each in unread]).tolist()
         for number, (loss, norm, own) in enumerate(found):
             overflow = self.step_on.scaler.is_enabled() and not math.isfinite(norm)
             self.overflows = self.overflows + 1 if overflow else 0
-            if not math.isfinite(loss) or not (math.isfinite(norm) or overflow) or self.overflows > OVERFLOWS:
-                self.fail(self.steps_done - len(found) + number, loss, norm, own)
+            if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self.overflows <= OVERFLOWS:
+                continue
+            before = self.steps_done - len(found) + number
+            if self.skipped == self.config.skip_nonfinite:
+                self.fail(before, loss, norm, own)
+            self.skipped += 1
+            if self.monitor is not None:
+                self.monitor.say(
+                    f"step {before + 1} was skipped: its loss is {loss}, its gradients' norm {norm}; "
+                    f"{self.skipped} of skip_nonfinite = {self.config.skip_nonfinite}"
+                )
         unread.clear()
-        return [loss for loss, _, _ in found], found[-1][1]
+        return [loss for loss, _, _ in found if math.isfinite(loss)], found[-1][1]
 
     def fail(self, before: int, loss: float, norm: float, own: float) -> None:
         """Find where it came from, on the batches of the step after `before` steps, and raise."""
@@ -259,6 +280,7 @@ class Run:
             "rows": self.rows,
             "recent": self.recent,
             "seconds": self.seconds + time.perf_counter() - self.started,
+            "skipped": self.skipped,
             "processes": self.world.size,
             "scaler": self.step_on.scaler.state_dict(),
             "versions": state.versions(self.device),

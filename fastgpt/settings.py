@@ -44,6 +44,7 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of all gradients together; 0 is none
+    skip_nonfinite: int = 0  # steps of the run that may be passed over for a loss or gradient that is not finite
     eval_interval: int = 400
     eval_iters: int = 40  # batches of validation windows, the same ones each time
     log_interval: int = 10  # steps between looks at the loss, each of which waits for a GPU
@@ -66,7 +67,15 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig: {name} is {value}, not at least 1")
-        for name in ("learning_rate", "min_lr", "warmup_iters", "weight_decay", "grad_clip", "sample_tokens"):
+        for name in (
+            "learning_rate",
+            "min_lr",
+            "warmup_iters",
+            "weight_decay",
+            "grad_clip",
+            "sample_tokens",
+            "skip_nonfinite",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"TrainConfig: {name} is {value}, not a finite number of at least 0")

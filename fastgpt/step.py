@@ -18,8 +18,8 @@ class Step(TrainingStep):
     all gradients together. idx, targets: (N, B, T), this process's N batches.
 
     From the first loss or gradient that is not finite on, nothing is updated any more, in any process: whoever reads
-    the losses later finds the weights as they were before that step. float16 scales its loss instead, and skips the
-    steps whose scaled gradients overflow.
+    the losses later finds the weights as they were before that step. With `skips` only that step updates nothing.
+    float16 scales its loss instead, and skips the steps whose scaled gradients overflow.
     """
 
     def __init__(
@@ -31,10 +31,12 @@ class Step(TrainingStep):
         autocast: torch.dtype | None = None,
         graph: bool = False,
         end: int | None = None,
+        skips: bool = False,
     ):
         super().__init__(model, optimizer, max_norm, autocast, graph)
         self.world = world
         self.end = end  # the end-of-text token, where attention is to stop at documents
+        self.skips = skips
         self.stopped = torch.zeros((), device=self.device)
         self.own = torch.zeros((), device=self.device)  # this process's loss
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
@@ -63,6 +65,8 @@ class Step(TrainingStep):
         return contextlib.nullcontext()
 
     def _update(self, total: Tensor) -> Tensor:
+        if self.skips:
+            self.stopped.zero_()
         self.stopped += 1 - total.isfinite().float()
         norm = clipped_step(self.optimizer, self.max_norm or torch.inf, self.stopped)
         self.stopped += 1 - norm.isfinite().float()

@@ -27,11 +27,13 @@ def fit(
     out: str | Path,
     overwrite: bool = False,
     resume: bool = False,
+    strict_resume: bool = False,
 ) -> GPT:
     """Train a GPT on `source` (see data.load_corpus) and leave it, with all that monitor.py and state.py write, in the
     folder `out`.
 
-    resume: go on from the newest whole checkpoint in `out`, or start where there is none yet. Under torchrun every
+    resume: go on from the newest whole checkpoint in `out`, or start where there is none yet; strict_resume: ValueError
+    where the newest is not whole, instead of the one before. Under torchrun every
     process calls this. On Ctrl-C and SIGTERM the step is finished and saved before KeyboardInterrupt or
     SystemExit(143); a second one ends the process at once. ValueError or OSError before the first step for anything
     that would stop a later one, an `out` that holds a model (without `overwrite` or `resume`) included;
@@ -53,7 +55,7 @@ def fit(
         if world.rank == 0:
             stack.enter_context(locked(writable_folder(folder)))
         signals = stack.enter_context(Signals())
-        checkpoint = _starting_point(folder, world, overwrite, resume)
+        checkpoint = _starting_point(folder, world, overwrite, resume, strict_resume)
         saved = None if checkpoint is None else state.read(checkpoint, model_config)
         if saved is not None and saved.facts.get("data") != corpus.facts():
             was, now = saved.facts.get("data"), corpus.facts()
@@ -118,7 +120,7 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
         raise ValueError("fsdp and float16 do not go together: each shard would scale its own loss")
 
 
-def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool) -> Checkpoint | None:
+def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool, strict: bool) -> Checkpoint | None:
     """The checkpoint to go on from, the same one in every process; None to start."""
     checkpoints, step = Checkpoints(folder / CHECKPOINTS), -1
     if world.rank == 0:
@@ -127,6 +129,8 @@ def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool) -
             newest, passed = checkpoints.newest()
             for each, reason in passed:
                 print(f"passed over {each.path}: {reason}", flush=True)
+            if passed and strict:
+                raise ValueError(f"strict_resume: {passed[0][0].path} is not whole: {passed[0][1]}")
             if newest is None and passed:
                 raise ValueError(f"none of the {len(passed)} checkpoints in {checkpoints.folder} is whole")
             if newest is None and (folder / WEIGHTS).exists():

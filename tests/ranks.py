@@ -5,11 +5,12 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from fastgpt import GPTConfig, cli, monitor, train
+from fastgpt import GPTConfig, cli, distributed, monitor, train
 from fastgpt.run import Run
 from fastgpt.settings import TrainConfig
 from fastgpt.tokenizer import encoding
@@ -97,4 +98,12 @@ def _nan(rank):
         _at_step(2, spoil)
 
 
-FAULTS = {"death of one": _die, "SIGTERM to one": _terminate, "NaN on one": _nan}
+def _stall(rank):
+    """Rank 1 sleeps before step 3, longer than a step may take."""
+    distributed.STALL = 1.0
+    sys.__stderr__ = sys.stderr
+    if rank == 1:
+        _at_step(2, lambda run: time.sleep(3))
+
+
+FAULTS = {"death of one": _die, "SIGTERM to one": _terminate, "NaN on one": _nan, "one that stalls": _stall}

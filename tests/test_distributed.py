@@ -129,6 +129,14 @@ def test_nan_on_one_stops_all(text, tmp_path, changes):
     assert os.listdir(out / "checkpoints") == ["step-00000002"]
 
 
+def test_a_stall_shows_the_stacks(text, tmp_path):
+    """Rank 0's tells that it waits for the others; then all go on."""
+    out = tmp_path / "out"
+    assert launch(2, text, out, fault="one that stalls") == [0, 0], said(out, 0)
+    assert "Timeout (0:00:01)!" in said(out, 0) and "in step" in said(out, 0)
+    assert "in _at_step" in said(out, 1) or "in acting" in said(out, 1)
+
+
 def test_kernels_are_compiled_before_the_first_collective(monkeypatch):
     """DDP's first act is to compare shapes over all processes."""
     calls = []

@@ -46,8 +46,9 @@ def run(text, tmp_path, monkeypatch):
     """Trains on `text` with SHORT as changed; no plot is drawn."""
     monkeypatch.setattr(monitor, "plot_losses", lambda rows, path: None)
 
-    def run(out="out", model=MODEL, source=text, overwrite=False, resume=False, **changes):
-        return fit(model, dataclasses.replace(SHORT, **changes), BYTE, source, tmp_path / out, overwrite, resume)
+    def run(out="out", model=MODEL, source=text, overwrite=False, resume=False, strict_resume=False, **changes):
+        config = dataclasses.replace(SHORT, **changes)
+        return fit(model, config, BYTE, source, tmp_path / out, overwrite, resume, strict_resume)
 
     run.out = tmp_path / "out"
     return run
@@ -168,6 +169,17 @@ def test_the_newest_valid_one_is_taken_and_the_others_are_named(run, capsys):
     assert f"passed over {newest}: optimizer.safetensors is not what was written: its SHA-256 differs" in told
     assert f"resuming from {before}" in told
     assert digests(run.out) == digests(run.out.parent / "whole")
+
+
+def test_strict_resume_takes_no_older_one(run):
+    run(max_iters=4)
+    newest = run.out / "checkpoints/step-00000004"
+    (newest / "random.safetensors").write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"strict_resume: .*step-00000004 is not whole: random.safetensors has 0 bytes"
+    ):
+        run(resume=True, strict_resume=True)
+    assert newest.is_dir()
 
 
 def test_it_never_starts_anew_where_checkpoints_are_broken(run):
@@ -363,6 +375,36 @@ def test_a_gradient_that_is_not_finite_is_named(run, monkeypatch):
     message = r"gradients of step 1 have the norm (nan|inf) on rank 0; .* is the gradient of h.0.mlp.c_fc.weight"
     with pytest.raises(FloatingPointError, match=message):
         run()
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allowed):
+    """Two of them, of which one is too many where one is allowed; the count goes on after a resume."""
+
+    class Diverging(GPT):
+        forwards = 0
+
+        def forward(self, idx, targets=None, documents=None):
+            loss = super().forward(idx, targets, documents)
+            Diverging.forwards += self.training
+            return loss * torch.nan if self.training and Diverging.forwards in (2, 5) else loss
+
+    monkeypatch.setattr(train, "GPT", Diverging)
+    options = dict(gradient_accumulation_steps=1, log_interval=1, eval_interval=3, skip_nonfinite=allowed)
+    run(max_iters=3, **options)
+    assert (
+        f"step 2 was skipped: its loss is nan, its gradients' norm nan; 1 of skip_nonfinite = {allowed}"
+        in capsys.readouterr().out
+    )
+    assert json.loads((run.out / "checkpoints/step-00000003/state.json").read_text())["skipped"] == 1
+    if allowed == 1:
+        with pytest.raises(FloatingPointError, match="the loss of step 5 is nan"):
+            run(resume=True, max_iters=6, **options)
+    else:
+        model = run(resume=True, max_iters=6, **options)
+        assert all(p.isfinite().all() for p in model.parameters())
+        (row,) = json.loads((run.out / "checkpoints/step-00000006/state.json").read_text())["rows"][-1:]
+        assert 0 < row["train_loss"] < 10
 
 
 def test_two_trainers_on_one_folder(run):
