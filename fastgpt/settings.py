@@ -27,7 +27,7 @@ class TrainConfig:
     """
 
     init_from: str = "scratch"  # or a file, folder or hub's name of weights to start from
-    max_iters: int = 2400
+    max_iters: int = 1400
     batch_size: int = 8  # windows of one forward pass on one device, at most
     gradient_accumulation_steps: int = 1  # batches a step, on all devices together
     total_batch_size: int | None = None  # tokens a step, in place of gradient_accumulation_steps
@@ -45,7 +45,7 @@ class TrainConfig:
     beta2: float = 0.99
     grad_clip: float = 1.0  # largest norm of all gradients together; 0 is none
     skip_nonfinite: int = 0  # steps of the run that may be passed over for a loss or gradient that is not finite
-    eval_interval: int = 400
+    eval_interval: int = 350
     eval_iters: int = 40  # batches of validation windows, the same ones each time
     log_interval: int = 10  # steps between looks at the loss, each of which waits for a GPU
     checkpoint_interval: int | None = None  # steps between checkpoints; None is eval_interval

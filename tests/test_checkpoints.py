@@ -246,7 +246,8 @@ def kill_while_saving(store, draw):
 
 
 @needs_fork
-def test_kills_at_random_moments_leave_the_newest_or_the_one_before(store, kills=10):
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_leave_the_newest_or_the_one_before(store, kills):
     draw = random.Random(1)
     save(store, 1)
     for _ in range(kills):

@@ -397,6 +397,8 @@ def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allo
         in capsys.readouterr().out
     )
     assert json.loads((run.out / "checkpoints/step-00000003/state.json").read_text())["skipped"] == 1
+    second, third = (load_file(run.out / f"checkpoints/step-0000000{n}/model/model.safetensors") for n in (2, 3))
+    assert any(not torch.equal(second[name], third[name]) for name in second), "the step after it counts"
     if allowed == 1:
         with pytest.raises(FloatingPointError, match="the loss of step 5 is nan"):
             run(resume=True, max_iters=6, **options)
