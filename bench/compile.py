@@ -7,8 +7,9 @@ then compiled for each target as Triton would specialise it. ptxas and cuobjdump
 
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -35,6 +36,7 @@ from fastgpt.kernels import (
 # and technical specifications); Triton itself does not check.
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 CAPABILITIES = tuple(SHARED_LIMIT)
+RESULTS = Path(__file__).parent / "results"
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -246,6 +248,36 @@ def rows(capabilities=CAPABILITIES, only: Callable[[str], bool] = lambda case: T
                     yield measure(case, launch, capability)
 
 
+def committed(version: str = triton.__version__) -> list[Row]:
+    """The rows of this Triton's table in results/; none if there is no such table."""
+    path = RESULTS / f"compile-triton-{version}.txt"
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines()[2:]:
+        capability, *numbers = map(int, line[56:93].split())
+        matrix = line[93:].removesuffix("FAILS").strip()
+        found.append(Row(line[:28].strip(), line[28:56].strip(), capability, *numbers, matrix))
+    return found
+
+
+def worse(rows: Iterable[Row], table: list[Row]) -> Iterator[str]:
+    """A line for each row that spills more than the table's of its name, or has other matrix instructions."""
+    before: dict[tuple, list[Row]] = {}
+    for row in table:
+        before.setdefault(row[:3], []).append(row)
+    for row in rows:
+        name = f"{row.kernel}, {row.case}, compute capability {row.capability}"
+        was = before.get(row[:3], [])
+        spilled, matrices = max((each.spilled for each in was), default=0), {each.matrix for each in was}
+        if not was:
+            yield f"{name}: the committed table has no such row"
+        elif row.spilled > spilled:
+            yield f"{name}: spills {row.spilled} bytes, {spilled} in the committed table"
+        elif row.matrix not in matrices:
+            yield f"{name}: multiplies by {row.matrix or 'none'}, by {was[0].matrix or 'none'} in the committed table"
+
+
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
@@ -283,13 +315,18 @@ def _limits(what: str, flops: float, clocks) -> str:
 
 
 def main(capabilities) -> int:
-    """Print the table; 1 if a row spills or needs more shared memory than its card has."""
+    """Print the table, and below it what is worse than in the committed one; 1 if a row does not pass or is worse."""
     print(f"Triton {triton.__version__}")
     print(f"{'kernel':28}{'case':28}{'cc':>5}{'registers':>11}{'spilled B':>11}{'shared B':>10}  matrix")
-    failed = 0
+    failed, found = 0, []
     for row in rows(capabilities):
+        found.append(row)
         failed += not row.passes
         mark = "" if row.passes else "  FAILS"
         numbers = f"{row.capability:5}{row.registers:11}{row.spilled:11}{row.shared:10}"
         print(f"{row.kernel:28}{row.case:28}{numbers}  {row.matrix}{mark}")
-    return int(failed > 0)
+    table = committed()
+    lines = list(worse(found, table)) if table else []
+    for line in lines:
+        print(line, file=sys.stderr)
+    return int(failed > 0 or bool(lines))

@@ -31,6 +31,22 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
     lookups = {"embedding_fwd_kernel", "run_sums_kernel", "join_runs_kernel"}
     assert {row.kernel for row in table} == norms | heads | gelu | lookups | {"cross_entropy_kernel"}
     assert [row for row in table if not row.passes] == []
+    committed = gate.committed()  # of this Triton alone: another one's ptxas counts otherwise
+    assert not committed or list(gate.worse(table, committed)) == []
+
+
+def test_what_is_worse_than_the_committed_table_is_named():
+    """A spill more, a wgmma less, a row that nobody committed; and nothing in the table itself."""
+    table = gate.committed("3.7.1")
+    assert len(table) > 1000 and list(gate.worse(table, table)) == []
+    row = next(row for row in table if row.kernel == "attention_fwd_kernel" and "wgmma" in row.matrix)
+    changed = [row._replace(spilled=16), row._replace(matrix="mma.sync"), row._replace(case="D 72 bfloat16")]
+    name = f"attention_fwd_kernel, {row.case}, compute capability 90: "
+    assert list(gate.worse(changed, table)) == [
+        name + "spills 16 bytes, 0 in the committed table",
+        name + "multiplies by mma.sync, by wgmma.mma_async in the committed table",
+        name.replace(row.case, "D 72 bfloat16") + "the committed table has no such row",
+    ]
 
 
 def test_the_gate_sees_a_spill():
