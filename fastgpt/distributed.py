@@ -69,7 +69,7 @@ def join(device: str) -> World:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     here = device_named(device)
     if here.type == "cuda":
-        torch.cuda.setdevice_named(here)
+        torch.cuda.set_device(here)
     if not dist.is_initialized():  # gloo for what the hosts tell each other
         dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
     return World(dist.get_rank(), size, here)

@@ -33,9 +33,21 @@ def save_model(model: GPT, folder: Path, encoding: str, **facts) -> None:
     """Write the model's two files into `folder`; `facts` (JSON values) go into config.json beside the shape."""
     config = {"model": dataclasses.asdict(model.config), "encoding": encoding, **facts}
     with replacing(folder / WEIGHTS) as new:
-        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, new)
+        save_file(_apart(model.state_dict()), new)
     with replacing(folder / CONFIG) as new:
         new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in one piece and in memory of its own, as safetensors wants them; a file may tie any two."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in storages else whole
+        storages.add(place)
+    return found
 
 
 def load_model(folder: str | Path, **changes) -> tuple[GPT, dict]:
@@ -237,7 +249,7 @@ def _write(model: GPT, folder: Path, to: Family, encoding: str, variant: str) ->
     folder.mkdir(parents=True, exist_ok=True)
     if to == "huggingface":
         with replacing(folder / WEIGHTS) as new:
-            save_file({name: t.contiguous() for name, t in tensors.items()}, new, metadata={"format": "pt"})
+            save_file(_apart(tensors), new, metadata={"format": "pt"})
     elif to == "nanogpt":
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         content = {"model": tensors, "model_args": settings, "iter_num": 0, "best_val_loss": 1e9, "config": {}}

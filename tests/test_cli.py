@@ -192,7 +192,7 @@ def test_options_reach_both_configurations(capsys, fitted):
     model, training, _, *rest = fitted
     assert model == GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1)
     assert training == TrainConfig(max_iters=7, beta1=0.5)
-    assert rest == ["a", "b", True, False]
+    assert rest == ["a", "b", True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -348,6 +348,17 @@ def test_a_wrong_checkpoint(good, tmp_path, change, message):
     assert len(str(error.value)) < 600 and not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("to", ["huggingface", "fastgpt"])
+def test_tensors_that_share_their_memory(good, tmp_path, to):
+    path, content = good
+    content["model"]["transformer.ln_f.bias"] = content["model"]["transformer.ln_f.weight"]
+    torch.save(content, path)
+    convert(path, tmp_path / "b", to)
+    expected = GPT.from_pretrained(path).state_dict()
+    for name, tensor in GPT.from_pretrained(tmp_path / "b").state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
 def test_a_claim_of_more_than_is_stored(good):
     path, content = good
     content["model"]["transformer.ln_f.weight"] = torch.ones(1).expand(48)

@@ -93,7 +93,7 @@ def test_flags_go_over_the_file_and_the_file_over_the_preset(tmp_path, fitted):
     ((model, config, encoding, data, out, *rest),) = fitted
     assert model == GPTConfig.preset("byte-0.1M", n_layer=3, n_head=1)
     assert config == TrainConfig(max_iters=9, seed=2)
-    assert (encoding.name, data, out, rest) == ("byte", "texts", "out", [False, False])
+    assert (encoding.name, data, out, rest) == ("byte", "texts", "out", [False, False, False])
 
 
 def test_resume_takes_the_runs_own_settings(tmp_path, fitted):
