@@ -3,7 +3,6 @@
 An adapter that can't serve here raises Unavailable with the reason, which is printed in place of its time.
 """
 
-import functools
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -94,13 +93,6 @@ def product(a: Tensor, b: Tensor, times: int = 1) -> Callable:
 def all_logits_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The head as most code writes it: every logit, in float32."""
     return F.cross_entropy(F.linear(x, weight).float(), targets)
-
-
-def chunked_cross_entropy() -> Callable:
-    """PyTorch's own head without all logits, from 2.13 on."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise Unavailable(f"PyTorch {torch.__version__} has no F.linear_cross_entropy")
-    return functools.partial(F.linear_cross_entropy, options=nn.LinearCrossEntropyOptions())
 
 
 def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:

@@ -323,7 +323,6 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
 
     functions = _standard(machine, ops.linear_cross_entropy, reference.linear_cross_entropy)
     functions["all logits"] = lambda problem: baselines.all_logits_cross_entropy
-    functions["F.linear_cross_entropy, chunked"] = lambda problem: baselines.chunked_cross_entropy()
     functions[COMPILED] = lambda problem: baselines.compiled(machine, baselines.all_logits_cross_entropy)
     return function_cases(
         "linear_cross_entropy",
