@@ -106,7 +106,10 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
 
     variants |= {COMPILED: compiled, HUGGING_FACE: theirs}
     floor = _block_work(B, T, C, H, e)
-    oracle = lambda p: of(with_backend(p.model, "torch").double(), None, p).results()  # noqa: E731
+
+    def oracle(p):
+        return of(with_backend(p.model, "torch").double(), None, p).results()
+
     return [Case("block fwd+bwd", dict(B=B, T=T, C=C, H=H), tier, floor, problem, variants, oracle)]
 
 

@@ -38,10 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"fastgpt {options.command}: {error}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:  # PyTorch has no class of its own for a CPU's
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)  # PyTorch has no class of its own for a CPU that is out of memory
+        if isinstance(error, RuntimeError) and "out of memory" not in said and "allocate memory" not in said:
             raise
-        print(f"fastgpt {options.command}: {str(error).splitlines()[0] or 'out of memory'}", file=sys.stderr)
+        print(f"fastgpt {options.command}: {said.splitlines()[0] if said else 'out of memory'}", file=sys.stderr)
         return 2
 
 

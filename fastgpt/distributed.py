@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.model import GPT
 
-STALL = 300.0  # seconds without a step that are worth a look; a checkpoint of the largest model takes fewer
+STALL = 300.0  # seconds without a step that are worth a look at the stacks, which ends nothing
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: the longest that rank 0 may take to write a checkpoint
 
 
@@ -84,7 +84,7 @@ def leave(world: World) -> None:
 
 
 def device_named(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one. ValueError for a device that is not here."""
+    """The device of that name, "auto" the GPU if there is one. ValueError for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

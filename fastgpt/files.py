@@ -109,8 +109,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     if path.suffix == ".safetensors":
         return _parsed(path, load_file, "a whole safetensors file"), {}
     if zipfile.is_zipfile(path):
-        entries = _parsed(path, lambda path: zipfile.ZipFile(path).infolist(), "a whole zip archive")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in _parsed(path, _entries, "a whole zip archive")):
             raise ValueError(f"{path} is compressed, as torch.save writes nothing")
     load = functools.partial(torch.load, map_location="cpu", weights_only=True)
     found = _parsed(path, load, "a file of weights that torch.load reads without running code")
@@ -128,6 +127,11 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     ):
         raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     return found, settings
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.infolist()
 
 
 def _parsed(path: Path, parse: Callable[[Path], Any], what: str) -> Any:

@@ -117,7 +117,7 @@ def _by_vocabulary(x, weight, targets, row_grads, settings, losses, dx, dweight,
         return
 
     factor = x.to(wide)
-    total = dx.zero_() if dx is not None and dx.dtype == wide else torch.zeros_like(factor)
+    total = x.new_zeros(0) if dx is None else dx.zero_() if dx.dtype == wide else torch.zeros_like(factor)
     for part in slices:
         z = buffer[: part.stop - part.start]
         if keeps:

@@ -173,7 +173,7 @@ def chunked_op(name: str, go_over: Callable[..., None]):
 
 def by_rows(
     pass_over_rows: Callable[..., Tensor], rows_at_once: int, x, weight, targets, grads, settings, losses, dx, dweight
-):
+) -> None:
     """A chunk of rows at a time, against the whole vocabulary.
 
     pass_over_rows(logits (n, V), targets (n,), row_grads (n,) or None, ignore_index, label_smoothing, z_loss,

@@ -200,7 +200,7 @@ class Run:
             if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self.overflows <= OVERFLOWS:
                 continue
             before = self.steps_done - len(found) + number
-            if self.skipped == self.config.skip_nonfinite:
+            if self.skipped == self.config.skip_nonfinite or self.overflows > OVERFLOWS:
                 self.fail(before, loss, norm, own)
             self.skipped += 1
             if self.monitor is not None:

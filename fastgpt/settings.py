@@ -67,15 +67,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig: {name} is {value}, not at least 1")
-        for name in (
-            "learning_rate",
-            "min_lr",
-            "warmup_iters",
-            "weight_decay",
-            "grad_clip",
-            "sample_tokens",
-            "skip_nonfinite",
-        ):
+        rates = ("learning_rate", "min_lr", "weight_decay", "grad_clip")
+        for name in (*rates, "warmup_iters", "sample_tokens", "skip_nonfinite"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"TrainConfig: {name} is {value}, not a finite number of at least 0")

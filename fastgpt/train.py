@@ -32,12 +32,12 @@ def fit(
     """Train a GPT on `source` (see data.load_corpus) and leave it, with all that monitor.py and state.py write, in the
     folder `out`.
 
-    resume: go on from the newest whole checkpoint in `out`, or start where there is none yet; strict_resume: ValueError
-    where the newest is not whole, instead of the one before. Under torchrun every
-    process calls this. On Ctrl-C and SIGTERM the step is finished and saved before KeyboardInterrupt or
-    SystemExit(143); a second one ends the process at once. ValueError or OSError before the first step for anything
-    that would stop a later one, an `out` that holds a model (without `overwrite` or `resume`) included;
-    FloatingPointError for a loss or gradient that is not finite, before anything is updated from it.
+    resume: go on from the newest whole checkpoint in `out`, or start where there is none yet. strict_resume: ValueError
+    where the newest is not whole. Under torchrun every process calls this. On Ctrl-C and SIGTERM the step is finished
+    and saved before KeyboardInterrupt or SystemExit(143); a second one ends the process at once. ValueError or OSError
+    before the first step for anything that would stop a later one, an `out` that holds a model (without `overwrite` or
+    `resume`) included; FloatingPointError for a loss or gradient that is not finite, beyond the skip_nonfinite that may
+    be passed over, before anything is updated from it.
     """
     folder = Path(out)
     if (folder / WEIGHTS).exists() and not overwrite and not resume:

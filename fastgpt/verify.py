@@ -250,7 +250,7 @@ def random_ids(model: nn.Module, rows: int = 2, tokens: int = 33, seed: int = 0)
     """Token ids (rows, tokens), or as many as the context holds with one to predict, on the model's device."""
     vocabulary, context = limits(model)
     if not (0 < rows < 2**31 and 1 < tokens < 2**31):
-        raise ValueError(f"rows = {rows} sequences of tokens = {tokens} can't be made; at least 1 of 2")
+        raise ValueError(f"rows is {rows} and tokens {tokens}, not at least 1 and 2, and below 2**31")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (rows, min(tokens, context + 1)), generator=generator)
     return ids.to(next(model.parameters()).device)

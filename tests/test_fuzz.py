@@ -2,7 +2,6 @@
 
 import json
 import random
-import resource
 import shutil
 import time
 
@@ -16,6 +15,8 @@ from fastgpt.data import load_corpus
 from fastgpt.settings import read_settings
 from fastgpt.tokenizer import encoding
 from fastgpt.weights import convert, load_model, save_model
+
+resource = pytest.importorskip("resource", reason="Windows counts memory otherwise")
 
 BYTES = encoding("byte")
 SHAPE = dict(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=8)

@@ -101,12 +101,13 @@ def test_float16_skips_what_overflows_and_goes_on(train, monkeypatch):
     assert not steps[0][0] and steps[-1][0]
 
 
-def test_float16_that_always_overflows_is_an_error(train, monkeypatch):
+@pytest.mark.parametrize("skip_nonfinite", [0, 9])
+def test_float16_that_always_overflows_is_an_error(train, monkeypatch, skip_nonfinite):
     monkeypatch.setattr(run, "OVERFLOWS", 2)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**60, enabled=enabled))
     with pytest.raises(FloatingPointError, match="3 steps to step 3 overflowed float16 in a row"):
-        train(dtype="float16", max_iters=70)
+        train(dtype="float16", max_iters=70, skip_nonfinite=skip_nonfinite)
 
 
 def test_documents_do_not_see_each_other():
