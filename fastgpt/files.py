@@ -108,9 +108,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     """The tensors and the settings of one file; a checkpoint's state dict is found by its usual names."""
     if path.suffix == ".safetensors":
         return _parsed(path, load_file, "a whole safetensors file"), {}
-    if zipfile.is_zipfile(path):
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in _parsed(path, _entries, "a whole zip archive")):
-            raise ValueError(f"{path} is compressed, as torch.save writes nothing")
+    entries = _parsed(path, _entries, "a whole zip archive") if zipfile.is_zipfile(path) else []
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{path} is compressed, as torch.save writes nothing")
     load = functools.partial(torch.load, map_location="cpu", weights_only=True)
     found = _parsed(path, load, "a file of weights that torch.load reads without running code")
     settings: Any = {}
