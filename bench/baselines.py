@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,11 +133,7 @@ def nanogpt(model: GPT, folder: Path | None) -> nn.Module:
     """nanoGPT's GPT of the same shape and weights, from a file that the user named. Its GELU is the exact one."""
     if folder is None:
         raise Unavailable("no checkout of nanoGPT was given: --nanogpt DIR")
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    if spec is None or spec.loader is None or not (folder / "model.py").is_file():
-        raise Unavailable(f"{folder} holds no model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _module(folder / "model.py")
     settings, weights, _ = families.nanogpt.write_weights(model.config, model.state_dict())
     theirs = module.GPT(module.GPTConfig(**settings))
     theirs.load_state_dict(weights)
@@ -153,6 +150,28 @@ def book(model: GPT) -> nn.Module:
     theirs = GPTModelFast(settings)
     theirs.load_state_dict(weights)
     return _like(theirs, model)
+
+
+def book_cached(model: GPT, file: Path | None) -> tuple[nn.Module, Callable]:
+    """The model of the book's file gpt_with_kv_cache.py, or its optimized one, and the loop that goes with it: the
+    package's own cache fails."""
+    if file is None:
+        raise Unavailable("the book's file with a cache was not given: --book-cached FILE")
+    module = _module(file)
+    settings, weights, _ = families.raschka.write_weights(model.config, model.state_dict(), "GPTModel")
+    theirs = module.GPTModel(settings)
+    theirs.load_state_dict(weights, strict=False)  # its masks are buffers, in one of the files
+    return _like(theirs, model), module.generate_text_simple_cached
+
+
+def _module(file: Path) -> Any:
+    """What a file that the user named defines."""
+    spec = importlib.util.spec_from_file_location(f"bench_{file.stem}", file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise Unavailable(f"there is no {file}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _like(theirs: nn.Module, model: GPT) -> nn.Module:

@@ -1,10 +1,13 @@
 """Which cases run on which kind of machine, and at which sizes."""
 
+import torch
+
 from bench import cases, models
 from bench.cases import Case
 from bench.generation import generation
 from bench.machine import Machine
 from bench.swap import swap
+from fastgpt.loss import multiplies
 from fastgpt.model import PRESETS
 
 _124M = PRESETS["gpt2-124M"]
@@ -45,6 +48,14 @@ def _on_a_gpu(machine: Machine) -> list[Case]:
 
 
 def _on_a_cpu(machine: Machine) -> list[Case]:
+    halves = []
+    if multiplies(torch.bfloat16):
+        halves = [
+            *models.train_step(machine, 1, 256, _124M, tier=1, autocast=True),
+            *models.train_step(machine, 8, 256, PRESETS["byte-10M"], tier=1, autocast=True),
+            *generation(machine, 1, 32, 128, _124M, tier=1, dtype=torch.bfloat16),
+            *generation(machine, 1, 128, 1, _124M, tier=1, dtype=torch.bfloat16),
+        ]
     return [
         *cases.attention(machine, 1, 12, 1024, 64, tier=0),
         *cases.attention(machine, 1, 6, 1024, 128, tier=0),
@@ -58,9 +69,11 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *models.train_step(machine, 1, 256, _124M, tier=0),
         *models.train_step(machine, 8, 256, PRESETS["byte-10M"], tier=0),
         *cases.decode(machine, 8, 12, 1024, 64, tier=1),
-        *generation(machine, 1, 32, 64, _124M, tier=1),
+        *generation(machine, 1, 32, 128, _124M, tier=1),
+        *generation(machine, 1, 32, 16, _124M, tier=1),
         *generation(machine, 1, 128, 1, _124M, tier=1),
         *swap(machine, 1, 256, {**_124M, "n_layer": 2, "vocab_size": 4096}, tier=1),
+        *halves,
     ]
 
 

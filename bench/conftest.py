@@ -22,6 +22,9 @@ def pytest_addoption(parser):
         "--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, to compare with: runs its model.py"
     )
     group.addoption(
+        "--book-cached", type=Path, metavar="FILE", help="the book's gpt_with_kv_cache.py, likewise: runs it"
+    )
+    group.addoption(
         "--bench-compiled", action="store_true", help="on a CPU too, the families' whole models by torch.compile"
     )
     group.addoption("--bench-resume", action="store_true", help="keep the rows that are in that folder already")
@@ -32,7 +35,11 @@ class Run:
 
     def __init__(self, config):
         machine = Machine.of(config.getoption("--bench-machine"))
-        given = dict(nanogpt=config.getoption("--nanogpt"), compiles_models=config.getoption("--bench-compiled"))
+        given = dict(
+            nanogpt=config.getoption("--nanogpt"),
+            book=config.getoption("--book-cached"),
+            compiles_models=config.getoption("--bench-compiled"),
+        )
         self.machine = dataclasses.replace(machine, **given)
         self.cases = {case.name: case for case in catalogue(self.machine)}
         self.folder = Folder(config.getoption("--bench-out"))

@@ -14,11 +14,15 @@ from fastgpt.decoder import Decoder
 from fastgpt.generation import LAY_OUT_FROM, generate
 from fastgpt.model import GPT, GPTConfig
 
-KEPT, BFLOAT16 = f"{SUBJECT}, a Decoder kept", f"{SUBJECT}, bfloat16"
+KEPT, BOOK_CACHED = f"{SUBJECT}, a Decoder kept", "the book, its cached file"
+_RECOMPUTED = 16  # tokens at most, on a CPU, of a loop that computes all of it anew a token
 
 
-def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int) -> list[Case]:
-    """Greedy tokens after a prompt; one alone is the prefill. Checked: the logits after the prompt."""
+def generation(
+    machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int, dtype: torch.dtype | None = None
+) -> list[Case]:
+    """Greedy tokens after a prompt; one alone is the prefill. Checked: the logits after the prompt. dtype: what all
+    weights are cast to, if not None."""
     shape = GPTConfig(**config)
 
     def problem():
@@ -29,7 +33,7 @@ def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, ti
         return _ours(copy.deepcopy(with_backend(p[0], "torch", **changes)).double(), p[1], new).results()
 
     def recomputing(model: nn.Module, p) -> Subject:
-        if machine.kind == "cpu" and new > 16:
+        if machine.kind == "cpu" and new > _RECOMPUTED:
             raise baselines.Unavailable("it computes all of it anew a token: minutes of this benchmark on a CPU")
         return _recomputing(model, p[1], new)
 
@@ -37,22 +41,37 @@ def generation(machine: Machine, B: int, prompt: int, new: int, config: dict, ti
         model = baselines.nanogpt(p[0], machine.nanogpt)
         return recomputing(model, p)._replace(expected=lambda: oracle(p, gelu="none"))
 
+    def cast(build: Callable[..., Subject]) -> Callable[..., Subject]:
+        """The same at weights of that dtype, judged as such."""
+
+        def built(p):
+            subject = build((copy.deepcopy(p[0]).to(dtype), p[1]))
+            assert subject.results is not None
+            results = lambda: tuple(t.to(dtype) for t in subject.results())  # noqa: E731
+            return subject._replace(results=results, expected=subject.expected or (lambda: oracle(p)))
+
+        return built
+
     variants: dict[str, Callable] = {
         SUBJECT: lambda p: _ours(*p, new),
         KEPT: lambda p: _kept(*p, new, many_tokens=new >= LAY_OUT_FROM),
     }
     if machine.kind != "cpu":
         variants[EAGER] = lambda p: _ours(with_backend(p[0], "torch"), p[1], new)
-    elif torch.ops.mkldnn._is_mkldnn_bf16_supported():  # elsewhere it is slower than float32
-        variants[BFLOAT16] = lambda p: _kept(*p, new, dtype=torch.bfloat16)
     variants |= {
         HUGGING_FACE: lambda p: _hugging_face(*p, new),
         NANOGPT: nanogpt,
         BOOK: lambda p: recomputing(baselines.book(p[0]), p),
     }
-    floor = work.generation(shape, B, prompt, new, machine.dtype.itemsize)
+    if new > 1 and dtype is None:  # its cache is float32
+        variants[BOOK_CACHED] = lambda p: _cached(*baselines.book_cached(p[0], machine.book), p[1], new)
+    if dtype is not None:
+        variants = {name: cast(build) for name, build in variants.items()}
+    floor = work.generation(shape, B, prompt, new, (dtype or machine.dtype).itemsize)
+    if dtype is not None:  # the roof that was measured is not this dtype's
+        floor = work.Work(0, floor.bytes)
     numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
-    op = "prefill" if new == 1 else "generate"
+    op = ("prefill" if new == 1 else "generate") + (f", {dtype}".replace("torch.", "") if dtype else "")
     return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False)]
 
 
@@ -82,6 +101,14 @@ def _hugging_face(ours: GPT, ids: Tensor, new: int) -> Subject:
     options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
     mask = torch.ones_like(ids)
     return Subject(lambda: model.generate(ids, attention_mask=mask, **options), logits)
+
+
+def _cached(model: nn.Module, continued: Callable, ids: Tensor, new: int) -> Subject:
+    @torch.no_grad()
+    def logits():
+        return (model(ids)[:, -1],)
+
+    return Subject(lambda: continued(model, ids, new), logits)
 
 
 def _recomputing(model: nn.Module, ids: Tensor, new: int) -> Subject:

@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from bench.timing import DeviceClock, HostClock
+from fastgpt import memory
 
 CPU_THREADS = 2
 
@@ -34,6 +35,7 @@ class Machine:
     seconds: float  # of sampling a variant
     rounds: tuple[int, int]  # the fewest and the most samples of a variant
     nanogpt: Path | None = None  # a folder with nanoGPT's model.py, to compare with
+    book: Path | None = None  # the book's file with a cache
     compiles_models: bool = False  # whether a CPU compiles whole models too, half a minute each
 
     @classmethod
@@ -54,6 +56,7 @@ class Machine:
             clock = DeviceClock(dry.FakeCuda(), "cpu")
             return cls(kind, "cpu", torch.float32, clock, "eager", 0.0, (2, 2))
         torch.set_num_threads(CPU_THREADS)
+        memory.keep_freed()  # or whoever allocates more, or after a larger one, would be timed with the system's pages
         return cls("cpu", "cpu", torch.float32, HostClock(), "inductor", 0.5, (3, 100))
 
     @property

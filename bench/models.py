@@ -201,25 +201,38 @@ FAMILIES = {
 }
 
 
-def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Case]:
-    """Forward, backward and a fused AdamW, all weights in the operands' dtype. Checked: the loss and some gradients of
-    up to two rows, for float64 takes memory."""
+def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autocast: bool = False) -> list[Case]:
+    """Forward, backward and a fused AdamW, all weights in the operands' dtype, or in float32 under an autocast to
+    bfloat16. Checked: the loss and some gradients of up to two rows, for float64 takes memory."""
     shape = GPTConfig(**config)
     problem = functools.partial(step_problem, machine, B, T, config)
 
+    def within(loss):
+        return torch.autocast(machine.device, torch.bfloat16)(loss) if autocast else loss
+
     def fresh(p, backend):
-        return step(with_backend(p.model, backend), own_loss, p)
+        return step(with_backend(p.model, backend), within(own_loss), p)
 
     def compiled(p):
         baselines.compiles_models(machine)
         twin = with_backend(p.model, "torch")
         run = baselines.compiled(machine, twin)
-        return step(twin, lambda _, idx, targets: run(idx, targets), p)
+        return step(twin, within(lambda _, idx, targets: run(idx, targets)), p)
 
     def theirs(name, p):
         family = FAMILIES[name]
-        subject = step(family.build(p.model, machine), family.loss, p)
+        subject = step(family.build(p.model, machine), within(family.loss), p)
         return subject._replace(expected=lambda: oracle(p, **family.changes)) if family.changes else subject
+
+    def judged(build):
+        """As bfloat16."""
+
+        def built(p):
+            subject = build(p)
+            halves = lambda: tuple(t.bfloat16() for t in subject.results())  # noqa: E731
+            return subject._replace(results=halves, expected=subject.expected or (lambda: oracle(p)))
+
+        return built
 
     variants = {SUBJECT: lambda p: fresh(p, "auto")}
     if machine.kind != "cpu":
@@ -231,4 +244,8 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int) -> lis
 
     numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
     floor = step_work(shape, B, T, machine.dtype.itemsize)
-    return [Case("training step", numbers, tier, floor, problem, variants, oracle, capture=False)]
+    op = "training step"
+    if autocast:
+        op, variants = "training step, bfloat16", {name: judged(build) for name, build in variants.items()}
+        floor = Work(0, floor.bytes)  # the roof that was measured is not this dtype's
+    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False)]

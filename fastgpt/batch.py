@@ -110,7 +110,8 @@ class Batch:
                 self.seen.scatter_(1, ids, True)
             self.history.scatter_(1, self.lengths[:, None], ids)
             self.lengths += 1
-            self.ids.copy_(torch.where(logits.isfinite().all(-1), ids[:, 0], -1))
+            finite = torch.stack(logits.aminmax(dim=-1)).isfinite().all(0)  # NaN is the least and the most of its row
+            self.ids.copy_(torch.where(finite, ids[:, 0], -1))
 
     def _on_a_side_stream(self) -> None:
         stream = torch.cuda.Stream(self.decoder.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from fastgpt import cli_text
+from fastgpt import cli_text, memory
 from fastgpt.distributed import device_named
 from fastgpt.doctor import examine
 from fastgpt.families.raschka import VARIANTS
@@ -181,6 +181,7 @@ def _train(options: argparse.Namespace) -> None:
         model_config = GPTConfig.preset(preset, **_fields(chosen, GPTConfig))
     else:
         model_config = pretrained(train_config.init_from, **_fields(chosen, GPTConfig)).config
+    memory.keep_freed()
     how = (options.overwrite, options.resume, options.strict_resume)
     model = fit(model_config, train_config, tokens, source, out, *how)
     if train_config.fsdp or int(os.environ.get("RANK", 0)):  # only a whole model can write, and once is enough

@@ -29,8 +29,8 @@ class Cache:
     def __init__(self, decoder: "Decoder", rows: int, slots: int):
         self.rows, self.slots = rows, slots
         shape = (len(decoder.layers), rows, decoder.heads, slots, decoder.head_dim)
-        self.k = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-        self.v = torch.zeros_like(self.k)
+        whole = torch.zeros((2, *shape), dtype=decoder.dtype, device=decoder.device)
+        self.k, self.v = (half.unbind() for half in whole)  # of each layer
         self.row = torch.arange(rows, device=decoder.device)[:, None]
 
     @staticmethod
@@ -136,16 +136,18 @@ class Decoder:
 
         def attend(index: int, qkv: Tensor) -> Tensor:
             q, k, v = self._split(qkv)
-            keys, values = cache.k[index], cache.v[index]
+            keys, values, scale = cache.k[index], cache.v[index], self.layers[index].scale
             if even:
                 keys[:, :, reach - new : reach] = k
                 values[:, :, reach - new : reach] = v
             else:
                 keys[cache.row, :, positions] = k.transpose(1, 2)
                 values[cache.row, :, positions] = v.transpose(1, 2)
-            y = self._functions.decode_attention(
-                q, keys[:, :, :reach], values[:, :, :reach], lengths, scale=self.layers[index].scale, **self._backend
-            )  # fmt: skip
+            keys, values = keys[:, :, :reach], values[:, :, :reach]
+            if even and new == 1 and self._torch:  # nothing to be hidden: no mask, and no look at the lengths
+                y = F.scaled_dot_product_attention(q, keys, values, scale=scale)
+            else:
+                y = self._functions.decode_attention(q, keys, values, lengths, scale=scale, **self._backend)
             return y.transpose(1, 2).reshape(batch, new, -1)
 
         return self.logits(self._walk(ids, positions, attend))
@@ -169,7 +171,7 @@ class Decoder:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, 3C) -> q, k, v, views (B, H, T, D)."""
-        return qkv.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+        return qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
 
     def _attend_prompt(self, index: int, qkv: Tensor) -> Tensor:
         scale = self.layers[index].scale
@@ -199,7 +201,7 @@ class Decoder:
                 told(layer.norm_1, normed)
                 qkv = [linear(normed) for linear in parts.qkv]
                 y = attend(index, qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=-1))
-                branch, bias = _without_bias(parts.out, y)
+                branch, bias = self._project(parts.out, y)
                 told(layer.attn, branch)
                 normed, x = self._add_norm(parts.norm_2, branch, x, bias)
                 told(layer.norm_2, normed)
@@ -233,12 +235,19 @@ class Decoder:
             x = x + (branch if bias is None else branch + bias)
         return norm(x), x
 
+    def _project(self, layer: Linear | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product; on Triton's road without its bias, which whoever adds the product to the stream adds too."""
+        if self._torch or not isinstance(layer, Linear):
+            return layer(x), None
+        return F.linear(x, layer.weight), layer.bias
+
     def _feed(self, mlp: Mlp | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         if not isinstance(mlp, Mlp):
             return mlp(x), None
         fc, gelu, proj = mlp
-        y = self._functions.gelu_mlp(x, fc.weight, fc.bias, proj.weight, approximate=gelu, **self._backend)
-        return y, proj.bias
+        b_out, bias = (proj.bias, None) if self._torch else (None, proj.bias)
+        y = self._functions.gelu_mlp(x, *fc, proj.weight, b_out, approximate=gelu, **self._backend)
+        return y, bias
 
     def _try(self, model: Any) -> None:
         """ValueError unless the model's own forward gives the logits that its parts give."""
@@ -256,10 +265,3 @@ class Decoder:
                 f"generate: this {type(unwrapped(model)).__name__} computes something else than its parts say: its "
                 f"logits are off by {distance:.1%}"
             )
-
-
-def _without_bias(layer: Linear | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The product, and the bias that whoever adds it to the stream adds too."""
-    if isinstance(layer, Linear):
-        return F.linear(x, layer.weight), layer.bias
-    return layer(x), None

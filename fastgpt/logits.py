@@ -11,14 +11,18 @@ _FEWEST_ROWS = 64  # of a chunk: with fewer the matmuls wait for weight and dwei
 def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight):
     """In chunks of rows or of the vocabulary, whichever leaves the matmuls large; none needs a tenth of the logits.
 
-    (256 rows of GPT-2 124M's head take 2.7 times as long by rows as by the vocabulary, on a CPU of two cores.)
+    (256 rows of GPT-2 124M's head take 2.7 times as long by rows as by the vocabulary, on a CPU of two cores.) Logits
+    that are no wider than an MLP's hidden units are not worth a chunk: a model holds more than that for every layer.
     """
     copies = settings.dtype != losses.dtype  # a chunk in half precision is worked on in a float32 copy, three times it
-    rows = -(-len(x) // (40 if copies else 12))
-    if rows >= _FEWEST_ROWS and (copies or not _has_room(dweight, x, losses)):
+    at_once = weight.shape[0] <= 4 * weight.shape[1]
+    rows = max(1, len(x)) if at_once else -(-len(x) // (40 if copies else 12))
+    if at_once or (rows >= _FEWEST_ROWS and (copies or not _has_room(dweight, x, losses))):
         loss.by_rows(_pass_over_rows, rows, x, weight, targets, row_grads, settings, losses, dx, dweight)
         return
-    rows = max(1, -(-len(x) // 4)) if copies else max(1, len(x))  # float32 copies of x and dx are made too
+    rows = max(1, len(x))
+    if copies:  # dx is summed up in float32, and x copied where halves are not multiplied
+        rows = -(-rows // (-(-40 * x.shape[1] // weight.shape[0]) if loss.multiplies(settings.dtype) else 4))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         grads, dx_part = (None if t is None else t[part] for t in (row_grads, dx))
@@ -29,7 +33,7 @@ def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight
 
 def _has_room(dweight, x, losses) -> bool:
     """Whether dweight (V, C) can keep the logits (N, V), transposed, until it is itself written."""
-    return dweight is not None and dweight.dtype == x.dtype == losses.dtype and x.shape[0] <= x.shape[1]
+    return dweight is not None and dweight.dtype == losses.dtype and x.shape[0] <= x.shape[1]
 
 
 class _Rows:
@@ -95,8 +99,9 @@ def _by_vocabulary(x, weight, targets, row_grads, settings, losses, dx, dweight,
     when nothing needs that slice's logits any more.
     """
     vocab, dtype, wide = weight.shape[0], settings.dtype, losses.dtype
-    keeps = first and row_grads is not None and dtype == wide and _has_room(dweight, x, losses)
-    step = -(-vocab // (24 if dtype == wide else 48))
+    keeps = first and row_grads is not None and _has_room(dweight, x, losses)
+    fast = dtype != wide and loss.multiplies(dtype)
+    step = -(-vocab // (24 if dtype == wide else 96 if fast else 48))
     slices = [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
     buffer = torch.empty(step, len(x), dtype=wide, device=x.device)
     x = x.to(dtype)
@@ -116,8 +121,8 @@ def _by_vocabulary(x, weight, targets, row_grads, settings, losses, dx, dweight,
     if row_grads is None:
         return
 
-    factor = x.to(wide)
-    total = x.new_zeros(0) if dx is None else dx.zero_() if dx.dtype == wide else torch.zeros_like(factor)
+    factor = x if fast else x.to(wide)
+    total = x.new_zeros(0) if dx is None else dx.zero_() if dx.dtype == wide else torch.zeros_like(x, dtype=wide)
     for part in slices:
         z = buffer[: part.stop - part.start]
         if keeps:
@@ -125,10 +130,12 @@ def _by_vocabulary(x, weight, targets, row_grads, settings, losses, dx, dweight,
         else:
             compute(part, z)
         dlogits = rows.gradient(z.sub_(rows.top).exp_().t(), part.start)
+        halves = dlogits.to(dtype)
         if dx is not None and dtype == wide:
             total.addmm_(dlogits, weight[part])
         elif dx is not None:
-            total += dlogits.to(dtype) @ weight[part].to(dtype)
+            total += halves @ weight[part].to(dtype)
+        dlogits = halves if fast else dlogits
         if dweight is not None:
             loss.add_product(dweight[part], dlogits.t(), factor, first)
     if dx is not None and total is not dx:

@@ -119,10 +119,24 @@ def add_product(total, a, b, first: bool) -> None:
             torch.mm(a, b, out_dtype=total.dtype, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype != total.dtype and not a.is_cuda and multiplies(a.dtype):
+        for part, rows in zip(total.split(_ROWS_OF_A_PRODUCT), a.split(_ROWS_OF_A_PRODUCT), strict=True):
+            part.copy_(rows @ b) if first else part.add_(rows @ b)
     elif first:
         torch.mm(a.to(total.dtype), b.to(total.dtype), out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+_ROWS_OF_A_PRODUCT = 4096  # in half precision, on its way to float32
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies halves faster than float32; their sums are float32 in it, and rounded once."""
+    if dtype not in (torch.bfloat16, torch.float16) or not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    return ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported()
 
 
 def _without_autocast(op):
@@ -183,6 +197,8 @@ def by_rows(
     weight = weight.to(dtype)
     stride = -(-vocab // 64) * 64  # 50257 is odd: rows padded to 50304 stay aligned for the matmuls
     buffer = torch.empty(min(rows_at_once, len(x)), stride, dtype=dtype, device=x.device)
+    if not x.is_cuda:  # oneDNN's bfloat16 product on AMX multiplies one number past an odd row by zero: it may be NaN
+        buffer[:, vocab:].zero_()
     for start in range(0, len(x), rows_at_once):
         rows = slice(start, start + rows_at_once)
         chunk = x[rows].to(dtype)

@@ -13,21 +13,22 @@ import triton.language as tl
 
 
 @triton.jit
-def _sigmoid_2u(z):
-    return 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z)))  # 2 √(2/π)
+def _exp_minus_2u(z):
+    return tl.exp(-1.5957691216057308 * (z + 0.044715 * z * z * z))  # 2 √(2/π)
 
 
 @triton.jit
 def gelu(z, TANH: tl.constexpr):
     if TANH:
-        return z * _sigmoid_2u(z)
+        return z * (1.0 / (1.0 + _exp_minus_2u(z)))
     return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
 
 
 @triton.jit
 def gelu_derivative(z, TANH: tl.constexpr):
-    z = tl.where(z > 30.0, 30.0, tl.where(z < -30.0, -30.0, z))  # 1 and 0 from there on; z² could overflow
+    z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))  # 1 and 0 from there on; e could overflow
     if TANH:
-        s = _sigmoid_2u(z)
-        return s + z * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+        e = _exp_minus_2u(z)
+        s = 1.0 / (1.0 + e)
+        return s + z * s * (e * s) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)  # 1 - s, which cancels, is e s
     return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327  # 1 / √(2π)
