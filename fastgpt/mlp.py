@@ -60,14 +60,20 @@ def _backward(operands, hidden, act, approximate, needs, dy):
     x, w_in, _, w_out, _ = operands
     needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out, _ = needs
     rows, hidden, act, dy = (t.reshape(-1, t.shape[-1]) for t in (x, hidden, act, dy))
-    dw_out = dy.t() @ act if needs_w_out else None
+    dw_out = _weight_gradient(dy, act, w_out) if needs_w_out else None
     db_out = dy.sum(0) if needs_b_out else None
     if not (needs_x or needs_w_in or needs_b_in):
         return None, None, None, dw_out, db_out
     dhidden = torch.mm(dy, w_out, out=act)
     torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, approximate=approximate, grad_input=dhidden)
     dx = (dhidden @ w_in).view(x.shape) if needs_x else None
-    return dx, dhidden.t() @ rows if needs_w_in else None, dhidden.sum(0) if needs_b_in else None, dw_out, db_out
+    dw_in = _weight_gradient(dhidden, rows, w_in) if needs_w_in else None
+    return dx, dw_in, dhidden.sum(0) if needs_b_in else None, dw_out, db_out
+
+
+def _weight_gradient(dy, x, weight):
+    """dyᵀ x in weight's own order in memory: in another, whoever adds gradients up would copy it first."""
+    return (x.t() @ dy).t() if weight.stride(0) == 1 else dy.t() @ x
 
 
 def _differentiable_backward(operands, approximate, needs, dy):

@@ -373,7 +373,7 @@ def test_gelu_mlp_makes_the_gradients_that_are_wanted():
 
 
 def test_gelu_mlp_leaves_autocast_no_weight_without_a_derivative():
-    """It remembers what it cast; cast where no derivative is recorded, a later user of the weight would lose its own."""
+    """It remembers what it cast: cast without a derivative, the weight would have none for a later user either."""
     *operands, dy = mlp_operands(6, 4, 12, torch.float32)
     leaves = [t.requires_grad_() for t in operands]
     with torch.autocast("cpu", torch.bfloat16):
