@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastgpt import loss
 
-_FEWEST_ROWS = 64  # of a chunk: with fewer the matmuls wait for weight and dweight to be read and written
+_FEWEST_ROWS = 160  # of a chunk: with fewer the matmuls wait for weight and dweight to be read and written
 
 
 def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight):
@@ -14,15 +14,17 @@ def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight
     (256 rows of GPT-2 124M's head take 2.7 times as long by rows as by the vocabulary, on a CPU of two cores.) Logits
     that are no wider than an MLP's hidden units are not worth a chunk: a model holds more than that for every layer.
     """
+    vocab, channels = weight.shape
     copies = settings.dtype != losses.dtype  # a chunk in half precision is worked on in a float32 copy, three times it
-    at_once = weight.shape[0] <= 4 * weight.shape[1]
+    at_once = vocab <= 4 * channels
     rows = max(1, len(x)) if at_once else -(-len(x) // (40 if copies else 12))
     if at_once or (rows >= _FEWEST_ROWS and (copies or not _has_room(dweight, x, losses))):
         loss.by_rows(_pass_over_rows, rows, x, weight, targets, row_grads, settings, losses, dx, dweight)
         return
-    rows = max(1, len(x))
-    if copies:  # dx is summed up in float32, and x copied where halves are not multiplied
-        rows = -(-rows // (-(-40 * x.shape[1] // weight.shape[0]) if loss.multiplies(settings.dtype) else 4))
+    parts = max(1, -(-len(x) // channels))  # the first has room in dweight
+    if copies:  # dx is summed up in float32, and x copied where halves are not multiplied: a part's copies are small
+        parts = -(-40 * channels // vocab) if loss.multiplies(settings.dtype) else 4
+    rows = max(1, -(-len(x) // parts))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         grads, dx_part = (None if t is None else t[part] for t in (row_grads, dx))

@@ -57,6 +57,7 @@ GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
+FALLBACK = "test_reference.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
 WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/checkpoint.py"
@@ -175,10 +176,12 @@ MUTANTS = [
     Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
     Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # the fallback's head
+    Mutant("a second backward reads what the first wrote over", "fastgpt/mlp.py", "act, ctx.act = ctx.act, None", "act = ctx.act", FALLBACK + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
+    Mutant("the cube's factor without the other", "fastgpt/mlp.py", "z, z, value=0.044715 * _TWO_K, out=y)", "z, z, value=0.044715, out=y)", FALLBACK + "test_gelu_mlp_of_many_rows", False),
     Mutant("sums of a slice not rescaled", "fastgpt/logits.py", "self.total *= (self.top - top).exp_()", "pass", FALLBACK_LOSS, False),
     Mutant("targets of every slice", "fastgpt/logits.py", "torch.where(inside, (1 - smoothing) * self.grads, 0)", "((1 - smoothing) * self.grads)", FALLBACK_LOSS, False),
     Mutant("dweight of the last rows alone", "fastgpt/logits.py", "factor, first)", "factor, True)", FALLBACK_LOSS, False),
-    Mutant("a slice of half the vocabulary", "fastgpt/logits.py", "24 if dtype == wide else 48", "2 if dtype == wide else 48", "test_loss.py::test_beside_the_gradients_it_holds_a_tenth_of_the_logits", False),
+    Mutant("a slice of half the vocabulary", "fastgpt/logits.py", "24 if dtype == wide else 96", "2 if dtype == wide else 96", "test_loss.py::test_beside_the_gradients_it_holds_a_tenth_of_the_logits", False),
     # MLP
     Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
     Mutant("0.044751", GELU, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
