@@ -29,8 +29,8 @@ class Cache:
     def __init__(self, decoder: "Decoder", rows: int, slots: int):
         self.rows, self.slots = rows, slots
         shape = (len(decoder.layers), rows, decoder.heads, slots, decoder.head_dim)
-        whole = torch.zeros((2, *shape), dtype=decoder.dtype, device=decoder.device)
-        self.k, self.v = (half.unbind() for half in whole)  # of each layer
+        self.whole = torch.zeros((2, *shape), dtype=decoder.dtype, device=decoder.device)
+        self.k, self.v = (half.unbind() for half in self.whole)  # of each layer
         self.row = torch.arange(rows, device=decoder.device)[:, None]
 
     @staticmethod
@@ -171,7 +171,8 @@ class Decoder:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, 3C) -> q, k, v, views (B, H, T, D)."""
-        return qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def _attend_prompt(self, index: int, qkv: Tensor) -> Tensor:
         scale = self.layers[index].scale

@@ -130,13 +130,13 @@ def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
     """(..., C) -> (..., C) through the hidden (..., F). recompute keeps only the pre-activation for the backward."""
 
-    operands = (x, w_in, b_in, w_out, b_out)
+    operands = [x, w_in, b_in, w_out, b_out]
     eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if eager_cpu and differentiable and not recompute:
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # whose casts inside would have no derivative
             dtype = torch.get_autocast_dtype("cpu")
-            operands = tuple(None if t is None else _in(dtype, t) for t in operands)
+            operands = [None if t is None else _in(dtype, t) for t in operands]
         return mlp.GeluMlp.apply(*operands, approximate)
     gelu = mlp.gelu if eager_cpu and not differentiable else F.gelu
 
@@ -159,7 +159,7 @@ def linear(x, weight, bias=None):
     """
     if _AVX512 and x.dtype == torch.bfloat16 == weight.dtype and x.numel() == x.shape[-1] == weight.stride(0):
         y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
-        return y if bias is None else y + _in(x.dtype, bias)
+        return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
 

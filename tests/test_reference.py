@@ -387,6 +387,25 @@ def test_gelu_mlp_leaves_autocast_no_weight_without_a_derivative():
     assert torch.autograd.grad(again.sum(), leaves[1])[0].abs().sum() > 0
 
 
+@pytest.mark.parametrize("rows", [(1, 1), (1,), (), (2, 1)], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_row_of_bfloat16_is_multiplied_as_a_vector(rows, transposed, monkeypatch):
+    """Whatever this CPU has."""
+    monkeypatch.setattr(reference, "_AVX512", True)
+    x, weight, bias = (
+        torch.randn(shape).bfloat16() for shape in ((*rows, 24), (24, 40) if transposed else (40, 24), 40)
+    )
+    weight = weight.t() if transposed else weight
+    vectors = []
+    mv = torch.mv
+    monkeypatch.setattr(torch, "mv", lambda *args: vectors.append(1) or mv(*args))
+    for b in (None, bias):
+        got = reference.linear(x, weight, b)
+        wide = [None if t is None else t.double() for t in (x, weight, b)]
+        assert_accurate(got, F.linear(*wide), F.linear(x, weight, b), name="y")
+    assert len(vectors) == (0 if transposed or rows == (2, 1) else 2)
+
+
 def held_bytes(call):
     """What the allocator had given out after the call beyond what it had before, by PyTorch's own profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
