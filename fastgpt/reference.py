@@ -129,7 +129,6 @@ def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
     """(..., C) -> (..., C) through the hidden (..., F). recompute keeps only the pre-activation for the backward."""
-
     operands = [x, w_in, b_in, w_out, b_out]
     eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
