@@ -130,7 +130,8 @@ def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
     """(..., C) -> (..., C) through the hidden (..., F). recompute keeps only the pre-activation for the backward."""
     operands = [x, w_in, b_in, w_out, b_out]
-    eager_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    eager_cpu = x.device.type == "cpu" and not transformed
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if eager_cpu and differentiable and not recompute:
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # whose casts inside would have no derivative

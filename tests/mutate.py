@@ -177,7 +177,8 @@ MUTANTS = [
     Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # the fallback's head
     Mutant("a second backward reads what the first wrote over", "fastgpt/mlp.py", "act, ctx.act = ctx.act, None", "act = ctx.act", FALLBACK + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
-    Mutant("the cube's factor without the other", "fastgpt/mlp.py", "z, z, value=0.044715 * _TWO_K, out=y)", "z, z, value=0.044715, out=y)", FALLBACK + "test_gelu_mlp_of_many_rows", False),
+    Mutant("the cube's factor without the other", "fastgpt/mlp.py", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK + "test_gelu_mlp_of_many_rows", False),
+    Mutant("a slope of three times too little", "fastgpt/mlp.py", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK + "test_gelu_mlp_of_many_rows", False),
     Mutant("sums of a slice not rescaled", "fastgpt/logits.py", "self.total *= (self.top - top).exp_()", "pass", FALLBACK_LOSS, False),
     Mutant("targets of every slice", "fastgpt/logits.py", "torch.where(inside, (1 - smoothing) * self.grads, 0)", "((1 - smoothing) * self.grads)", FALLBACK_LOSS, False),
     Mutant("dweight of the last rows alone", "fastgpt/logits.py", "factor, first)", "factor, True)", FALLBACK_LOSS, False),

@@ -372,6 +372,14 @@ def test_gelu_mlp_makes_the_gradients_that_are_wanted():
             assert torch.equal(leaf.grad, expected) if needed else leaf.grad is None
 
 
+def test_gelu_mlp_under_vmap_and_grad():
+    *operands, _ = mlp_operands(6, 4, 12, torch.float32)
+    each = torch.func.vmap(torch.func.grad(lambda x: ops.gelu_mlp(x, *operands[1:]).square().sum()))(operands[0])
+    whole = operands[0].requires_grad_()
+    (expected,) = torch.autograd.grad(ops.gelu_mlp(whole, *operands[1:]).square().sum(), whole)
+    torch.testing.assert_close(each, expected)
+
+
 def test_gelu_mlp_leaves_autocast_no_weight_without_a_derivative():
     """It remembers what it cast: cast without a derivative, the weight would have none for a later user either."""
     *operands, dy = mlp_operands(6, 4, 12, torch.float32)
