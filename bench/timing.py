@@ -49,6 +49,7 @@ class HostClock:
 
     def peak_bytes(self, call: Call) -> int:
         """The most bytes that PyTorch's allocator had given out at once beyond what it had before the call."""
+        gc.collect()  # an earlier call's garbage, freed during this one, would count against it
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = call()
         with tempfile.TemporaryDirectory() as folder:

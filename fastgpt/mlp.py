@@ -60,20 +60,22 @@ class GeluMlp(torch.autograd.Function):
         hidden = F.linear(x, w_in, b_in)
         ctx.has_slope = _by_passes(hidden, approximate)
         act = gelu_leaving_slope_(hidden) if ctx.has_slope else F.gelu(hidden, approximate=approximate)
-        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, hidden)  # or the slope, which is where hidden was
-        ctx.act, ctx.approximate = act, approximate
+        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, hidden, act)  # or the slope, which is where hidden was
+        ctx.approximate, ctx.overwritten = approximate, False
         return F.linear(act, w_out, b_out)
 
     @staticmethod
     def backward(ctx, dy):
-        *operands, hidden = ctx.saved_tensors
+        *operands, hidden, act = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_backward(operands, ctx.approximate, ctx.needs_input_grad, dy), None
-        act, ctx.act = ctx.act, None
         with torch.autocast("cpu", enabled=False):  # which the forward did not know
-            if act is None:  # a second backward through a graph that was kept
+            if ctx.overwritten:  # by an earlier backward through a graph that was kept
                 act = gelu(F.linear(*operands[:3]), ctx.approximate)
-            return *_backward(ctx, operands, hidden, act, dy), None
+            ctx.overwritten = True
+            return *_backward(
+                ctx, operands, hidden, act.data, dy
+            ), None  # .data: unseen by autograd's own watch over it
 
 
 def _backward(ctx, operands, hidden, act, dy):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import mlp, ops, reference
 from fastgpt.testing import assert_accurate
@@ -427,6 +428,13 @@ def test_recompute_keeps_no_activation():
     leaves = [t.requires_grad_() for t in operands]
     kept, made_again = (held_bytes(lambda r=r: ops.gelu_mlp(*leaves, recompute=r)) for r in (False, True))
     assert kept - made_again >= 100 * 32 * 4
+
+
+def test_a_checkpointed_gelu_mlp_keeps_its_result_alone():
+    *operands, _ = mlp_operands(100, 8, 32, torch.float32)
+    leaves = [t.requires_grad_() for t in operands]
+    options = dict(use_reentrant=False, preserve_rng_state=False)
+    assert held_bytes(lambda: checkpoint(ops.gelu_mlp, *leaves, **options)) < 100 * 8 * 4 + 1000
 
 
 def test_embedding():
