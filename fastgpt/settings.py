@@ -85,15 +85,6 @@ class TrainConfig:
             both = f"{self.total_batch_size} and gradient_accumulation_steps = {self.gradient_accumulation_steps}"
             raise ValueError(f"TrainConfig: total_batch_size = {both} say the same thing; give one of them")
 
-    @classmethod
-    def from_dict(cls, fields: dict) -> "TrainConfig":
-        """As TrainConfig(**fields), but an unknown field is a ValueError that names the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"TrainConfig has no field {name!r}{_nearest(name, known)}")
-        return cls(**fields)
-
     def windows(self, block: int) -> int:
         """Windows of `block` tokens a step, on all devices together; ValueError if total_batch_size is no number of
         them."""

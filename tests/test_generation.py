@@ -168,6 +168,36 @@ def test_bfloat16_weights(model):
     assert model.wte.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_weights_laid_out_for_rows(name):
+    """Also where they lie transposed, as Hugging Face's."""
+    model = FAMILIES[name]()
+    ids = torch.tensor(PROMPT[:1])
+    kept, laid_out = (Decoder(model, dtype=torch.bfloat16, many_tokens=many) for many in (False, True))
+    assert all(layer.out.weight.is_contiguous() for layer in laid_out.layers)
+    logits, expected = (decoder.logits(decoder.features(ids)) for decoder in (laid_out, kept))
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+
+
+def test_covers_are_taken_off(model):
+    """torch.compile's, and PEFT's, which hands its model on."""
+
+    class Adapter(nn.Module):
+        def get_base_model(self):
+            return model
+
+    expected = generate(model, PROMPT, 4, temperature=0)
+    for covered in (torch.compile(model), Adapter()):
+        assert generate(covered, PROMPT, 4, temperature=0) == expected
+
+
+def test_a_part_that_must_be_called_keeps_its_dtype():
+    model = FAMILIES["nanogpt"]()
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16, but .*mlp.* must be called as it is"):
+        generate(model, PROMPT, 4, dtype=torch.bfloat16)
+
+
 def gpt_like(model):
     twin = GPT(model.config)
     twin.load_state_dict(model.state_dict())

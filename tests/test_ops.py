@@ -208,6 +208,16 @@ BAD = {
         ValueError,
         "position 6 at (1,) is outside a context of 6",
     ),
+    "an embedding of integers": (
+        lambda: ops.embedding(ids([1, 2]), *TABLES, dtype=torch.int32),
+        TypeError,
+        "embedding: dtype is torch.int32",
+    ),
+    "heads of no width": (
+        lambda: ops.causal_attention(*[torch.zeros(1, 2, 3, 0)] * 3),
+        ValueError,
+        "causal_attention: the head dimension is 0",
+    ),
     "positions of another shape": (
         lambda: ops.embedding(ids([1, 2]), *TABLES, positions=ids(0, 1, 2)),
         ValueError,

@@ -67,3 +67,8 @@ def test_cancellation_is_allowed_what_its_magnitude_allows():
     with pytest.raises(AssertionError):
         assert_accurate(off, oracle)
     assert_accurate(off, oracle, magnitude=torch.ones_like(oracle))
+
+
+def test_another_shape_is_no_error_of_rounding():
+    with pytest.raises(ValueError, match=r"y: \(2, 3\) against \(3, 2\)"):
+        assert_accurate(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64), name="y")

@@ -176,3 +176,9 @@ def test_a_token_outside_is_found_in_its_shard(tmp_path):
     llmc(tmp_path / "words_val_000000.bin", range(20))
     with pytest.raises(ValueError, match=r"words_train_000001.bin: token 400 at offset 20 is outside the 257 ids"):
         load_corpus(tmp_path, BYTE, 9)
+
+
+def test_a_meta_file_that_says_too_little(tmp_path):
+    (tmp_path / "meta.json").write_text('{"encoding": "byte"}')
+    with pytest.raises(ValueError, match="does not say the encoding and the dtype"):
+        tokens.meta_of(tmp_path)

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import signal
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, data, train
+from fastgpt.distributed import World
 from fastgpt.run import Run
 from fastgpt.settings import TrainConfig
 from fastgpt.tokenizer import encoding
@@ -340,3 +342,26 @@ def test_min_lr_is_zero_unless_said_and_never_above():
     assert TrainConfig(learning_rate=1e-4).learning_rate_at(10**9) == 0
     with pytest.raises(ValueError, match=r"min_lr = 0.1 is above learning_rate = 0.001"):
         TrainConfig(learning_rate=1e-3, min_lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("world", "fields", "message"),
+    [
+        ((3, "cpu"), dict(batch_size=8), "8 windows a step do not divide among 3 processes"),
+        ((2, "cuda"), dict(cuda_graph=True), "cuda_graph needs one NVIDIA GPU, not 2 x cuda"),
+        ((1, "cuda"), dict(cuda_graph=True, dtype="float16"), "cuda_graph and float16 do not go together"),
+        ((1, "cpu"), dict(fsdp=True), "fsdp needs several processes"),
+        ((2, "cuda"), dict(fsdp=True, dtype="float16"), "fsdp and float16 do not go together"),
+    ],
+)
+def test_what_these_devices_can_not_do(world, fields, message):
+    size, device = world
+    with pytest.raises(ValueError, match=message):
+        train._hold_device(GPTConfig.preset("byte-0.1M"), TrainConfig(**fields), World(0, size, torch.device(device)))
+
+
+def test_a_model_without_a_checkpoint_can_not_be_resumed(run, text):
+    run(max_iters=1)
+    shutil.rmtree(run.out / train.CHECKPOINTS)
+    with pytest.raises(ValueError, match="holds a model and no checkpoint to resume from"):
+        fit(MODEL, FEW, BYTE, text, run.out, resume=True)
