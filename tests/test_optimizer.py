@@ -1,5 +1,6 @@
 """AdamW's groups, clipping inside its step, and the training step as a whole."""
 
+import contextlib
 import copy
 
 import pytest
@@ -116,6 +117,44 @@ def test_a_graph_that_cannot_be_is_refused():
     gpt = model()
     with pytest.raises(ValueError, match="the model is on cpu, a CUDA graph needs an NVIDIA GPU"):
         TrainingStep(gpt, adamw(gpt, 1e-2), graph=True)
+
+
+def test_a_step_is_captured_once_and_replayed(monkeypatch):
+    """The order of things on a GPU, with a graph that is none: what is captured runs at each replay, and not before."""
+    batches = [batch(2, 8) for _ in range(5)]
+    plain, captured = model(), model()
+    expected = TrainingStep(plain, adamw(plain, 1e-2))
+    step, log = TrainingStep(captured, adamw(captured, 1e-2)), []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.wait_stream = lambda other: log.append("waits")
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+            for static, new in zip(step._outputs, step._step(*step._inputs), strict=True):
+                static.copy_(new)
+
+    @contextlib.contextmanager
+    def graph(_):
+        before = copy.deepcopy((captured.state_dict(), step.optimizer.state_dict()))
+        yield log.append("capture")
+        captured.load_state_dict(before[0])
+        step.optimizer.load_state_dict(before[1])
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    step.graph = True
+    for each in batches:
+        assert [t.item() for t in step(*each)] == [t.item() for t in expected(*each)]
+    assert log == ["waits"] * 4 + ["capture"] + ["replay"] * 3
+    assert all(torch.equal(a, b) for a, b in zip(captured.parameters(), plain.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"a batch of shape \(1, 8\), the graph was captured for \(2, 8\)"):
+        step(*batch(1, 8))
 
 
 @pytest.mark.gpu
