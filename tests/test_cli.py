@@ -294,3 +294,15 @@ def test_a_reader_that_goes_away(checkpoint):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=120) == 0
+
+
+def test_no_memory_is_one_line(monkeypatch, capsys):
+    """PyTorch has no class of its own for it on a CPU; any other RuntimeError is a bug, and shows as one."""
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore")):
+        monkeypatch.setattr(cli, "fit", lambda *args, error=error: (_ for _ in ()).throw(error))
+        assert cli.main(["train", "--preset", "byte-0.1M"]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "memory" in said
+    monkeypatch.setattr(cli, "fit", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["train", "--preset", "byte-0.1M"])

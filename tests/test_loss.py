@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt import logits, ops
+from fastgpt import logits, loss, ops
 from fastgpt.testing import assert_accurate
 
 
@@ -231,3 +231,7 @@ def hold_a_tenth(rows, dtype, reduction, folder):
         assert peak_bytes(plain_step, folder) - gradients > logits  # so the count can see what it is to forbid
     with torch.no_grad():
         assert peak_bytes(lambda: ops.linear_cross_entropy(x, weight, targets), folder) <= 0.1 * logits
+
+
+def test_only_halves_are_multiplied_as_halves():
+    assert not loss.multiplies(torch.float32) and not loss.multiplies(torch.float64)
