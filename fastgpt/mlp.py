@@ -73,9 +73,8 @@ class GeluMlp(torch.autograd.Function):
             if ctx.overwritten:  # by an earlier backward through a graph that was kept
                 act = gelu(F.linear(*operands[:3]), ctx.approximate)
             ctx.overwritten = True
-            return *_backward(
-                ctx, operands, hidden, act.data, dy
-            ), None  # .data: unseen by autograd's own watch over it
+            unwatched = act.data  # autograd would refuse a second look at a saved tensor that was written over
+            return *_backward(ctx, operands, hidden, unwatched, dy), None
 
 
 def _backward(ctx, operands, hidden, act, dy):

@@ -157,7 +157,8 @@ def linear(x, weight, bias=None):
     One row of bfloat16 on a CPU with AVX-512 is multiplied as a vector: that reads the weights at 25 GB/s, PyTorch's
     product of matrices at 17 (Xeon with AMX, 2 cores, PyTorch 2.13; without AVX-512 it would be 2 to 12).
     """
-    if _AVX512 and x.dtype == torch.bfloat16 == weight.dtype and x.numel() == x.shape[-1] == weight.stride(0):
+    one_row = x.numel() == x.shape[-1] and x.dtype == torch.bfloat16
+    if one_row and _AVX512 and x.is_cpu and weight.dtype == x.dtype and weight.stride(0) == x.shape[-1]:
         y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
