@@ -28,6 +28,14 @@ class Subject(NamedTuple):
     results: Callable[[], tuple] | None = None  # what is checked; None: what run returns
     expected: Callable[[], tuple] | None = None  # in float64, of a variant that computes something else than the case
 
+    def judged_as(self, dtype: torch.dtype, oracle: Callable[[], tuple]) -> "Subject":
+        """Its results rounded to dtype and held to what that allows, not to the error of the case's own dtype."""
+
+        def rounded():
+            return tuple(result.to(dtype) for result in (self.results or self.run)())
+
+        return self._replace(results=rounded, expected=self.expected or oracle)
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

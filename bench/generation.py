@@ -1,6 +1,7 @@
 """Prompts read and tokens written: fastgpt's cache, Hugging Face's, and loops that compute all of it anew a token."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -41,16 +42,9 @@ def generation(
         model = baselines.nanogpt(p[0], machine.nanogpt)
         return recomputing(model, p)._replace(expected=lambda: oracle(p, gelu="none"))
 
-    def cast(build: Callable[..., Subject]) -> Callable[..., Subject]:
-        """The same at weights of that dtype, judged as such."""
-
-        def built(p):
-            subject = build((copy.deepcopy(p[0]).to(dtype), p[1]))
-            assert subject.results is not None
-            results = lambda: tuple(t.to(dtype) for t in subject.results())  # noqa: E731
-            return subject._replace(results=results, expected=subject.expected or (lambda: oracle(p)))
-
-        return built
+    def cast(build: Callable[..., Subject], p) -> Subject:
+        """The same at weights of that dtype."""
+        return build((copy.deepcopy(p[0]).to(dtype), p[1])).judged_as(dtype, lambda: oracle(p))
 
     variants: dict[str, Callable] = {
         SUBJECT: lambda p: _ours(*p, new),
@@ -66,7 +60,7 @@ def generation(
     if new > 1 and dtype is None:  # its cache is float32
         variants[BOOK_CACHED] = lambda p: _cached(*baselines.book_cached(p[0], machine.book), p[1], new)
     if dtype is not None:
-        variants = {name: cast(build) for name, build in variants.items()}
+        variants = {name: functools.partial(cast, build) for name, build in variants.items()}
     floor = work.generation(shape, B, prompt, new, (dtype or machine.dtype).itemsize)
     if dtype is not None:  # the roof that was measured is not this dtype's
         floor = work.Work(0, floor.bytes)

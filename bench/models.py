@@ -224,15 +224,8 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autoca
         subject = step(family.build(p.model, machine), within(family.loss), p)
         return subject._replace(expected=lambda: oracle(p, **family.changes)) if family.changes else subject
 
-    def judged(build):
-        """As bfloat16."""
-
-        def built(p):
-            subject = build(p)
-            halves = lambda: tuple(t.bfloat16() for t in subject.results())  # noqa: E731
-            return subject._replace(results=halves, expected=subject.expected or (lambda: oracle(p)))
-
-        return built
+    def judged(build, p):
+        return build(p).judged_as(torch.bfloat16, lambda: oracle(p))
 
     variants = {SUBJECT: lambda p: fresh(p, "auto")}
     if machine.kind != "cpu":
@@ -246,6 +239,9 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autoca
     floor = step_work(shape, B, T, machine.dtype.itemsize)
     op = "training step"
     if autocast:
-        op, variants = "training step, bfloat16", {name: judged(build) for name, build in variants.items()}
+        op, variants = (
+            "training step, bfloat16",
+            {name: functools.partial(judged, build) for name, build in variants.items()},
+        )
         floor = Work(0, floor.bytes)  # the roof that was measured is not this dtype's
     return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False)]
