@@ -15,7 +15,7 @@ from fastgpt import cli_text, memory
 from fastgpt.distributed import device_named
 from fastgpt.doctor import examine
 from fastgpt.families.raschka import VARIANTS
-from fastgpt.model import PRESETS, GPTConfig
+from fastgpt.model import PRESETS, GPTConfig, nearest
 from fastgpt.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.tokenizer import encoding
 from fastgpt.tokens import meta_of, tokenize
@@ -36,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"fastgpt {options.command}: {error}", file=sys.stderr)
+        said = str(error).removeprefix(f"{options.command}: ")  # a function of the command's name says it too
+        print(f"fastgpt {options.command}: {said}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         said = str(error)  # PyTorch has no class of its own for a CPU that is out of memory
@@ -56,6 +57,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage above it."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """None but known ones: each command tells its own, with the nearest that there is."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            option = f"there is no option {name!r}{nearest(name, self._option_string_actions)}"
+            self.error(option if name.startswith("-") else f"{name!r} is one word too many")
+        return options, unknown
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,7 +32,7 @@ def read_weights_of(source: Path) -> tuple[dict[str, Tensor], dict]:
     elif source.is_file():
         tensors, settings = _read_file(source)
     else:
-        raise FileNotFoundError(f"there is no file or folder {source}")
+        raise ValueError(f"{source} is neither a file nor a folder")
     named: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = _without_prefixes(name)

@@ -61,7 +61,7 @@ class GPTConfig:
     def preset(cls, name: str, **changes) -> "GPTConfig":
         """A named shape of PRESETS, with fields changed as given. ValueError for a name or field that is not there."""
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+            raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **changes})
 
     @classmethod
@@ -70,7 +70,7 @@ class GPTConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
-                raise ValueError(f"GPTConfig has no field {name!r}{_nearest(name, known)}")
+                raise ValueError(f"GPTConfig has no field {name!r}{nearest(name, known)}")
         return cls(**fields)
 
 
@@ -92,7 +92,7 @@ def _either(names) -> str:
     return f"{', '.join(most)} or {last}"
 
 
-def _nearest(name: str, known) -> str:
+def nearest(name: str, known) -> str:
     matches = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 

@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgpt.model import GPTConfig, _nearest
+from fastgpt.model import GPTConfig, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -135,7 +135,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     known = [*OTHERS, *(field.name for kind in (GPTConfig, TrainConfig) for field in dataclasses.fields(kind))]
     for name in found:
         if name not in known:
-            raise ValueError(f"{path}: there is no option {name!r}{_nearest(name, known)}")
+            raise ValueError(f"{path}: there is no option {name!r}{nearest(name, known)}")
     return found
 
 

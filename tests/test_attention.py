@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt.kernels import attention
+from fastgpt.kernels import attention, launch
 from tests.attention_oracle import check, operands, run
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -261,3 +262,32 @@ def test_heads_too_wide_go_to_pytorch(device):
     with pytest.raises(ValueError, match="heads of 300 channels"):
         ops.causal_attention(q, q, q, backend="triton")
     assert torch.equal(ops.causal_attention(q, q, q), reference.causal_attention(q, q, q))
+
+
+CARDS = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (12, 0): 101_376}  # and the shared memory of a block
+
+
+@pytest.mark.parametrize("capability", CARDS)
+@pytest.mark.parametrize("kernel", ["fwd", "dkdv", "dq"])
+def test_every_card_can_hold_its_tiles(kernel, capability):
+    """What the tile's own operands take of shared memory, counted: a bound from below of what is compiled."""
+    major, minor = capability
+    card = attention.Card(10 * major + minor, CARDS[capability])
+    for dim, dtype, extras in itertools.product((16, 64, 128, 256), DTYPES, (False, True)):
+        tiles = attention._tiles(kernel, dim, dtype, card, extras)
+        rows = (tiles.block_m, tiles.block_n)
+        assert all(n in (16, 32, 64, 128) for n in rows) and tiles.num_warps in (4, 8)
+        held, read = rows if kernel != "dkdv" else rows[::-1]
+        assert (held + 2 * (tiles.num_stages - 1) * read) * dim * dtype.itemsize <= card.shared
+
+
+def test_what_a_card_says_of_itself(monkeypatch):
+    """An older PyTorch does not tell what a block may have, then every card has 99 KiB."""
+    there = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
+    told = dict(major=9, minor=0, shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**told))
+    assert attention._card(there) == attention.Card(90, 232_448)
+    del told["shared_memory_per_block_optin"]
+    assert attention._card(there) == attention.Card(90, 99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert launch.capability(there) == 120 and launch.capability(torch.zeros(1)) is None

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,17 @@ def test_a_folder_has_one_trainer(tmp_path):
 def test_a_checkpoint_by_hand(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"it has no manifest.json"):
         Checkpoint(tmp_path, 1).verify()
+
+
+def test_windows_has_its_own_lock_and_opens_no_folders(tmp_path, monkeypatch):
+    """With Windows' names of things, and none of its calls."""
+    asked, file = [], tmp_path / "file"
+    file.touch()
+    windows = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *call: asked.append(call))
+    with file.open() as opened, monkeypatch.context() as there:
+        there.setitem(sys.modules, "msvcrt", windows)
+        there.setattr(checkpoint.os, "open", lambda path, flags: pytest.fail(f"{path} is opened"))
+        there.setattr(checkpoint.os, "name", "nt")
+        checkpoint._sync(tmp_path)
+        checkpoint._lock(opened)
+        assert asked == [(opened.fileno(), 2, 1)]

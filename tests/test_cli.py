@@ -98,7 +98,8 @@ def test_train_then_generate(text, tmp_path):
     ("arguments", "message"),
     [
         ("train --preset byte-0.8m", "unknown preset 'byte-0.8m' (did you mean 'byte-0.8M'?)"),
-        ("train --n_heads 4", "unrecognized arguments: --n_heads 4"),
+        ("train --n_heads 4", "fastgpt train: there is no option '--n_heads' (did you mean '--n_head'?)"),
+        ("train --learning-rat=1", "there is no option '--learning_rat' (did you mean '--learning_rate'?)"),
         ("train --block_size 0", "block_size is 0, not a whole number of at least 1"),
         ("train --n_head 3", "n_embd = 128 does not divide into n_head = 3 heads"),
         ("train --bias maybe", "argument --bias: 'maybe' is not true or false"),
@@ -116,7 +117,9 @@ def test_train_then_generate(text, tmp_path):
         ("train --data text.txt --device abacus", "no device 'abacus' here"),
         ("generate --checkpoint .", "no model.safetensors in .: train a model first"),
         ("generate --temperature warm", "argument --temperature: invalid float value: 'warm'"),
-        ("generate --len 4", "unrecognized arguments: --len 4"),
+        ("generate --len 4", "fastgpt generate: there is no option '--len' (see fastgpt generate --help)"),
+        ("generate hello", "'hello' is one word too many (see fastgpt generate --help)"),
+        ("tokenize text.txt -o tokens --val_share 2", "fastgpt tokenize: val_share is 2.0, not between 0 and 1"),
         ("talk", "invalid choice: 'talk'"),
         ("", "the following arguments are required: train | tokenize | generate"),
     ],
@@ -147,7 +150,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
 def test_a_bad_number_for_generate(capsys, checkpoint, arguments, message):
     code, _, err = main(capsys, "generate", "--checkpoint", checkpoint, *arguments.split())
     assert code == 2
-    assert err == f"fastgpt generate: generate: {message}\n"
+    assert err == f"fastgpt generate: {message}\n"
 
 
 def test_a_mistake_in_a_process_of_its_own():

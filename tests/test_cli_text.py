@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, cli, cli_text
+from fastgpt.evaluation import evaluate
 from fastgpt.tokenizer import encoding
 from fastgpt.weights import save_model
 
@@ -171,6 +172,12 @@ def test_a_mistake_in_eval(capsys, folders, tmp_path, options, message):
     assert code == 2
     assert err.startswith("fastgpt eval: ") and err.count("\n") == 1
     assert message in err
+
+
+def test_eval_of_one_token_alone(folders):
+    model, _ = cli_text.load(str(folders / "own"), None)
+    with pytest.raises(ValueError, match="eval: 1 tokens leave nothing to predict"):
+        evaluate(model, np.zeros(1, dtype=np.uint16))
 
 
 def test_eval_of_a_model_that_is_not_finite(capsys, folders, tmp_path):

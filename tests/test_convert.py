@@ -1,6 +1,7 @@
 """Weights between the families: exact by value, both ways, and a wrong file says what is wrong and writes nothing."""
 
 import json
+import os
 import shutil
 import sys
 import zipfile
@@ -442,6 +443,13 @@ def test_nothing_there(tmp_path):
     for name in ("gone", "./gone", "/gone/away", "a/b.pt"):
         with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*gone|b\.pt"):
             GPT.from_pretrained(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such files")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ValueError, match=r"pipe\.safetensors is neither a file nor a folder"):
+        GPT.from_pretrained(tmp_path / "pipe.safetensors")
 
 
 @pytest.mark.parametrize("to", ["huggingface", "nanogpt", "book", "fastgpt"])

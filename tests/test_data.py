@@ -147,6 +147,26 @@ def test_windows_targets_are_shifted_by_one():
     assert inputs.dtype == targets.dtype == torch.int64
 
 
+def test_windows_for_a_gpu_come_from_pinned_memory(monkeypatch):
+    """So that the copy does not make the host wait."""
+    pinned, copies = [], []
+
+    def pin(batch):
+        pinned.append(batch)
+        return batch
+
+    def copied(batch, device, non_blocking):
+        copies.append((batch is pinned[-1], device.type, non_blocking))
+        return batch
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    inputs, targets = windows(np.arange(9, dtype=np.uint16), [0, 3], 4, torch.device("cuda"))
+    assert copies == [(True, "cuda", True)]
+    assert inputs.tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
+    assert targets.tolist() == [[1, 2, 3, 4], [4, 5, 6, 7]]
+
+
 @pytest.mark.parametrize("name", ["gone.txt", "gone.bin", "gone"])
 def test_missing_source(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=f"no file or folder .*{name}"):

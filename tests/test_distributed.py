@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import fastgpt
-from fastgpt import GPT, GPTConfig, run
+from fastgpt import GPT, GPTConfig, distributed, run
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.distributed import World, join
 from fastgpt.settings import TrainConfig
@@ -153,6 +153,29 @@ def test_kernels_are_compiled_before_the_first_collective(monkeypatch):
 
     monkeypatch.setattr(run, "replicate", replicate)
     run._distributed(Watched(GPTConfig(**MODEL)), TrainConfig(), World(0, 2, torch.device("cpu")))
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    for name, value in dict(RANK="5", LOCAL_RANK="1", WORLD_SIZE="8", MASTER_ADDR="127.0.0.1").items():
+        monkeypatch.setenv(name, value)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(distributed, "device_named", torch.device)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed.dist, "get_rank", lambda: 5)
+    for device in ("auto", "cuda"):
+        assert join(device) == World(5, 8, torch.device("cuda:1"))
+    assert chosen == [torch.device("cuda:1")] * 2
+
+
+def test_a_sharded_model_is_compiled_after_it_is_sharded(monkeypatch):
+    done = []
+    monkeypatch.setattr(run, "shard", lambda model, world: done.append("sharded"))
+    monkeypatch.setattr(GPT, "compile", lambda self: done.append("compiled"))
+    model = GPT(GPTConfig(**MODEL))
+    assert run._distributed(model, TrainConfig(fsdp=True, compile=True), World(0, 1, torch.device("cpu"))) is model
+    assert done == ["sharded", "compiled"]
 
 
 def test_without_torchrun_there_is_one_process(monkeypatch):

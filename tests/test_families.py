@@ -1,10 +1,11 @@
 """What is almost one of the parts that families look for."""
 
+import pytest
 import torch
 from torch import nn
 
-from fastgpt import families
-from fastgpt.families import gpt2
+from fastgpt import families, swap
+from fastgpt.families import gpt2, raschka
 
 
 class Sums(nn.Module):
@@ -49,3 +50,25 @@ def test_masks_that_a_key_mask_does_not_say():
     assert gpt2.key_mask(queries, keys, torch.ones(2, 4, queries, keys, dtype=torch.bool), None)[0] is False
     everything = torch.ones(2, 1, 1, keys, dtype=torch.bool)
     assert gpt2.key_mask(1, keys, everything, None)[1].shape == (2, keys)
+
+
+def test_an_attention_of_the_books_names_without_its_parts():
+    attn = nn.Module()
+    attn.num_heads, attn.d_out, attn.dropout = 2, 4, nn.Dropout()
+    assert raschka.recognise(attn) is None
+    attn.qkv, attn.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+    assert isinstance(raschka.recognise(attn), families.Swap)
+    del attn.dropout
+    assert raschka.recognise(attn) is None
+
+
+def test_the_books_checkpoint_without_a_third_of_a_projection():
+    tensors = {f"trf_blocks.0.att.W_{part}.weight": torch.ones(4, 4) for part in ("query", "value")}
+    with pytest.raises(ValueError, match=r"there is no att\.W_key for h\.0\.attn\.c_attn\.weight"):
+        raschka.read_weights(tensors, {})
+
+
+def test_a_result_of_another_shape_or_dtype_does_not_agree():
+    x = torch.ones(3)
+    assert swap._agree((x, None), (x + 1e-8, None))
+    assert not any(swap._agree(x, other) for other in (x.double(), torch.ones(1, 3), None, (x,), x + 1e-3))

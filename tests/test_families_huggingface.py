@@ -1,16 +1,20 @@
 """Hugging Face's GPT-2: its flags, activations, masks, caches and trainer, and its own door for attention functions."""
 
 import copy
+import importlib
 import json
+import sys
+import types
 
 import pytest
 import torch
+from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="the extra `test` brings transformers")
 
 from transformers.activations import ACT2FN  # noqa: E402
 
-import fastgpt.families.huggingface  # noqa: E402, F401 (registers its attention)
+import fastgpt.families.huggingface  # noqa: E402 (registers its attention)
 from fastgpt import accelerate, restore  # noqa: E402
 from fastgpt.families import gelu_kind, gpt2  # noqa: E402
 from fastgpt.testing import assert_accurate  # noqa: E402
@@ -424,3 +428,44 @@ def test_from_config_and_the_saved_config_know_the_door(tmp_path):
     loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="fastgpt")
     assert loaded.config._attn_implementation == "fastgpt"
     assert torch.equal(loaded(IDX).logits, model.eval()(IDX).logits)
+
+
+@pytest.mark.parametrize("where", ["config", "module"])
+def test_attention_that_looks_ahead_is_left_to_itself(where, monkeypatch):
+    calls = attention_calls(monkeypatch)
+    model = hugging_face().double()
+    for holder in [model.config] if where == "config" else [block.attn for block in model.transformer.h]:
+        holder.is_causal = False
+    assert_as_before(model, IDX, calls=calls)
+    assert calls == []
+
+
+def test_generation_needs_no_encoder():
+    with pytest.raises(ValueError, match="this GPT2LMHeadModel has cross-attention, and no encoder is given"):
+        fastgpt.generate(hugging_face(add_cross_attention=True), IDX, 3)
+
+
+def test_the_door_honours_a_call_that_asks_for_more():
+    """A padding mask of (B, Tk) is spelled out for transformers' own function."""
+    q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = torch.ones(2, 7, dtype=torch.bool)
+    seen[0, 5:] = False
+    attention = fastgpt.families.huggingface.attention_function
+    expected, _ = attention(nn.Module(), q, k, v, seen)
+    found, _ = attention(nn.Module(), q, k, v, seen, head_mask=torch.ones(4))
+    torch.testing.assert_close(found[0, :5], expected[0, :5])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_the_door_reads_a_static_cache_as_far_as_it_is_filled():
+    q, k, v = torch.randn(3, 2, 4, 7, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    attention = fastgpt.families.huggingface.attention_function
+    expected, _ = attention(nn.Module(), q[:, :, :5], k[:, :, :5], v[:, :, :5], None)
+    assert torch.equal(attention(nn.Module(), q[:, :, :5], k, v, None)[0], expected)
+
+
+def test_an_old_transformers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", types.ModuleType("transformers.masking_utils"))
+    monkeypatch.delitem(sys.modules, "fastgpt.families.huggingface")
+    with pytest.raises(ImportError, match=r"needs transformers 4\.53 or newer"):
+        importlib.import_module("fastgpt.families.huggingface")

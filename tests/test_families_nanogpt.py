@@ -64,6 +64,15 @@ def test_a_whole_model_of_another_form_keeps_its_loss():
     assert model(IDX, IDX)[0] is not None
 
 
+def test_a_head_of_another_kind_keeps_its_logits():
+    model = nanogpt()
+    expected = model(IDX, IDX)
+    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
+    report = accelerate(model.train(), loss=True)
+    assert report.rows[0].why == "loss=True was asked for, and it holds no model that computes its own loss"
+    torch.testing.assert_close(model(IDX, IDX), expected)
+
+
 def test_a_loss_that_is_not_there_is_reported():
     report = accelerate(nn.Sequential(nn.LayerNorm(4)), loss=True)
     assert report.rows[0].why == "loss=True was asked for, and it holds no model that computes its own loss"

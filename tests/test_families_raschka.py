@@ -114,6 +114,14 @@ def test_the_cache_of_the_packages_variant_works():
     assert torch.equal(model(IDX), expected)
 
 
+def test_a_call_that_it_does_not_know_is_its_own_to_answer():
+    model = book(module="kv_cache.gpt2")
+    accelerate(model)
+    attn = model.trf_blocks[0].att
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+        attn(torch.zeros(1, 3, 48), mask=None)
+
+
 def test_parts_of_the_book_in_a_model_of_ones_own():
     chapter = book_package()
     cfg = dict(

@@ -3,13 +3,14 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import GPT, GPTConfig, accelerate, batch, generate, reference
-from fastgpt.batch import Batch
+from fastgpt.batch import Batch, Readback
 from fastgpt.decoder import Decoder
-from fastgpt.generation import stream
+from fastgpt.generation import _check_room, stream
 from fastgpt.sampling import Sampling, race
 from fastgpt.tokenizer import encoding
 from tests import models
@@ -180,15 +181,19 @@ def test_bfloat16_weights_laid_out_for_rows(name):
 
 
 def test_covers_are_taken_off(model):
-    """torch.compile's, and PEFT's, which hands its model on."""
+    """torch.compile's, DistributedDataParallel's, and PEFT's, which hands its model on."""
 
     class Adapter(nn.Module):
         def get_base_model(self):
             return model
 
     expected = generate(model, PROMPT, 4, temperature=0)
-    for covered in (torch.compile(model), Adapter()):
-        assert generate(covered, PROMPT, 4, temperature=0) == expected
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for covered in (torch.compile(model), nn.parallel.DistributedDataParallel(model), Adapter()):
+            assert generate(covered, PROMPT, 4, temperature=0) == expected
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_part_that_must_be_called_keeps_its_dtype():
@@ -239,6 +244,34 @@ def test_a_part_with_a_hook_is_called():
         part.register_forward_hook(louder)
     assert generate(model, PROMPT, 4, temperature=0).tokens == [recomputed(model, PROMPT[0].tolist(), 4, 32)] != plain
     assert set(calls) == set(parts)
+
+
+def test_parts_of_ones_own_are_called():
+    """A norm and an MLP of classes that nothing knows."""
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x / x.norm(dim=-1, keepdim=True)
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.proj = nn.Linear(48, 8), nn.Linear(8, 48)
+
+        def forward(self, x):
+            return self.proj(self.fc(x).relu().square())
+
+    model = models.nanogpt()
+    model.transformer.h[0].ln_1, model.transformer.h[1].mlp = Scaled(), models.randomised(Squared())
+    assert generate(model, PROMPT, 6, temperature=0).tokens == [recomputed(model, PROMPT[0].tolist(), 6, 32)]
+
+
+def test_a_dropout_of_ones_own_would_be_passed_by():
+    model = models.nanogpt()
+    model.transformer.h[1].mlp.dropout = nn.ReLU()
+    model.transformer.h[1].attn.resid_dropout = nn.ReLU()
+    with pytest.raises(ValueError, match=r"h\.1\.attn\.resid_dropout would be passed by, and it is no dropout"):
+        generate(model, PROMPT, 4)
 
 
 def test_a_hook_that_would_be_passed_by():
@@ -598,6 +631,13 @@ def test_logits_that_are_not_finite(model, part, draft):
         list(steps)
 
 
+def test_a_drafts_logits_that_are_not_finite(model):
+    helper = gpt()
+    helper.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="the draft's logits are not finite"):
+        generate(model, [[3, 1, 4]], 4, draft=helper)
+
+
 def test_a_row_that_has_ended_may_overflow_its_numbers(model):
     """A NaN past a row's stop is nobody's, while another row goes on."""
     prompts = [[3, 1, 4], [7]]
@@ -670,15 +710,57 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
             self._graphs = True
             made.append(self)
 
-        def _on_a_side_stream(self):
-            log.append("first")
-            self._step(None)
+    class Stream:
+        def __init__(self, device=None):
+            self.wait_stream = lambda other: log.append("waits")
 
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr("fastgpt.generation.Batch", Captured)
     assert generate(model, [[3, 1, 4], [7]], 40, **told).tokens == expected.tokens
-    assert log == ["first", "Generator", "capture", *["replay"] * 38]
+    assert log == ["waits", "waits", "Generator", "capture", *["replay"] * 38]
+
+
+def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
+    """With events that are none: the host reads a step's ids while the next ones run, and none is lost at the end."""
+    log = []
+
+    class Event:
+        made = 0
+
+        def __init__(self):
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self):
+            log.append(f"record {self.number}")
+
+        def synchronize(self):
+            log.append(f"wait {self.number}")
+
+    class Late(Readback):
+        def __init__(self, device):
+            super().__init__(device)
+            self._asynchronous, self.ahead = True, 2
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Late, "_copy", lambda self, tensor: tensor.clone())
+    expected = generate(model, [[3, 1, 4], [7]], 4, seed=1)
+    monkeypatch.setattr("fastgpt.generation.Readback", Late)
+    assert generate(model, [[3, 1, 4], [7]], 4, seed=1) == expected
+    assert log == ["record 1", "record 2", "record 3", "wait 1", "record 4", "wait 2", "wait 3", "wait 4"]
+
+
+def test_a_cards_free_memory_is_what_counts(model, monkeypatch):
+    decoder = Decoder(model)
+    monkeypatch.setattr(decoder, "device", torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**40))
+    _check_room(decoder, [[1, 2]], 4, 1, "error")
+    with pytest.raises(ValueError, match=r"10000 rows of 5 tokens need about [\d.]+ GiB, cuda:0 has 0.0"):
+        _check_room(decoder, [[1, 2]], 4, 10000, "error")
 
 
 def test_the_kernels_give_the_fallbacks_tokens(device):

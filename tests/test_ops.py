@@ -2,12 +2,16 @@
 
 import inspect
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fastgpt import autograd, ops, reference
 
+ROOT = Path(__file__).parents[1]
 F16, F32, F64, I64 = torch.float16, torch.float32, torch.float64, torch.int64
 FUNCTIONS = [
     ops.layer_norm,
@@ -292,3 +296,15 @@ def test_the_choice_by_card(monkeypatch, capability, hip, shape, dtype, words):
 @pytest.mark.interpreter
 def test_the_interpreter_takes_cpu_tensors():
     assert ops.explain(ops.layer_norm, X, W) == "layer_norm runs on Triton's interpreter"
+
+
+def test_an_old_triton_is_as_good_as_none():
+    code = "import triton; triton.__version__ = '3.5.1'; from fastgpt import ops; print(ops.autograd, ops.NO_TRITON)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "None Triton is 3.5.1, the kernels need 3.6 or newer\n"
+
+
+def test_lengths_off_the_cpu_are_not_asked_for():
+    """That would make the host wait for the device."""
+    lengths = torch.tensor([0, 9, 3], device="meta")  # on a CPU an error
+    assert ops.document_ids(lengths, 5).shape == (1, 5)

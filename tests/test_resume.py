@@ -9,10 +9,12 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, GPTConfig, checkpoint, monitor, state, train
 from fastgpt.checkpoint import Checkpoint, Checkpoints
+from fastgpt.distributed import World
 from fastgpt.run import Run
 from fastgpt.settings import TrainConfig
 from fastgpt.tokenizer import encoding
@@ -134,6 +136,46 @@ def test_epochs_go_on_where_they_stopped(run, monkeypatch):
     run(order="epoch", max_iters=3)
     run(order="epoch", resume=True)
     assert seen == [0, 4, 8, 12, 16, 20]
+
+
+def test_a_disk_that_fails_under_the_report_costs_no_training(run, monkeypatch, capsys):
+    def fails(self, rows):
+        raise OSError(28, "No space left on device", "losses.png")
+
+    monkeypatch.setattr(monitor.Monitor, "evaluated", fails)
+    run(eval_interval=6)
+    assert "step 6: [Errno 28] No space left on device: 'losses.png'; training goes on" in capsys.readouterr().out
+
+
+def test_a_disk_that_fails_under_a_checkpoint_is_an_oserror(tmp_path, monkeypatch):
+    def fails(tensors, path):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(state, "save_file", fails)
+    taken = state.Snapshot(GPT(MODEL).state_dict(), {}, {})
+    with pytest.raises(OSError, match="I/O error: No space left on device"):
+        state.write(tmp_path, MODEL, taken, {})
+
+
+def test_a_state_of_another_step_is_refused(run, tmp_path):
+    run()
+    step = tmp_path / "out/checkpoints/step-00000006"
+    facts = json.loads((step / "state.json").read_text())
+    (step / "state.json").write_text(json.dumps({**facts, "step": 5}))
+    with pytest.raises(ValueError, match=r"state\.json is not the state of a run at step 6"):
+        state.read(Checkpoint(step, 6), MODEL)
+
+
+def test_the_generators_of_a_gpu_are_kept_and_put_back(monkeypatch):
+    there = World(0, 1, torch.device("cuda"))
+    drawn, put = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: drawn)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.append((state, device)))
+    kept = state._generators(there)
+    assert sorted(kept) == ["cpu.0", "cuda.0"]
+    assert state.restore_generators(state.Saved({}, {}, kept, {}), there)
+    assert put == [(drawn, there.device)]
+    assert not state.restore_generators(state.Saved({}, {}, {"cpu.0": kept["cpu.0"]}, {}), there), "a run of a CPU"
 
 
 def test_metrics_and_seconds_go_on(run):

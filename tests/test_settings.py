@@ -45,6 +45,10 @@ def test_bad_fields(fields, message):
         TrainConfig(**fields)
 
 
+def test_a_whole_number_serves_where_a_float_is_asked():
+    assert TrainConfig(learning_rate=1, weight_decay=0) == TrainConfig(learning_rate=1.0, weight_decay=0.0)
+
+
 def test_a_global_batch_in_tokens():
     assert TrainConfig(batch_size=4, gradient_accumulation_steps=3).windows(8) == 12
     assert TrainConfig(total_batch_size=64).windows(8) == 8

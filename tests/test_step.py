@@ -181,3 +181,10 @@ def test_dropout_and_the_compiler_of_torch_2_13(train, monkeypatch):
     with pytest.warns(UserWarning, match="torch 2.13 may compile dropout wrongly"):
         monkeypatch.setattr(run.torch, "__version__", "2.13.0")
         train(model=dataclasses.replace(MODEL, dropout=0.1), compile=True)
+
+
+def test_auto_is_bfloat16_where_the_gpu_has_it(monkeypatch):
+    for capability, dtype in {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
+        assert run.autocast_dtype(TrainConfig(), torch.device("cuda")) == dtype
+    assert run.autocast_dtype(TrainConfig(), torch.device("cpu")) is None

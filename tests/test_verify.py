@@ -1,7 +1,9 @@
 """verify: a right model passes, a wrong one fails, as a function, a command and fixtures."""
 
+import contextlib
 import inspect
 import re
+import sys
 
 import pytest
 import torch
@@ -136,6 +138,13 @@ def bytes_model():
     return nanogpt(vocab_size=257)
 
 
+def test_the_command_on_a_module_of_the_folder_it_is_typed_in(tmp_path, monkeypatch):
+    (tmp_path / "a_model_of_mine.py").write_text("from tests.models import nanogpt\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["verify", "a_model_of_mine:nanogpt", "--rows", "1", "--tokens", "5"]) == 0
+
+
 def test_the_command_exits_1_past_the_tolerance(monkeypatch, capsys):
     wrong(monkeypatch)
     assert main(["verify", "tests.models:nanogpt"]) == 1
@@ -213,6 +222,25 @@ def test_the_kernels_in_the_interpreter():
     """Sanitized, so in half precision too: what tests/accuracy.txt says."""
     found = verify_functions("cpu")
     assert found.passed and len(found.differences) == 27
+
+
+@pytest.mark.interpreter
+def test_in_the_interpreter_it_is_sanitized(monkeypatch):
+    """For only then is half precision what a GPU would make of it."""
+    from fastgpt import sanitizer
+
+    steps = []
+
+    @contextlib.contextmanager
+    def recorded():
+        steps.append("sanitized")
+        yield
+        steps.append("no more")
+
+    monkeypatch.setattr(sanitizer, "sanitized", recorded)
+    monkeypatch.setattr(verify, "_verify_functions", lambda *call: steps.append(call))
+    verify_functions("cpu")
+    assert steps == ["sanitized", (torch.device("cpu"), True, verify.TOLERANCE), "no more"]
 
 
 def test_options_of_a_model_without_one(capsys):
