@@ -16,6 +16,8 @@ COMMANDS = {
     "sanitize": "the same under NVIDIA's compute-sanitizer",
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",
     "report": "tables and plots of measured rows",
+    "history": "how fastgpt stood over time, and where it fell back",
+    "plan": "what a training step on many GPUs would take: time, memory and what bounds it, on paper",
 }
 MODULES = {"bytes": "work", "roofs": "machine", "gpu-day": "gpu_day"}
 

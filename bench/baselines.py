@@ -1,13 +1,12 @@
-"""What a user could run instead of fastgpt, one small adapter each, all on the same tensors and the same weights.
+"""What a user could call instead of fastgpt's functions, one small adapter each, all on the same tensors.
 
 An adapter that can't serve here raises Unavailable with the reason, which is printed in place of its time.
 """
 
-import importlib.util
+import importlib
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.machine import Machine
-from fastgpt import families
-from fastgpt.model import GPT
 
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -79,6 +76,70 @@ def flex(machine: Machine, time: int) -> Callable:
     return attention
 
 
+def flash_attn(machine: Machine, version: int) -> Callable:
+    """The flash-attn package's own kernels, 2 or, for Hopper, 3, where someone has installed them."""
+    module, package = {2: ("flash_attn", "flash-attn"), 3: ("flash_attn_interface", "flash-attn 3")}[version]
+    function = _on_a_gpu(machine, module, package).flash_attn_func
+
+    def attention(q, k, v):  # it wants (B, T, H, D), of any strides
+        out = function(*(t.transpose(1, 2) for t in (q, k, v)), causal=True)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    return attention
+
+
+def liger_add_layer_norm(machine: Machine) -> Callable:
+    """Its LayerNorm, after the additions, which it leaves to PyTorch."""
+    layer_norm = _liger(machine, "liger_layer_norm")
+
+    def function(x, residual, weight, bias, x_bias):
+        total = residual + (x + x_bias)
+        return layer_norm(total, weight, bias, 1e-5), total
+
+    return function
+
+
+def liger_cross_entropy(machine: Machine, fused: bool) -> Callable:
+    """The head with its cross entropy over all logits, or the one that never holds all of them."""
+    if fused:
+        whole = _liger(machine, "liger_fused_linear_cross_entropy")
+        return lambda x, weight, targets: whole(x, weight, targets)
+    cross_entropy = _liger(machine, "liger_cross_entropy")
+    return lambda x, weight, targets: cross_entropy(F.linear(x, weight), targets)
+
+
+def _liger(machine: Machine, name: str) -> Callable:
+    """A function of Liger's. In a dry run Triton's interpreter runs it, where it can."""
+    function = getattr(_on_a_gpu(machine, "liger_kernel.transformers.functional", "liger-kernel"), name)
+
+    def called(*arguments):
+        try:
+            return function(*arguments)
+        except Exception as error:
+            if machine.kind != "dry":
+                raise
+            raise Unavailable(f"Triton's interpreter can't run it: {error}") from None
+
+    return called
+
+
+def _on_a_gpu(machine: Machine, module: str, package: str) -> Any:
+    """A module of kernels that a CPU can't run."""
+    if find_spec(module.partition(".")[0]) is None:
+        raise Unavailable(f"{package} is not installed")
+    if machine.kind == "cpu":
+        raise Unavailable(f"{package} has no kernels for a CPU")
+    return importlib.import_module(module)
+
+
+def torch_linear_cross_entropy() -> Callable:
+    """PyTorch's own chunked head, which makes its gradients in the forward too; from 2.13 on."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Unavailable(f"PyTorch {torch.__version__} has no linear_cross_entropy")
+    options = nn.LinearCrossEntropyOptions()
+    return lambda x, weight, targets: F.linear_cross_entropy(x, weight, targets, options=options)
+
+
 def product(a: Tensor, b: Tensor, times: int = 1) -> Callable:
     """The matmul alone, `times` over, by cuBLAS or the CPU's BLAS: what a fused kernel must not fall behind."""
     out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
@@ -99,97 +160,3 @@ def all_logits_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tens
 def sdpa_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor) -> Tensor:
     """Over caches that are known to be full, so that no mask is needed."""
     return F.scaled_dot_product_attention(q, k_cache, v_cache)
-
-
-def hugging_face(model: GPT) -> nn.Module:
-    """GPT2LMHeadModel with the same weights, its attention by SDPA."""
-    if find_spec("transformers") is None:
-        raise Unavailable("transformers is not installed")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = model.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=None,
-            attn_implementation="sdpa",
-        )
-    )
-    weights = {f"transformer.{name}": as_conv1d(name, tensor) for name, tensor in model.state_dict().items()}
-    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    theirs.load_state_dict(weights)
-    return _like(theirs, model)
-
-
-def nanogpt(model: GPT, folder: Path | None) -> nn.Module:
-    """nanoGPT's GPT of the same shape and weights, from a file that the user named. Its GELU is the exact one."""
-    if folder is None:
-        raise Unavailable("no checkout of nanoGPT was given: --nanogpt DIR")
-    module = _module(folder / "model.py")
-    settings, weights, _ = families.nanogpt.write_weights(model.config, model.state_dict())
-    theirs = module.GPT(module.GPTConfig(**settings))
-    theirs.load_state_dict(weights)
-    return _like(theirs, model)
-
-
-def book(model: GPT) -> nn.Module:
-    """The faster model of the package that goes with the book, at the same weights."""
-    if find_spec("llms_from_scratch") is None:
-        raise Unavailable("llms-from-scratch is not installed (pip install --no-deps llms-from-scratch is enough)")
-    from llms_from_scratch.ch04 import GPTModelFast
-
-    settings, weights, _ = families.raschka.write_weights(model.config, model.state_dict(), "GPTModelFast")
-    theirs = GPTModelFast(settings)
-    theirs.load_state_dict(weights)
-    return _like(theirs, model)
-
-
-def book_cached(model: GPT, file: Path | None) -> tuple[nn.Module, Callable]:
-    """The model of the book's file gpt_with_kv_cache.py, or its optimized one, and the loop that goes with it: the
-    package's own cache fails."""
-    if file is None:
-        raise Unavailable("the book's file with a cache was not given: --book-cached FILE")
-    module = _module(file)
-    settings, weights, _ = families.raschka.write_weights(model.config, model.state_dict(), "GPTModel")
-    theirs = module.GPTModel(settings)
-    theirs.load_state_dict(weights, strict=False)  # its masks are buffers, in one of the files
-    return _like(theirs, model), module.generate_text_simple_cached
-
-
-def _module(file: Path) -> Any:
-    """What a file that the user named defines."""
-    spec = importlib.util.spec_from_file_location(f"bench_{file.stem}", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise Unavailable(f"there is no {file}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _like(theirs: nn.Module, model: GPT) -> nn.Module:
-    parameter = next(model.parameters())
-    return theirs.to(parameter.device, parameter.dtype).train(model.training)
-
-
-def as_conv1d(name: str, tensor: Tensor) -> Tensor:
-    """Between Linear's (out, in) and Conv1D's (in, out)."""
-    linear = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
-    return tensor.t() if linear else tensor
-
-
-def named_gradient(model: nn.Module, name: str) -> Tensor:
-    """The gradient of fastgpt's parameter `name`, in any family's model."""
-    gradients = {own: parameter.grad for own, parameter in model.named_parameters()}
-    if name in gradients:
-        return gradients[name]
-    kinds = (families.gpt2, families.nanogpt, families.raschka)
-    family = next(kind for kind in kinds if kind.holds(gradients))
-    return family.read_weights(gradients, {})[0][name]

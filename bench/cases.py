@@ -47,6 +47,7 @@ class Case:
     variants: dict[str, Callable[[Any], Subject]]
     oracle: Callable[[Any], tuple]
     capture: bool = True  # as a CUDA graph, where the device has them
+    memory: float = 0.0  # bytes that it takes, about, where that is much
     eager: str = EAGER  # the variant by whose error the others are judged; without it, fastgpt's is PyTorch's own
 
     @property
@@ -168,6 +169,8 @@ def attention(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> li
     if T > 2048 and "SDPA math" in functions:
         del functions["SDPA math"]  # all scores in memory
     functions["flex_attention"] = lambda problem: baselines.flex(machine, T)
+    functions["flash-attn 2"] = lambda problem: baselines.flash_attn(machine, 2)
+    functions["flash-attn 3"] = lambda problem: baselines.flash_attn(machine, 3)
     phases = {"fwd": work.attention_fwd(B, H, T, D, e), "bwd": work.attention_bwd(B, H, T, D, e)}
 
     def pick(tensor):  # heads know nothing of each other: the last one of the last row stands for all
@@ -187,6 +190,7 @@ def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
         return Problem(inputs, names, (draw(M, C, grad=False), draw(M, C, grad=False)))
 
     functions = _standard(machine, ops.add_layer_norm, reference.add_layer_norm)
+    functions["Liger"] = lambda problem: baselines.liger_add_layer_norm(machine)
     phases = {"fwd": work.add_layer_norm_fwd(M, C, e), "bwd": work.add_layer_norm_bwd(M, C, e)}
     return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, reference.add_layer_norm)
 
@@ -332,6 +336,9 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
     functions = _standard(machine, ops.linear_cross_entropy, reference.linear_cross_entropy)
     functions["all logits"] = lambda problem: baselines.all_logits_cross_entropy
     functions[COMPILED] = lambda problem: baselines.compiled(machine, baselines.all_logits_cross_entropy)
+    functions["PyTorch, chunked"] = lambda problem: baselines.torch_linear_cross_entropy()
+    functions["Liger, all logits"] = lambda problem: baselines.liger_cross_entropy(machine, fused=False)
+    functions["Liger, fused"] = lambda problem: baselines.liger_cross_entropy(machine, fused=True)
     return function_cases(
         "linear_cross_entropy",
         dict(M=M, C=C, V=V),

@@ -11,6 +11,7 @@ from fastgpt.loss import multiplies
 from fastgpt.model import PRESETS
 
 _124M = PRESETS["gpt2-124M"]
+_LARGER = ("gpt2-355M", "gpt2-774M", "gpt2-1558M")
 _TINY = dict(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=32)
 
 
@@ -40,6 +41,8 @@ def _on_a_gpu(machine: Machine) -> list[Case]:
         *generation(machine, 8, 512, 1, _124M, tier=2),
         *swap(machine, 8, 1024, _124M, tier=2),
         *cases.add_layer_norm(machine, M, 1600, tier=3),
+        *_growth(machine, {**_124M, "block_size": 4096}, (1, 4, 16, 64), (512, 1024, 2048, 4096), tier=3),
+        *_larger(machine, B={"gpt2-355M": 16, "gpt2-774M": 8, "gpt2-1558M": 4}, T=1024, tier=3),
     ]
     for T in (4096, 16384, 512, 2048, 8192):
         for H, D in ((12, 64), (6, 128)):
@@ -73,8 +76,27 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *generation(machine, 1, 32, 16, _124M, tier=1),
         *generation(machine, 1, 128, 1, _124M, tier=1),
         *swap(machine, 1, 256, {**_124M, "n_layer": 2, "vocab_size": 4096}, tier=1),
+        *_growth(machine, {**_124M, "n_layer": 2, "vocab_size": 4096}, (1, 2, 4, 8), (128, 256, 512, 1024), tier=2),
         *halves,
+        *(_larger(machine, B=dict.fromkeys(_LARGER, 1), T=256, tier=3) if machine.large else []),
     ]
+
+
+def _growth(machine: Machine, config: dict, batches: tuple, times: tuple, tier: int) -> list[Case]:
+    """Training steps that show how time and memory grow with the batch and with T."""
+    shapes = [(B, 256) for B in batches] + [(1, T) for T in times if T != 256]
+    return [case for B, T in shapes for case in models.train_step(machine, B, T, config, tier)]
+
+
+def _larger(machine: Machine, B: dict[str, int], T: int, tier: int) -> list[Case]:
+    """Whole models beyond 124M, against the few that fit beside each other."""
+    found = []
+    for name, batch in B.items():
+        config = PRESETS[name]
+        found += models.train_step(machine, batch, T, config, tier, only=models.LARGE)
+        found += generation(machine, 1, 32, 16, config, tier, only=models.LARGE)
+        found += generation(machine, 1, 128, 1, config, tier, only=models.LARGE)
+    return found
 
 
 def small(machine: Machine) -> list[Case]:
@@ -91,4 +113,5 @@ def small(machine: Machine) -> list[Case]:
         *cases.decode(machine, 1, 2, 16, 16, tier=2),
         *generation(machine, 1, 2, 3, _TINY, tier=2),
         *swap(machine, 1, 8, _TINY, tier=2),
+        *models.train_step(machine, 2, 8, _TINY, tier=3, only=models.LARGE),
     ]

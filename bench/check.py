@@ -2,8 +2,8 @@
 
 The tests judge kernels far more sharply (fastgpt.testing); here a bug must not be mistaken for speed, and no honest
 baseline, whatever order it sums in, may be called wrong. With e the relative error of PyTorch's eager result in the
-same dtype and u the dtype's unit roundoff, a result may be off by max(3 e, 2 u) of the oracle's norm, 64 u for float32,
-and each row by 8 times that share of its own norm and an average row's. Eager itself is held to a fixed share.
+same dtype and u the dtype's unit roundoff, a result may be off by max(3 e, 2 u) of the oracle's norm, in float32 by
+128 u, and each row by 8 times that share of its own norm and an average row's. Eager itself is held to a fixed share.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor
 
 # What eager may be off as a whole, by dtype: a deep model's gradients in half precision are off by per cents.
 _EAGER = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-_LEAST_UNITS = {torch.float32: 64, torch.bfloat16: 2, torch.float16: 2}  # of roundoff
+_LEAST_UNITS = {torch.float32: 128, torch.bfloat16: 2, torch.float16: 2}  # of roundoff
 
 
 class Verdict(NamedTuple):

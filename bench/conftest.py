@@ -27,6 +27,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-compiled", action="store_true", help="on a CPU too, the families' whole models by torch.compile"
     )
+    group.addoption("--bench-large", action="store_true", help="on a CPU too, GPT-2 355M to 1558M as memory allows")
     group.addoption("--bench-resume", action="store_true", help="keep the rows that are in that folder already")
 
 
@@ -39,6 +40,7 @@ class Run:
             nanogpt=config.getoption("--nanogpt"),
             book=config.getoption("--book-cached"),
             compiles_models=config.getoption("--bench-compiled"),
+            large=config.getoption("--bench-large"),
         )
         self.machine = dataclasses.replace(machine, **given)
         self.cases = {case.name: case for case in catalogue(self.machine)}
@@ -85,8 +87,11 @@ class Run:
         self.facts["roofs"] = {name: max(rate, now[name]) for name, rate in self.roofs.items()}
         self.folder.start(self.facts, resume=True)
 
-    def skipped(self) -> set[str]:
-        return {f"{row.variant}: {row.note}" for rows in self._rows.values() for row in rows if row.status == "skipped"}
+    def without_a_time(self) -> set[str]:
+        """What was skipped or wrong, and why."""
+        rows = [row for rows in self._rows.values() for row in rows]
+        found = {f"{row.variant}: {row.note}" for row in rows if row.status == "skipped"}
+        return found | {f"{row.label}: {row.status}: {row.note}" for row in rows if row.status == "WRONG"}
 
 
 _RUN = pytest.StashKey[Run]()
@@ -126,7 +131,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     run = config.stash[_RUN]
     terminalreporter.section("what could not be compared")
-    for line in sorted(run.skipped()):
+    for line in sorted(run.without_a_time()):
         terminalreporter.line(line)
     path = run.folder.path
     terminalreporter.line(f"rows are in {path}; python -m bench report {path} makes tables and plots")

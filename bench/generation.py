@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench import baselines, work
+from bench import baselines, families, work
 from bench.cases import EAGER, SUBJECT, Case, Subject
+from bench.families import BOOK, HUGGING_FACE, NANOGPT
 from bench.machine import Machine
-from bench.models import BOOK, HUGGING_FACE, NANOGPT, gpt, with_backend
+from bench.models import gpt, with_backend
 from fastgpt.decoder import Decoder
 from fastgpt.generation import LAY_OUT_FROM, generate
 from fastgpt.model import GPT, GPTConfig
@@ -20,10 +21,17 @@ _RECOMPUTED = 16  # tokens at most, on a CPU, of a loop that computes all of it 
 
 
 def generation(
-    machine: Machine, B: int, prompt: int, new: int, config: dict, tier: int, dtype: torch.dtype | None = None
+    machine: Machine,
+    B: int,
+    prompt: int,
+    new: int,
+    config: dict,
+    tier: int,
+    dtype: torch.dtype | None = None,
+    only: tuple[str, ...] = (),
 ) -> list[Case]:
     """Greedy tokens after a prompt; one alone is the prefill. Checked: the logits after the prompt. dtype: what all
-    weights are cast to, if not None."""
+    weights are cast to, if not None. only: these variants, or all."""
     shape = GPTConfig(**config)
 
     def problem():
@@ -39,7 +47,7 @@ def generation(
         return _recomputing(model, p[1], new)
 
     def nanogpt(p):
-        model = baselines.nanogpt(p[0], machine.nanogpt)
+        model = families.nanogpt(p[0], machine.nanogpt)
         return recomputing(model, p)._replace(expected=lambda: oracle(p, gelu="none"))
 
     def cast(build: Callable[..., Subject], p) -> Subject:
@@ -55,10 +63,11 @@ def generation(
     variants |= {
         HUGGING_FACE: lambda p: _hugging_face(*p, new),
         NANOGPT: nanogpt,
-        BOOK: lambda p: recomputing(baselines.book(p[0]), p),
+        BOOK: lambda p: recomputing(families.book(p[0]), p),
     }
     if new > 1 and dtype is None:  # its cache is float32
-        variants[BOOK_CACHED] = lambda p: _cached(*baselines.book_cached(p[0], machine.book), p[1], new)
+        variants[BOOK_CACHED] = lambda p: _cached(*families.book_cached(p[0], machine.book), p[1], new)
+    variants = {name: build for name, build in variants.items() if not only or name in only}
     if dtype is not None:
         variants = {name: functools.partial(cast, build) for name, build in variants.items()}
     floor = work.generation(shape, B, prompt, new, (dtype or machine.dtype).itemsize)
@@ -66,7 +75,8 @@ def generation(
         floor = work.Work(0, floor.bytes)
     numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
     op = ("prefill" if new == 1 else "generate") + (f", {dtype}".replace("torch.", "") if dtype else "")
-    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False)]
+    memory = work.parameters(shape) * (machine.dtype.itemsize + max(8, machine.dtype.itemsize * len(variants)))
+    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False, memory=memory)]
 
 
 def _ours(model: GPT, ids: Tensor, new: int) -> Subject:
@@ -86,7 +96,7 @@ def _kept(model: GPT, ids: Tensor, new: int, **options) -> Subject:
 
 
 def _hugging_face(ours: GPT, ids: Tensor, new: int) -> Subject:
-    model = baselines.hugging_face(ours)
+    model = families.hugging_face(ours)
 
     @torch.no_grad()
     def logits():

@@ -6,6 +6,7 @@ bench.dry for torch.cuda.
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -37,6 +38,7 @@ class Machine:
     nanogpt: Path | None = None  # a folder with nanoGPT's model.py, to compare with
     book: Path | None = None  # the book's file with a cache
     compiles_models: bool = False  # whether a CPU compiles whole models too, half a minute each
+    large: bool = False  # whether a CPU measures models beyond 124M too
 
     @classmethod
     def of(cls, kind: str | None = None) -> "Machine":
@@ -65,6 +67,13 @@ class Machine:
         return self.clock.cuda
 
     @property
+    def memory_bytes(self) -> int:
+        """What tensors have room in."""
+        if self.kind == "cuda":
+            return self.cuda.get_device_properties(0).total_memory
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    @property
     def slug(self) -> str:
         """Its name as a folder's."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
@@ -80,6 +89,7 @@ def header(machine: Machine) -> dict[str, Any]:
     """What a reader must know of the machine to believe a figure: names, versions, clocks, the SDPA backend chosen."""
     facts = {
         "device": machine.name,
+        "measured": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="minutes"),
         "kind": machine.kind,
         "dtype": str(machine.dtype).removeprefix("torch."),
         "python": platform.python_version(),

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from bench.baselines import Unavailable
-from bench.cases import SUBJECT, Case, Subject
+from bench.cases import EAGER, SUBJECT, Case, Subject
 from bench.check import judge
 from bench.machine import Machine
 from bench.timing import Timing, interleaved
@@ -51,6 +51,16 @@ class Row:
     def label(self) -> str:
         return f"{self.case}: {self.variant}"
 
+    @property
+    def ours(self) -> bool:
+        """fastgpt itself or its fallback, called in whatever way: what is wrong here is our fault."""
+        return self.variant.startswith((SUBJECT, EAGER))
+
+    @property
+    def rival(self) -> bool:
+        """What a user could have instead of fastgpt, and does all of the case."""
+        return not self.variant.startswith(SUBJECT) and not self.variant.endswith("alone")
+
 
 def measure(case: Case, machine: Machine, roofs: dict[str, float]) -> tuple[list[Row], dict[str, list[float]]]:
     """The rows of a case and the samples of those that were timed. DeviceLost after an error that the device keeps."""
@@ -65,6 +75,7 @@ def measure(case: Case, machine: Machine, roofs: dict[str, float]) -> tuple[list
 
 def _measure(case, machine, roofs):
     rates = roofs["flops_a_second"], roofs["bytes_a_second"]
+    there = machine.memory_bytes
     facts = dict(
         case=case.name,
         op=case.op,
@@ -75,6 +86,9 @@ def _measure(case, machine, roofs):
         floor=case.work.floor(*rates),
         bound=case.work.bound(*rates),
     )
+    if case.memory > there:
+        note = f"it takes about {case.memory / 2**30:.0f} GiB, this machine has {there / 2**30:.0f}"
+        return [Row(**facts, variant=name, status="skipped", note=note) for name in case.variants], {}
     problem = case.problem()
     oracle = case.oracle(problem)
     rows, calls, eager = {}, {}, None
@@ -184,6 +198,15 @@ class Folder:
             except json.JSONDecodeError:
                 break
         return found
+
+    def profile(self) -> dict | None:
+        """What python -m bench profile left here or beside it, if that was at the same commit."""
+        for file in (self.path / "profile.json", self.path.parent / "profile.json"):
+            if file.exists():
+                found = json.loads(file.read_text())
+                if found["machine"]["commit"] == self.facts()["commit"]:
+                    return found
+        return None
 
     def facts(self) -> dict:
         return json.loads(self.machine_file.read_text())

@@ -5,16 +5,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import baselines, work
+from bench import baselines, families, work
 from bench.cases import COMPILED, EAGER, SUBJECT, Case, Subject
+from bench.families import HUGGING_FACE
 from bench.machine import Machine
 from bench.work import Work
 from fastgpt.model import GPT, GPTConfig
 
-HUGGING_FACE, NANOGPT, BOOK = "Hugging Face", "nanoGPT", "the book, fast"
+PADDED = f"{COMPILED}, vocabulary padded"
+LARGE = (SUBJECT, COMPILED, HUGGING_FACE)  # what larger models are compared with: each variant holds all its weights
 _CHECKED = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.ln_2.weight")  # a model's gradients that are compared
 
 
@@ -30,9 +31,13 @@ def gpt(machine: Machine, shape: dict, **changes) -> GPT:
 
 
 def with_backend(model: GPT, backend: str, **changes) -> GPT:
-    """The same weights on another road."""
+    """The same weights on another road; a larger vocab_size gets rows of zeros."""
     twin = GPT(GPTConfig(**{**vars(model.config), "backend": backend, **changes}))
-    twin.load_state_dict(model.state_dict())
+    weights = model.state_dict()
+    more = twin.config.vocab_size - model.config.vocab_size
+    if more:
+        weights["wte.weight"] = nn.functional.pad(weights["wte.weight"], (0, 0, 0, more))
+    twin.load_state_dict(weights)
     parameter = next(model.parameters())
     return twin.to(parameter.device, parameter.dtype).train(model.training)
 
@@ -78,7 +83,7 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
         return Subject(timed, results)
 
     def theirs(p: BlockProblem) -> Subject:
-        layer = baselines.hugging_face(p.model).transformer.h[0]
+        layer = families.hugging_face(p.model).transformer.h[0]
         x = (p.x + p.branch).requires_grad_()
         parameters = dict(layer.named_parameters())
         checked = [name.removeprefix("h.0.") for name in _CHECKED]
@@ -92,7 +97,7 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
             out, (dx, *grads) = run()
             named = dict(zip(parameters, grads, strict=True))
             order = [name for name in named if name in checked]
-            return out, dx, *(baselines.as_conv1d(name, named[name]) for name in order)
+            return out, dx, *(families.as_conv1d(name, named[name]) for name in order)
 
         return Subject(lambda: run()[1], results)
 
@@ -150,7 +155,7 @@ def step(model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], 
         optimizer.zero_grad(set_to_none=True)
         value = loss(model, p.idx[:2], p.targets[:2])
         value.backward()
-        grads = [baselines.named_gradient(model, name).clone() for name in _CHECKED]
+        grads = [families.named_gradient(model, name).clone() for name in _CHECKED]
         optimizer.zero_grad(set_to_none=True)
         return value.detach(), *grads
 
@@ -166,44 +171,18 @@ def own_loss(model: nn.Module, idx: Tensor, targets: Tensor) -> Tensor:
     return model(idx, targets)
 
 
-class Family(NamedTuple):
-    """Another's model at the weights of one of ours."""
-
-    build: Callable[[GPT, Machine], nn.Module]
-    logits: Callable[[nn.Module, Tensor], Tensor]  # (B, T, V), of idx
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]  # of idx and targets, where -100 stands for none
-    makes_its_loss: bool  # or leaves it to its caller
-    changes: dict  # to our config, for the function that it computes
-
-
-FAMILIES = {
-    HUGGING_FACE: Family(
-        lambda model, machine: baselines.hugging_face(model),
-        lambda model, idx: model(idx).logits,
-        lambda model, idx, targets: model(idx, labels=idx).loss,
-        True,
-        {},
-    ),
-    NANOGPT: Family(
-        lambda model, machine: baselines.nanogpt(model, machine.nanogpt),
-        lambda model, idx: model(idx, idx)[0],
-        lambda model, idx, targets: model(idx, targets.where(targets >= 0, -1))[1],
-        True,
-        {"gelu": "none"},
-    ),
-    BOOK: Family(
-        lambda model, machine: baselines.book(model),
-        lambda model, idx: model(idx),
-        lambda model, idx, targets: F.cross_entropy(model(idx).flatten(0, 1), targets.flatten()),
-        False,
-        {},
-    ),
-}
-
-
-def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autocast: bool = False) -> list[Case]:
+def train_step(
+    machine: Machine,
+    B: int,
+    T: int,
+    config: dict,
+    tier: int,
+    autocast: bool = False,
+    only: tuple[str, ...] = (),
+) -> list[Case]:
     """Forward, backward and a fused AdamW, all weights in the operands' dtype, or in float32 under an autocast to
-    bfloat16. Checked: the loss and some gradients of up to two rows, for float64 takes memory."""
+    bfloat16. Checked: the loss and some gradients of up to two rows, for float64 takes memory. only: these variants, or
+    all."""
     shape = GPTConfig(**config)
     problem = functools.partial(step_problem, machine, B, T, config)
 
@@ -213,14 +192,15 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autoca
     def fresh(p, backend):
         return step(with_backend(p.model, backend), within(own_loss), p)
 
-    def compiled(p):
+    def compiled(p, **changes):
         baselines.compiles_models(machine)
-        twin = with_backend(p.model, "torch")
+        twin = with_backend(p.model, "torch", **changes)
         run = baselines.compiled(machine, twin)
-        return step(twin, within(lambda _, idx, targets: run(idx, targets)), p)
+        subject = step(twin, within(lambda _, idx, targets: run(idx, targets)), p)
+        return subject._replace(expected=lambda: oracle(p, **changes)) if changes else subject
 
     def theirs(name, p):
-        family = FAMILIES[name]
+        family = families.ALL[name]
         subject = step(family.build(p.model, machine), within(family.loss), p)
         return subject._replace(expected=lambda: oracle(p, **family.changes)) if family.changes else subject
 
@@ -230,13 +210,18 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autoca
     variants = {SUBJECT: lambda p: fresh(p, "auto")}
     if machine.kind != "cpu":
         variants[EAGER] = lambda p: fresh(p, "torch")
-    variants |= {COMPILED: compiled, **{name: functools.partial(theirs, name) for name in FAMILIES}}
+    variants |= {COMPILED: compiled}
+    if machine.kind != "cpu":  # whose matmuls take any width alike
+        padded = -(-shape.vocab_size // 64) * 64
+        variants[PADDED] = functools.partial(compiled, vocab_size=padded)
+    variants |= {name: functools.partial(theirs, name) for name in families.ALL}
+    variants = {name: build for name, build in variants.items() if not only or name in only}
 
     def oracle(p, **changes):
         return step(with_backend(p.model, "torch", **changes).double(), own_loss, p).results()
 
-    numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
-    floor = step_work(shape, B, T, machine.dtype.itemsize)
+    e = machine.dtype.itemsize
+    floor = step_work(shape, B, T, e)
     op = "training step"
     if autocast:
         op, variants = (
@@ -244,4 +229,15 @@ def train_step(machine: Machine, B: int, T: int, config: dict, tier: int, autoca
             {name: functools.partial(judged, build) for name, build in variants.items()},
         )
         floor = Work(0, floor.bytes)  # the roof that was measured is not this dtype's
-    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False)]
+    numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
+    needs = step_memory(shape, B, T, e, len(variants))
+    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False, memory=needs)]
+
+
+def step_memory(shape: GPTConfig, B: int, T: int, e: int, variants: int) -> int:
+    """Bytes that a case of a training step takes, about: weights, gradients and moments of every variant, and before
+    them the same without moments in float64."""
+    parameters, rows = work.parameters(shape), min(B, 2)
+    in_float64 = 16 * parameters + work.kept_activations(shape, rows * T, 8)
+    own = variants * 4 * e * parameters + work.kept_activations(shape, B * T, e)
+    return e * parameters + max(in_float64, own)

@@ -1,5 +1,7 @@
-"""The report's plots: times against the floor, attention over T, the roofline, peak memory."""
+"""The report's plots: times against the floor, attention over T, the roofline, peak memory and how it grows, where a
+step's time goes."""
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image  # matplotlib brings it
 
 from bench.cases import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Row
@@ -25,11 +28,20 @@ def draw(report, folder: Path) -> list[str]:
         "sweep.png": _sweep(cases, colour, report.machine),
         "roofline.png": _roofline(cases, report.machine),
         "memory.png": _memory(cases, colour, report.machine),
+        "growth.png": _growth(cases, colour, report.machine),
+        "profile.png": _profile(report.profile) if report.profile else None,
     }
     for name, figure in figures.items():
         if figure is not None:
-            figure.savefig(folder / name, dpi=100)
+            _save(figure, folder / name)
     return [name for name, figure in figures.items() if figure is not None]
+
+
+def _save(figure: Figure, file: Path) -> None:
+    """With a palette: a quarter of the bytes, and the results are kept in the repository."""
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=100)
+    Image.open(whole).convert("RGB").quantize(128).save(file, optimize=True)
 
 
 def _timed(variants: dict[str, Row]) -> list[Row]:
@@ -182,4 +194,62 @@ def _roofline(cases, machine) -> Figure | None:
     right.invert_yaxis()
     right.set(xlabel="GB/s; dashed: a copy", title="work that only moves bytes")
     right.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _growth(cases, colour, machine) -> Figure | None:
+    """Peak memory of training steps over T and over the batch, at whatever else is the same."""
+    sweeps: dict[tuple, dict[str, dict[int, int]]] = {}
+    for rows in cases.values():
+        for row in rows:
+            if row.op != "training step" or row.peak_bytes is None:
+                continue
+            for over, other in (("T", "B"), ("B", "T")):
+                rest = tuple((name, value) for name, value in row.shape.items() if name != over)
+                sweeps.setdefault((over, other, rest), {}).setdefault(row.variant, {})[row.shape[over]] = row.peak_bytes
+    sweeps = {key: lines for key, lines in sweeps.items() if max(len(points) for points in lines.values()) > 2}
+    if not sweeps:
+        return None
+    figure = Figure(figsize=(5.2 * len(sweeps), 4.4), layout="constrained")
+    figure.suptitle(
+        f"Peak memory of a training step beyond weights and moments\n{machine['device']}, {machine['dtype']}",
+        fontsize=12,
+    )
+    for axis, ((over, _, rest), lines) in zip(
+        figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps.items(), strict=True
+    ):
+        for variant, points in lines.items():
+            places = sorted(points)
+            style = dict(lw=2.2, zorder=3) if variant == SUBJECT else dict(lw=1.2)
+            values = [points[place] / 2**20 for place in places]
+            axis.plot(places, values, marker="o", ms=4, color=colour[variant], label=variant, **style)
+        axis.set(xlabel=f"{over} (with {', '.join(f'{k} {v}' for k, v in rest)})", ylabel="MiB", ylim=(0, None))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def _profile(profile: dict) -> Figure:
+    """A training step's time by part, stacked, over the floors of the same parts."""
+    parts = [part for part in profile["parts"] if part["seconds"] > 0]
+    figure = Figure(figsize=(14, 3.6), layout="constrained")
+    unit, factor = ("s", 1.0) if profile["seconds"] >= 1 else ("ms", 1e3)
+    figure.suptitle(
+        f"Where a training step's time goes: {profile['case']}\n{profile['machine']['device']}", fontsize=12
+    )
+    axis = figure.subplots()
+    for place, key in enumerate(("seconds", "floor")):
+        left = 0.0
+        for number, part in enumerate(parts):
+            width = part[key] * factor
+            label = part["part"] if place == 0 else None
+            axis.barh(place, width, left=left, color=f"C{number % 10}", alpha=1 - 0.4 * (number >= 10), label=label)
+            if width > 0.04 * sum(p["seconds"] for p in parts) * factor:
+                axis.annotate(f"{width:.3g}", (left + width / 2, place), ha="center", va="center", fontsize=7)
+            left += width
+    axis.set_yticks((0, 1), ("measured", "its floor"), fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{unit}, of one step", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure

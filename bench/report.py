@@ -15,6 +15,8 @@ from pathlib import Path
 
 from bench.cases import SUBJECT
 from bench.measure import Folder, Row, noise
+from bench.page import page
+from bench.units import duration, size
 from bench.work import Work
 
 ROOT = Path(__file__).parent.parent
@@ -28,11 +30,12 @@ NO_GPU = "**No GPU figure has been measured yet.**"
 class Report:
     machine: dict
     rows: list[Row]
+    profile: dict | None = None  # of a step, as bench.profile leaves it
 
     @classmethod
     def load(cls, file: Path) -> "Report":
         kept = json.loads(file.read_text())
-        return cls(kept["machine"], [Row(**row) for row in kept["rows"]])
+        return cls(kept["machine"], [Row(**row) for row in kept["rows"]], kept.get("profile"))
 
     @classmethod
     def of(cls, folder: Folder) -> "Report":
@@ -43,7 +46,7 @@ class Report:
             counted = Work(row.flops, row.bytes)
             row.floor, row.bound = counted.floor(*rates), counted.bound(*rates)
             row.share = row.floor / row.median if row.median else None
-        return cls(machine, rows)
+        return cls(machine, rows, folder.profile())
 
     def by_case(self) -> dict[str, dict[str, Row]]:
         """Case -> variant -> row, the cases of one operation together."""
@@ -54,10 +57,10 @@ class Report:
         return cases
 
     def write(self, folder: Path) -> None:
-        """results.json, results.csv, report.md and, where matplotlib is installed, the plots."""
+        """results.json, results.csv, report.md, report.html and, where matplotlib is installed, the plots."""
         folder.mkdir(parents=True, exist_ok=True)
         rows = [dataclasses.asdict(row) for row in self.rows]
-        text = json.dumps({"machine": self.machine, "rows": rows}, indent=1)
+        text = json.dumps({"machine": self.machine, "rows": rows, "profile": self.profile}, indent=1)
         (folder / "results.json").write_text(text + "\n")
         with (folder / "results.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
@@ -72,10 +75,11 @@ class Report:
         else:
             drawn = plots.draw(self, folder)
         (folder / "report.md").write_text(self.markdown(drawn))
+        (folder / "report.html").write_text(page(self, folder, drawn))
 
     def markdown(self, drawn: list[str] = ()) -> str:
         """All rows: what each took, of its floor, and against fastgpt."""
-        lines = ["# Benchmarks", "", self.conditions(), ""]
+        lines = ["# Benchmarks", "", self.conditions(), "", *self._losses(), ""]
         lines += [f"![{name.removesuffix('.png')}]({name})\n" for name in drawn]
         lines += ["| case | variant | median | quartiles | of its floor | against fastgpt | peak memory | first call |"]
         lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
@@ -115,58 +119,82 @@ class Report:
             f"scaled_dot_product_attention chooses {sdpa}."
         )
 
+    def against_the_best(self) -> list[tuple[str, Row, Row | None]]:
+        """Each case that fastgpt has a row of, that row, and the fastest of the others, where there are any."""
+        found = []
+        for case, variants in self.by_case().items():
+            if SUBJECT in variants:
+                rivals = [row for row in variants.values() if row.rival and row.median]
+                found.append((case, variants[SUBJECT], min(rivals, key=lambda row: row.median, default=None)))
+        return found
+
+    def losses(self) -> list[tuple[str, Row, Row, str]]:
+        """Where another was faster by more than noise: the case, both rows, and what the dispatch does about it."""
+        slack = 0.02 + 2 * (noise(self.rows) or 0.0)
+        return [
+            (case, ours, best, dispatch(ours.op, self.machine["kind"]))
+            for case, ours, best in self.against_the_best()
+            if ours.median and best is not None and best.median < ours.median * (1 - slack)
+        ]
+
+    def _losses(self) -> list[str]:
+        lost = self.losses()
+        if not lost:
+            return ["No other was faster than fastgpt by more than this run's noise."]
+        lines = [
+            "## Where another is faster",
+            "",
+            "| case | the fastest | its time / fastgpt's | what is done about it |",
+        ]
+        lines += ["|---|---|--:|---|"]
+        for case, ours, best, why in lost:
+            lines.append(f"| {case} | {best.variant} | {best.median / ours.median:.2f} | {why} |")
+        return lines
+
     def summary(self) -> str:
         """A line a case for README: fastgpt, and the fastest of the others."""
         lines = ["| case | fastgpt | of its floor | fastest other | its time | its time / fastgpt's |"]
         lines += ["|---|--:|--:|---|--:|--:|"]
-        for case, variants in self.by_case().items():
-            ours = variants.get(SUBJECT)
-            if ours is None or ours.median is None:
-                lines.append(f"| {case} | {ours.status if ours else 'missing'} | | | | |")
+        for case, ours, best in self.against_the_best():
+            if ours.median is None:
+                lines.append(f"| {case} | {ours.status} | | | | |")
                 continue
-            others = [row for row in variants.values() if row.median and not _part(row) and not _ours(row)]
             cells = [case, duration(ours.median), f"{ours.share:.0%}"]
-            if others:
-                best = min(others, key=lambda row: row.median)
+            if best is not None:
                 cells += [best.variant, duration(best.median), f"{best.median / ours.median:.2f}x"]
             lines.append("| " + " | ".join([*cells, *[""] * (6 - len(cells))]) + " |")
         return "\n".join(lines)
 
 
-def _ours(row: Row) -> bool:
-    """fastgpt itself, measured again or called in another way."""
-    return row.variant.startswith(SUBJECT)
-
-
-def _part(row: Row) -> bool:
-    """It computes less than the case: no rival."""
-    return row.variant.endswith("alone")
+def dispatch(op: str, kind: str) -> str:
+    """What fastgpt.ops does where its road is not the fastest one."""
+    if kind != "cuda":
+        return "without a GPU fastgpt runs PyTorch's own operators; its kernels have no part in it"
+    if "MLP" in op or "GELU" in op or op.startswith("gelu_mlp"):
+        return "cuBLAS and an elementwise kernel, unless kernels/linear_gelu.py lists the shape as measured to win"
+    if op.startswith(("attention", "decode", "add_layer_norm", "linear_cross_entropy", "embedding")):
+        return "nothing yet: the kernel runs wherever it can serve; backend='torch' asks for PyTorch's"
+    return "nothing of its own: it is the sum of the functions above"
 
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    unit, factor = next(((u, f) for u, f in (("s", 1), ("ms", 1e3)) if seconds * f >= 1), ("µs", 1e6))
-    return f"{seconds * factor:.3g} {unit}" if seconds * factor < 1000 else f"{seconds * factor:.0f} {unit}"
-
-
-def size(bytes_: int | None) -> str:
-    return "" if bytes_ is None else f"{bytes_ / 2**20:.3g} MiB" if bytes_ < 2**30 else f"{bytes_ / 2**30:.3g} GiB"
-
-
 def slug(machine: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine["device"].lower()).strip("-")
 
 
+def runs(device: Path) -> list[tuple[Path, Report]]:
+    """The committed runs in a device's folder, the oldest first, each with its file."""
+    found = [(file, Report.load(file)) for file in device.glob("*/results.json")]
+    return sorted(found, key=lambda run: run[1].machine.get("measured", run[0].parent.name))
+
+
 def committed(results: Path = RESULTS) -> list[tuple[Path, Report]]:
-    """The newest committed results of each device."""
+    """The newest committed run of each device."""
     devices = sorted(folder for folder in results.iterdir() if folder.is_dir()) if results.exists() else []
-    newest = [max(device.glob("*/results.json"), key=lambda file: file.parent.name, default=None) for device in devices]
-    return [(file, Report.load(file)) for file in newest if file is not None]
+    return [found[-1] for found in map(runs, devices) if found]
 
 
 def readme_block(results: Path = RESULTS) -> str:

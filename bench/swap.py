@@ -9,8 +9,9 @@ from torch import nn
 import fastgpt
 from bench import baselines, work
 from bench.cases import SUBJECT, Case, Subject
+from bench.families import FAMILIES, Family
 from bench.machine import Machine
-from bench.models import FAMILIES, Family, StepProblem, own_loss, step, step_problem, step_work, with_backend
+from bench.models import StepProblem, own_loss, step, step_problem, step_work, with_backend
 from fastgpt.model import GPTConfig
 
 AS_IT_WAS, LOSS_TOO = "as it was", f"{SUBJECT}, loss=True"

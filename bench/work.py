@@ -137,6 +137,14 @@ def parameters(config: GPTConfig) -> int:
     return (config.vocab_size + config.block_size) * C + config.n_layer * block + (2 if config.bias else 1) * C
 
 
+def kept_activations(config: GPTConfig, rows: int, e: int) -> int:
+    """Bytes that `rows` tokens keep from the layers' forward for their backward, as fastgpt.model.Block's docstring
+    counts them; statistics are not."""
+    C, F = config.n_embd, config.n_inner or 4 * config.n_embd
+    wide = {"off": 8 * C + 2 * F, "mlp": 8 * C + F, "block": 2 * C}[config.activation_checkpointing]
+    return config.n_layer * wide * rows * e
+
+
 def train_step(config: GPTConfig, batch: int, time: int, e: int = 2, adamw_bytes: int = ADAMW_BYTES["bf16"]) -> list:
     """What one training step launches, in Lines: activations, weights and their gradients of `e` bytes, no dropout."""
     B, T, C, H, L = batch, time, config.n_embd, config.n_head, config.n_layer

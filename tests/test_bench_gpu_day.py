@@ -194,7 +194,9 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     assert all(row.median == pytest.approx(1e-3) for row in timed) and len(timed) > 60
     absent = ("nanoGPT: ", "the book, fast: ")  # whose models are swapped where they are installed
     skipped = {row.variant for row in rows if row.status == "skipped" and row.note and not row.case.startswith(absent)}
-    assert skipped <= {"SDPA cuDNN", "SDPA efficient", "flex_attention", "nanoGPT", "the book, fast", BOOK_CACHED}
+    not_installed = {"nanoGPT", "the book, fast", BOOK_CACHED, "flash-attn 2", "flash-attn 3"}
+    not_installed |= {name for name in skipped if name.startswith("Liger")}
+    assert skipped - not_installed <= {"SDPA cuDNN", "SDPA efficient", "flex_attention", "PyTorch, chunked"}
     assert len(timed) + sum(row.status == "skipped" for row in rows) == len(rows)
     tried = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
     assert len(tried) == 11 and all(record["status"] == "ok" for record in tried)

@@ -1,25 +1,29 @@
 """Right before fast: what is wrong is never timed, and one variant's failure costs the others nothing."""
 
+import dataclasses
 import inspect
 import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bench import baselines, cases, dry, measure
+from bench import baselines, cases, dry, measure, models, plan, test_cases
 from bench.check import judge
 from bench.machine import Machine
 from bench.report import Report
 from bench.timing import DeviceClock, HostClock, interleaved
-from fastgpt import ops, reference
+from fastgpt import GPTConfig, ops, reference
 
 ROOT = Path(__file__).parent.parent
 ROOFS = {"flops_a_second": 1e11, "bytes_a_second": 1e10}
@@ -41,6 +45,7 @@ def rows_of(machine, change=None):
 
 def test_every_variant_is_timed_and_fastgpt_twice(machine):
     rows, samples = rows_of(machine)
+    assert rows.pop("Liger").status == "skipped"
     assert list(rows) == [cases.SUBJECT, cases.EAGER, cases.COMPILED, measure.AGAIN] == [*dict.fromkeys(rows)]
     for name, row in rows.items():
         assert (row.status, row.note, row.median, row.rounds) == ("ok", "graph replay", 1e-3, 2), name
@@ -147,6 +152,95 @@ def test_the_judge_sees_one_row_that_a_whole_norm_does_not():
     stale = oracle.bfloat16()
     stale[17] = stale[18]
     assert judge([stale], [oracle], [oracle.bfloat16()]).reason.startswith("a row of result 0 is off by")
+
+
+def test_other_peoples_kernels_are_asked_for_what_they_know(machine, monkeypatch):
+    """With functions of their signatures in PyTorch's place: layouts, defaults and results are those of the case."""
+
+    def flash(q, k, v, causal):
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    liger = types.SimpleNamespace(
+        liger_layer_norm=lambda x, weight, bias, eps: F.layer_norm(x, weight.shape, weight, bias, eps),
+        liger_cross_entropy=F.cross_entropy,
+        liger_fused_linear_cross_entropy=lambda x, weight, target: F.cross_entropy(x @ weight.t(), target),
+    )
+    monkeypatch.setattr(baselines, "find_spec", lambda name: name)
+    modules = {
+        "flash_attn": types.SimpleNamespace(flash_attn_func=flash),
+        "flash_attn_interface": types.SimpleNamespace(flash_attn_func=lambda *qkv, causal: (flash(*qkv, causal), None)),
+        "liger_kernel.transformers.functional": liger,
+    }
+    monkeypatch.setattr(baselines.importlib, "import_module", modules.__getitem__)
+    wanted = ("flash-attn 2", "flash-attn 3", "Liger", "Liger, all logits", "Liger, fused")
+    found = {}
+    for case in (
+        *cases.attention(machine, 1, 2, 16, 16, tier=0),
+        *cases.add_layer_norm(machine, 8, 32, tier=0),
+        *cases.linear_cross_entropy(machine, 4, 16, 65, tier=0),
+    ):
+        kept = {name: build for name, build in case.variants.items() if name in (cases.SUBJECT, *wanted)}
+        rows, _ = measure.measure(dataclasses.replace(case, variants=kept), machine, ROOFS)
+        found |= {(case.op, row.variant): (row.status, row.note) for row in rows if row.variant in wanted}
+    assert len(found) == 8
+    assert set(found.values()) == {("ok", "graph replay")}
+    on_a_cpu = dataclasses.replace(machine, kind="cpu")
+    with pytest.raises(baselines.Unavailable, match="flash-attn has no kernels for a CPU"):
+        baselines.flash_attn(on_a_cpu, 2)
+
+
+def test_what_is_wrong_of_others_is_told_and_is_no_fault_of_ours(machine, request):
+    forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
+    rows = {row.variant: row for row in measure.failed(forward, machine, "")}
+
+    def outcome(variant, status):
+        rows[variant].status, rows[variant].note = status, "off by 1"
+        run = types.SimpleNamespace(row=lambda case, variant: (rows[variant], None))
+        try:
+            test_cases.test_case(forward, variant, run, request)
+        except (AssertionError, pytest.xfail.Exception, pytest.skip.Exception) as told:
+            return type(told).__name__, str(told).splitlines()[0]
+
+    assert outcome("Liger", "WRONG") == ("XFailed", "WRONG: off by 1")
+    assert outcome(cases.COMPILED, "WRONG")[0] == "XFailed"
+    assert outcome("Liger", "FAILED") == ("AssertionError", "FAILED: off by 1")  # the adapter is ours
+    assert outcome("Liger", "skipped") == ("Skipped", "off by 1")
+    for name in (cases.SUBJECT, cases.EAGER):
+        assert outcome(name, "WRONG") == ("AssertionError", "WRONG: off by 1")
+
+
+def test_a_case_beyond_the_machines_memory_is_not_begun(machine):
+    forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
+    large = dataclasses.replace(forward, memory=2.0**60, problem=lambda: pytest.fail("it is begun"))
+    rows, samples = measure.measure(large, machine, ROOFS)
+    assert samples == {} and {row.variant for row in rows} == set(large.variants)
+    for row in rows:
+        assert row.status == "skipped"
+        assert re.fullmatch(r"it takes about 1073741824 GiB, this machine has \d+", row.note)
+
+
+def test_the_memory_of_a_training_step_is_what_pytorch_gives_out():
+    """Beyond its inputs' own, at a shape where weights and activations both count."""
+    machine = Machine("cpu", "cpu", torch.float32, HostClock(2**10), "inductor", 0.0, (2, 2))
+    shape = dict(vocab_size=512, block_size=128, n_layer=4, n_head=4, n_embd=128)
+    for B in (1, 8):
+        (case,) = models.train_step(machine, B, 128, shape, tier=0)
+        subject = case.variants[cases.SUBJECT](case.problem())
+        subject.run()
+        peak = machine.clock.peak_bytes(subject.run)
+        assert plan.call_memory(GPTConfig(**shape), B, 128, 4, 4) == pytest.approx(peak, rel=0.15)
+
+
+def test_a_padded_vocabulary_computes_the_loss_of_its_own_size(machine):
+    """Rows of zeros take a share of the softmax, so its loss is another one; it is judged by that."""
+    shape = dict(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=32)
+    (case,) = models.train_step(machine, 1, 8, shape, tier=0, only=(cases.SUBJECT, models.PADDED))
+    rows, _ = measure.measure(case, machine, ROOFS)
+    assert {row.status for row in rows} == {"ok"} and len(rows) == 3
+    problem = case.problem()
+    plain, padded = (case.variants[name](problem).results()[0] for name in (cases.SUBJECT, models.PADDED))
+    assert plain + 1e-3 < padded < plain + 0.7  # log(128 / 65) if all were as likely
 
 
 def test_calls_are_sampled_in_turns_that_rotate():

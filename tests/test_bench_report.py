@@ -12,6 +12,7 @@ from bench import plots, report
 from bench.__main__ import main
 from bench.cases import EAGER, SUBJECT
 from bench.measure import AGAIN, Folder, Row
+from bench.units import duration
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,7 +98,7 @@ def test_nothing_that_was_timed_is_no_crash(tmp_path):
     ("seconds", "text"), [(12.34, "12.3 s"), (0.1234, "123 ms"), (5.6e-5, "56 µs"), (2e-9, "0.002 µs")]
 )
 def test_durations(seconds, text):
-    assert report.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_keeping_writes_by_device_day_and_commit(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,16 @@ def test_what_is_no_gelu():
         assert families.gelu_kind(act) is None
 
 
+def test_a_norm_of_a_tensor_of_ones_own_is_the_classs():
+    class Named(torch.Tensor):
+        pass
+
+    norm, x = nn.LayerNorm(4), torch.randn(2, 4).as_subclass(Named)
+    expected = norm(x)
+    swap.accelerate(norm)
+    assert type(norm(x)) is Named and torch.equal(norm(x), expected)
+
+
 def test_what_is_no_norm():
     matrix = T5LayerNorm(3, 4)
     matrix.bias = None  # as nanoGPT's, but for its shape

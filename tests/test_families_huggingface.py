@@ -440,6 +440,16 @@ def test_attention_that_looks_ahead_is_left_to_itself(where, monkeypatch):
     assert calls == []
 
 
+def test_attention_that_looks_ahead_only_later():
+    model = hugging_face().double()
+    twin = copy.deepcopy(model)
+    accelerate(twin)
+    for each in (model, twin):
+        for block in each.transformer.h:
+            block.attn.is_causal = False
+    torch.testing.assert_close(twin(IDX).logits, model(IDX).logits, rtol=1e-9, atol=1e-10)
+
+
 def test_generation_needs_no_encoder():
     with pytest.raises(ValueError, match="this GPT2LMHeadModel has cross-attention, and no encoder is given"):
         fastgpt.generate(hugging_face(add_cross_attention=True), IDX, 3)

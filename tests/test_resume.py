@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastgpt.tokenizer import encoding
 from fastgpt.train import fit
 from fastgpt.weights import load_model
 
+ROOT = Path(__file__).parents[1]
 BYTE = encoding("byte")
 MODEL = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.2)
 SHORT = TrainConfig(
@@ -455,3 +457,18 @@ def test_two_trainers_on_one_folder(run):
     run(max_iters=1)
     with checkpoint.locked(run.out), pytest.raises(BlockingIOError, match=f"process {os.getpid()} on "):
         run(resume=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_what_the_first_could_not(number):
+    """As where a step hangs, and never comes to look."""
+    code = "import time; from fastgpt.run import Signals\nwith Signals():\n    print('in', flush=True); time.sleep(60)"
+    command = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **command) as process:
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number

@@ -1,0 +1,143 @@
+"""How fastgpt stood over time to what it was compared with, and where it fell back.
+
+A time on a shared machine means little, so what is followed is a ratio within a run: the time of every rival that both
+runs timed over fastgpt's, their geometric mean. A case fell back where that ratio is lower than in the run before by
+more than LEAST and what the same version timed twice differed by in both, or where fastgpt has no time any more.
+
+python -m bench history               the committed runs of each device, and their plot; 1 if a newest one fell back
+python -m bench history out/bench     a run that was not kept, against the newest committed one of its device
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.cases import SUBJECT
+from bench.measure import AGAIN, Folder, Row
+from bench.report import RESULTS, Report, runs, slug
+
+LEAST = 0.1  # of the ratio before: medians of one machine on two days differ by as much without a reason
+
+
+class Change(NamedTuple):
+    """How a case stood before and stands now: rivals' time over fastgpt's."""
+
+    case: str
+    before: float
+    now: float  # 0 if fastgpt has no time
+    allowed: float  # what share of `before` may be lost
+
+    @property
+    def fell_back(self) -> bool:
+        return self.now < self.before * (1 - self.allowed)
+
+
+def changes(before: Report, now: Report) -> list[Change]:
+    """Of every case that both have and that had a time before. A case that is measured no more is none."""
+    earlier, later = before.by_case(), now.by_case()
+    found = []
+    for case, old in earlier.items():
+        new = later.get(case)
+        if new is None or not _timed(old.get(SUBJECT)):
+            continue
+        both = [name for name, row in old.items() if row.rival and _timed(row) and _timed(new.get(name))]
+        if not _timed(new.get(SUBJECT)):
+            found.append(Change(case, 1.0, 0.0, 0.0))
+        elif both:
+            allowed = LEAST + _wobble(old) + _wobble(new)
+            found.append(Change(case, _standing(old, both), _standing(new, both), allowed))
+    return found
+
+
+def _timed(row: Row | None) -> bool:
+    return row is not None and row.median is not None
+
+
+def _standing(variants: dict[str, Row], rivals: list[str]) -> float:
+    ours = variants[SUBJECT].median
+    return math.exp(sum(math.log(variants[name].median / ours) for name in rivals) / len(rivals))
+
+
+def _wobble(variants: dict[str, Row]) -> float:
+    """What the same version, timed twice, differed by."""
+    again = variants.get(AGAIN)
+    return abs(again.median / variants[SUBJECT].median - 1) if _timed(again) else 0.0
+
+
+def table(found: list[Change]) -> str:
+    """The cases that fell back, and one line for the others."""
+    lines = []
+    for each in found:
+        if each.fell_back:
+            noise = f"; {each.allowed:.0%} may be noise"
+            told = f"rivals took {each.before:.2f} times fastgpt's time, now {each.now:.2f}{noise}"
+            lines.append(f"FELL BACK  {each.case}: {told if each.now else 'fastgpt has no time any more'}")
+    better = sum(c.now > c.before * (1 + c.allowed) for c in found)
+    return "\n".join([*lines, f"{len(found)} cases compared: {len(lines)} fell back, {better} got ahead"])
+
+
+def plot(past: dict[str, list[tuple[str, Report]]]):
+    """A figure: where fastgpt stood in each run of each device, a thin line a case, a thick one for their mean, and red
+    where a case fell back."""
+    from matplotlib.figure import Figure  # which only this needs
+
+    figure = Figure(figsize=(7 * len(past), 4.6), layout="constrained")
+    figure.suptitle("Rivals' time over fastgpt's, their geometric mean within a run; higher is better", fontsize=12)
+    panels = figure.subplots(1, len(past), squeeze=False).flat
+    for axis, (device, each) in zip(panels, past.items(), strict=True):
+        lines: dict[str, dict[int, float]] = {}
+        for place, (_, report) in enumerate(each):
+            for case, variants in report.by_case().items():
+                rivals = [name for name, row in variants.items() if row.rival and _timed(row)]
+                if rivals and _timed(variants.get(SUBJECT)):
+                    lines.setdefault(case, {})[place] = _standing(variants, rivals)
+        for points in lines.values():
+            axis.plot(points.keys(), points.values(), color="#aab7b8", lw=0.8, marker=".", ms=4)
+        for place in range(1, len(each)):
+            for change in changes(each[place - 1][1], each[place][1]):
+                if change.fell_back and change.now:
+                    axis.plot(place, lines[change.case][place], "o", color="#c0392b", ms=6)
+                    axis.annotate(change.case, (place, lines[change.case][place]), fontsize=7, color="#c0392b")
+        columns = [[points[place] for points in lines.values() if place in points] for place in range(len(each))]
+        means = [math.exp(sum(map(math.log, column)) / len(column)) if column else math.nan for column in columns]
+        axis.plot(range(len(each)), means, color="black", lw=2, marker="o", ms=5, label="all cases")
+        axis.axhline(1, color="black", ls="--", lw=0.8)
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xticks(range(len(each)), [name for name, _ in each], fontsize=8, rotation=15)
+        axis.set_title(device, fontsize=9)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, nargs="?", help="where pytest bench/ left rows.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the committed runs (default: bench/results)")
+    parser.add_argument("--plot", type=Path, help="a PNG to draw; bench/results/history.png without a folder")
+
+
+def main(options: argparse.Namespace) -> int:
+    """0 if nothing fell back."""
+    devices = sorted(path for path in options.results.iterdir() if path.is_dir())
+    past = {path.name: [(file.parent.name, report) for file, report in runs(path)] for path in devices}
+    past = {device: each for device, each in past.items() if each}
+    if options.folder is not None:
+        report = Report.of(Folder(options.folder))
+        device = slug(report.machine)
+        if device not in past:
+            raise ValueError(f"history: no run of {report.machine['device']} is in {options.results}")
+        past = {device: [*past[device], (str(options.folder), report)]}
+    worst = 0
+    for device, each in past.items():
+        print(f"{device}: {', '.join(name for name, _ in each)}")
+        if len(each) > 1:
+            found = changes(each[-2][1], each[-1][1])
+            print(table(found))
+            worst |= any(change.fell_back for change in found)
+    target = options.plot or (None if options.folder else options.results / "history.png")
+    if target is not None and past:
+        plot(past).savefig(target, dpi=100)
+        print(f"drawn: {target}")
+    return int(worst)

@@ -1,0 +1,254 @@
+"""What a training step would take on many GPUs, on paper: time, memory and what bounds it, for DDP and for FSDP2.
+
+    python -m bench plan --preset gpt2-1558M --gpus 64
+    python -m bench plan --check                            the same arithmetic against every committed training step
+
+The step's kernels are those of bench.work, each at its floor on the card's rates; what the processes send each other is
+counted in bytes over the slower of two links. Nothing here was measured on many GPUs. The assumptions are printed.
+"""
+
+import argparse
+from typing import NamedTuple
+
+from bench import work
+from bench.cases import SUBJECT
+from bench.report import RESULTS, Report, runs
+from bench.work import CARDS, Card, Line
+from fastgpt.model import PRESETS, GPTConfig
+
+BUCKET = 25 * 2**20  # bytes: the last of DDP's buckets, which no backward hides
+
+
+class Cluster(NamedTuple):
+    gpus: int
+    per_node: int = 8
+    nvlink: float = 450e9  # bytes a second that a GPU sends inside its node: half of NVLink 4's 900 GB/s both ways
+    network: float = 50e9  # bytes a second that a GPU sends to other nodes: one 400 Gb/s adapter each
+    reached: float = 0.8  # of a link, by NCCL
+
+    def collective(self, bytes_: float) -> float:
+        """Seconds of a reduce-scatter or all-gather of so many bytes in all: (n - 1) / n of them pass every GPU's link;
+        between nodes all adapters of a node work at once."""
+        if self.gpus == 1:
+            return 0.0
+        link = self.nvlink if self.gpus <= self.per_node else min(self.nvlink, self.network * self.per_node)
+        return bytes_ * (self.gpus - 1) / self.gpus / (link * self.reached)
+
+
+class Plan(NamedTuple):
+    forward: float  # seconds, as the next
+    backward: float
+    optimizer: float
+    exposed: float  # of communication, that no computation hides
+    sent: float  # seconds of communication in all
+    memory: float  # bytes a device, at the peak of a step
+    matmul_share: float  # of the computation's time
+    tokens: int  # of all devices together
+
+    @property
+    def step(self) -> float:
+        return self.forward + self.backward + self.optimizer + self.exposed
+
+    @property
+    def bottleneck(self) -> str:
+        if self.exposed > 0.2 * self.step:
+            return "communication"
+        return "matmuls" if self.matmul_share > 0.5 else "memory-bound kernels and attention"
+
+
+def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, fsdp: bool, weights: int = 4) -> Plan:
+    """batch: rows a device. weights: bytes of a weight, its gradient and each moment; activations are of 2 if that is 4
+    on a GPU, for autocast makes them so."""
+    lines = work.train_step(config, batch, time, 2, adamw_bytes=7 * weights)
+    optimizer = sum(_seconds(line, card) for line in lines if _in_the_optimizer(line))
+    compute = [line for line in lines if not _in_the_optimizer(line)]
+    forward = sum(_forward_share(line) * _seconds(line, card) for line in compute)
+    backward = sum(_seconds(line, card) for line in compute) - forward
+    matmuls = sum(_seconds(line, card) for line in compute if line.kind == "matmul")
+    parameters = work.parameters(config)
+    all_weights, n = parameters * weights, cluster.gpus
+    if fsdp:  # gathered once, before the forward that hides all but the first layer; scattered while the backward runs
+        gather, scatter = cluster.collective(all_weights), cluster.collective(all_weights)
+        first = gather / config.n_layer
+        exposed = first + max(0.0, gather - first - forward) + max(0.0, scatter - backward)
+        sent, optimizer = gather + scatter, optimizer / n
+    else:
+        sent = 2 * cluster.collective(all_weights)
+        last = 2 * cluster.collective(min(BUCKET, all_weights))
+        exposed = last + max(0.0, sent - last - backward)
+    memory = step_memory(config, batch, time, weights, 2 if weights == 4 else weights, n if fsdp else 1)
+    share = matmuls / (forward + backward)
+    return Plan(forward, backward, optimizer, exposed, sent, memory, share, batch * time * n)
+
+
+def _seconds(line: Line, card: Card) -> float:
+    return line.times * line.work.floor(card.flops[line.kind], card.bytes)
+
+
+def _in_the_optimizer(line: Line) -> bool:
+    return line.part in ("AdamW", "gradient norm and clip")
+
+
+def _forward_share(line: Line) -> float:
+    """A linear layer's three products are one forward and two backward; the head makes all of its in the forward."""
+    if "forward and two gradients" in line.part or line.part.endswith("the same"):
+        return 1 / 3
+    return 0.0 if "backward" in line.part or "bias gradient" in line.part else 1.0
+
+
+def step_memory(config: GPTConfig, batch: int, time: int, weights: int, e: int, shards: int = 1) -> float:
+    """Bytes at a step's peak, weights, gradients and both moments included. weights: bytes of each of those numbers; e:
+    of an activation's. shards: devices that share them, each of which holds all weights while it computes."""
+    kept = work.parameters(config) * weights
+    held = 3 * kept / shards + (kept if shards > 1 else 0)  # weights and two moments; FSDP2's gathered weights
+    held += work.parameters(config) * e if e != weights else 0  # autocast's copy
+    return held + call_memory(config, batch, time, weights, e, shards)
+
+
+def call_memory(config: GPTConfig, batch: int, time: int, weights: int, e: int, shards: int = 1) -> float:
+    """Bytes at the peak of a step beyond weights and moments: after the forward, or once all gradients are there."""
+    rows, V, C = batch * time, config.vocab_size, config.n_embd
+    activations = work.kept_activations(config, rows, e)
+    head = V * C * weights  # its gradient, which the forward makes; a tied embedding adds one more of this size
+    widest = rows * (config.n_inner or 4 * C) * e  # of the gradients inside a layer
+    after_forward = activations + head + widest
+    after_backward = work.parameters(config) * weights / shards + widest + (head if config.tie else 0)
+    return max(after_forward, after_backward)
+
+
+class Checked(NamedTuple):
+    """A committed training step of fastgpt's, and what this arithmetic says of it."""
+
+    run: str
+    case: str
+    floor: float
+    measured: float
+    memory: float  # bytes of a call
+    measured_memory: int
+
+    @property
+    def holds(self) -> bool:
+        """Nothing can be faster than its floor, and the peak is what was counted, to a seventh."""
+        return self.floor <= self.measured and abs(self.memory / self.measured_memory - 1) <= 0.15
+
+
+def check(results=RESULTS) -> list[Checked]:
+    """Every committed training step of fastgpt's own model in the operands' dtype."""
+    found = []
+    for device in sorted(path for path in results.iterdir() if path.is_dir()):
+        for file, report in runs(device):
+            found += _checked(f"{device.name}, {file.parent.name}", report)
+    return found
+
+
+def _checked(name: str, report: Report) -> list[Checked]:
+    rates = report.machine["roofs"]
+    card = Card("measured", rates["bytes_a_second"], dict.fromkeys(CARDS["h100"].flops, rates["flops_a_second"]))
+    e = {"float32": 4, "bfloat16": 2}[report.machine["dtype"]]
+    found = []
+    for row in report.rows:
+        if row.op != "training step" or row.variant != SUBJECT or row.median is None:
+            continue
+        config = _config(row.shape)
+        lines = work.train_step(config, row.shape["B"], row.shape["T"], e, adamw_bytes=7 * e)
+        floor = sum(_seconds(line, card) for line in lines if line.part != "gradient norm and clip")  # it does not clip
+        memory = call_memory(config, row.shape["B"], row.shape["T"], e, e)
+        found.append(Checked(name, row.case, floor, row.median, memory, row.peak_bytes))
+    return found
+
+
+def _config(shape: dict) -> GPTConfig:
+    """Of the model that a row's shape names; the benchmark's shallow ones have 124M's width and 4096 tokens to know."""
+    for preset in PRESETS:
+        config = GPTConfig.preset(preset)
+        if (config.n_layer, config.n_embd) == (shape["L"], shape["C"]):
+            return config
+    return GPTConfig.preset("gpt2-124M", n_layer=shape["L"], vocab_size=4096)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="gpt2-124M")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--per-node", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="rows a device")
+    parser.add_argument("--time", type=int, help="tokens a row; the context if not given")
+    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--nvlink", type=float, default=450, help="GB/s that a GPU sends inside a node")
+    parser.add_argument("--network", type=float, default=50, help="GB/s that a GPU sends to other nodes")
+    parser.add_argument("--reached", type=float, default=0.8, help="the share of a link that collectives reach")
+    parser.add_argument("--memory", type=float, default=80, help="GB of a device")
+    parser.add_argument("--checkpointing", choices=("off", "mlp", "block"), default="off")
+    parser.add_argument("--check", action="store_true", help="against every committed training step instead")
+
+
+def main(options: argparse.Namespace) -> int:
+    """1 if no way has room in the device's memory, or a measurement contradicts the arithmetic."""
+    if options.check:
+        found = check()
+        print(check_table(found))
+        return int(not all(each.holds for each in found))
+    config = GPTConfig.preset(options.preset, activation_checkpointing=options.checkpointing)
+    time = options.time or config.block_size
+    for name in ("gpus", "per_node", "batch"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"plan: {name} is {getattr(options, name)}, not at least 1")
+    if not 1 <= time <= config.block_size:
+        raise ValueError(f"plan: time is {time}, not from 1 to the context of {config.block_size}")
+    if not (options.nvlink > 0 and options.network > 0 and 0 < options.reached <= 1):
+        raise ValueError("plan: links need a speed above 0, and what is reached of them lies in (0, 1]")
+    cluster = Cluster(options.gpus, options.per_node, 1e9 * options.nvlink, 1e9 * options.network, options.reached)
+    card = CARDS[options.card]
+    plans = {kind: plan(config, options.batch, time, card, cluster, kind == "FSDP2") for kind in ("DDP", "FSDP2")}
+    print(table(options.preset, config, options.batch, time, card, cluster, plans, 1e9 * options.memory))
+    return int(all(each.memory > 1e9 * options.memory for each in plans.values()))
+
+
+def table(
+    preset: str, config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, plans: dict, memory: float
+) -> str:
+    lines = [
+        f"{preset}, {work.parameters(config):,} parameters, {cluster.gpus} GPUs, {batch} rows of {time} tokens each",
+        "",
+        f"{'':24}{'DDP':>12}{'FSDP2':>12}",
+    ]
+    rows = {
+        "forward, ms": lambda p: f"{1e3 * p.forward:.1f}",
+        "backward, ms": lambda p: f"{1e3 * p.backward:.1f}",
+        "optimizer, ms": lambda p: f"{1e3 * p.optimizer:.1f}",
+        "sent, ms": lambda p: f"{1e3 * p.sent:.1f}",
+        "of which exposed, ms": lambda p: f"{1e3 * p.exposed:.1f}",
+        "step, ms": lambda p: f"{1e3 * p.step:.1f}",
+        "tokens a second": lambda p: f"{p.tokens / p.step:,.0f}",
+        "GB a device": lambda p: f"{p.memory / 1e9:.1f}" + ("" if p.memory <= memory else " !"),
+        "bound by": lambda p: p.bottleneck.split(" ")[0].rstrip(","),
+    }
+    for label, cell in rows.items():
+        lines.append(f"{label:24}{cell(plans['DDP']):>12}{cell(plans['FSDP2']):>12}")
+    if any(each.memory > memory for each in plans.values()):
+        lines.append(f"! more than a device's {memory / 1e9:.0f} GB")
+    sent = 4 * work.parameters(config) / 1e9
+    links = f"{cluster.nvlink / 1e9:.0f} GB/s inside a node of {cluster.per_node}, {cluster.network / 1e9:.0f} GB/s"
+    assumptions = (
+        f"each kernel at its floor on {card.label};",
+        "  no gap between kernels, no data to wait for",
+        "float32 weights, gradients and moments; products and activations in bfloat16, and a copy of the weights in it",
+        f"{sent:.2f} GB of float32 gradients (and, by FSDP2, weights) sent a step, (n - 1) / n of them past each GPU,",
+        f"  over {links} a GPU between nodes, {cluster.reached:.0%} of it reached",
+        f"DDP: the all-reduce runs beside the backward but for its last {BUCKET / 2**20:.0f} MiB",
+        "FSDP2: gathered once a step, for fastgpt keeps it until the backward, beside the forward but for the first",
+        "  layer; scattered beside the backward",
+        f"activations with activation_checkpointing={config.activation_checkpointing!r}",
+        "fragmentation and the memory of CUDA and NCCL are not counted",
+    )
+    marked = (text if text.startswith("  ") else f"- {text}" for text in assumptions)
+    return "\n".join([*lines, "", "It assumes:", *marked, "None of it was measured on many GPUs."])
+
+
+def check_table(found: list[Checked]) -> str:
+    lines = [f"{'committed training step':78}{'floor':>9}{'took':>9}{'':>7}{'planned':>10}{'peak':>10}"]
+    for each in found:
+        place = f"{each.run}: {each.case}"
+        times = f"{1e3 * each.floor:7.0f}ms{1e3 * each.measured:7.0f}ms{each.measured / each.floor:6.2f}x"
+        sizes = f"{each.memory / 2**20:7.0f}MiB{each.measured_memory / 2**20:7.0f}MiB"
+        lines.append(f"{place[-78:]:78}{times}{sizes}{'' if each.holds else '  CONTRADICTS'}")
+    return "\n".join(lines)
