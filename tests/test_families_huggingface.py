@@ -440,14 +440,29 @@ def test_attention_that_looks_ahead_is_left_to_itself(where, monkeypatch):
     assert calls == []
 
 
-def test_attention_that_looks_ahead_only_later():
+@pytest.mark.parametrize("where", ["config", "module"])
+def test_attention_that_looks_ahead_only_later(where):
     model = hugging_face().double()
     twin = copy.deepcopy(model)
     accelerate(twin)
     for each in (model, twin):
-        for block in each.transformer.h:
-            block.attn.is_causal = False
+        for holder in [each.config] if where == "config" else [block.attn for block in each.transformer.h]:
+            holder.is_causal = False
     torch.testing.assert_close(twin(IDX).logits, model(IDX).logits, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("asked", [dict(is_causal=False), dict(output_attentions=True)], ids=str)
+def test_a_call_of_attention_that_asks_for_more_is_left_to_itself(asked, monkeypatch):
+    model = hugging_face().double()
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    attn = model.transformer.h[0].attn
+    expected = attn(x, **asked)
+    accelerate(model)
+    calls = attention_calls(monkeypatch)
+    torch.testing.assert_close(attn(x, **asked)[0], expected[0])
+    assert calls == []
+    attn(x, is_causal=True)
+    assert calls == ["causal_attention_qkv"]
 
 
 def test_generation_needs_no_encoder():

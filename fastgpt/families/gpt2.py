@@ -27,10 +27,16 @@ from fastgpt.families.anatomy import Anatomy, transformer_anatomy
 
 REPLACED = ("sdpa", "fastgpt")  # implementations that attention stands in for: the others were chosen for a reason
 # What may come with a call and asks for more than masked attention.
-SPECIAL = (
-    *("encoder_hidden_states", "head_mask", "position_bias", "cache", "softcap", "output_attentions", "is_causal"),
+_SPECIAL = (
+    *("encoder_hidden_states", "head_mask", "position_bias", "cache", "softcap", "output_attentions"),
     *("layer_past", "past_key_value"),  # names of the cache in older versions
 )
+
+
+def special(call: dict) -> bool:
+    """Whether a call of attention, by its named arguments, asks for more than causal attention with a mask."""
+    asked = any(call.get(name) is not None and call[name] is not False for name in _SPECIAL)
+    return asked or call.get("is_causal") is False
 
 
 def recognise(module: Any) -> Swap | str | None:
@@ -84,7 +90,7 @@ def _covered(attn: Any, x: Tensor, call: dict) -> bool:
         return False
     if not getattr(attn, "is_causal", True):
         return False
-    if any(call.get(name) is not None and call[name] is not False for name in SPECIAL):
+    if special(call):
         return False
     if x.dim() != 3 or not plain(x) or hasattr(past, "self_attention_cache"):
         return False

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from fastgpt import ops
 from fastgpt.families import plain
-from fastgpt.families.gpt2 import SPECIAL, key_mask
+from fastgpt.families.gpt2 import key_mask, special
 
 IMPLEMENTATION = "fastgpt"
 
@@ -44,8 +44,7 @@ def attention_function(
     queries, keys = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     covered, seen = key_mask(queries, keys, attention_mask, None)
-    special = any(kwargs.get(name) is not None and kwargs[name] is not False for name in SPECIAL)
-    if not (covered and causal and not special and key.shape == value.shape and plain(query, key, value)):
+    if not (covered and causal and not special(kwargs) and key.shape == value.shape and plain(query, key, value)):
         if attention_mask is not None and attention_mask.dim() == 2:  # sdpa's function asks for all four axes
             steps = torch.arange(keys, device=query.device)
             attention_mask = attention_mask[:, None, None] & (steps <= steps[keys - queries :, None])
