@@ -48,6 +48,7 @@ class Case:
     oracle: Callable[[Any], tuple]
     capture: bool = True  # as a CUDA graph, where the device has them
     memory: float = 0.0  # bytes that it takes, about, where that is much
+    peak: bool = True  # whether its peak memory is measured, which on a CPU takes longer than many small calls
     eager: str = EAGER  # the variant by whose error the others are judged; without it, fastgpt's is PyTorch's own
 
     @property

@@ -4,6 +4,7 @@ import torch
 
 from bench import cases, models
 from bench.cases import Case
+from bench.families import EAGER_ATTENTION
 from bench.generation import generation
 from bench.machine import Machine
 from bench.swap import swap
@@ -76,7 +77,7 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
         *generation(machine, 1, 32, 16, _124M, tier=1),
         *generation(machine, 1, 128, 1, _124M, tier=1),
         *swap(machine, 1, 256, {**_124M, "n_layer": 2, "vocab_size": 4096}, tier=1),
-        *_growth(machine, {**_124M, "n_layer": 2, "vocab_size": 4096}, (1, 2, 4, 8), (128, 256, 512, 1024), tier=2),
+        *_growth(machine, {**_124M, "n_layer": 2, "vocab_size": 4096}, (1, 2, 4), (128, 256, 512, 1024), tier=2),
         *halves,
         *(_larger(machine, B=dict.fromkeys(_LARGER, 1), T=256, tier=3) if machine.large else []),
     ]
@@ -85,7 +86,8 @@ def _on_a_cpu(machine: Machine) -> list[Case]:
 def _growth(machine: Machine, config: dict, batches: tuple, times: tuple, tier: int) -> list[Case]:
     """Training steps that show how time and memory grow with the batch and with T."""
     shapes = [(B, 256) for B in batches] + [(1, T) for T in times if T != 256]
-    return [case for B, T in shapes for case in models.train_step(machine, B, T, config, tier)]
+    only = (*models.LARGE, EAGER_ATTENTION)
+    return [case for B, T in shapes for case in models.train_step(machine, B, T, config, tier, only=only)]
 
 
 def _larger(machine: Machine, B: dict[str, int], T: int, tier: int) -> list[Case]:

@@ -24,6 +24,7 @@ from bench import account
 from fastgpt.kernels import (
     attention,
     attention_backward,
+    attention_tiles,
     cross_entropy,
     decode,
     embedding,
@@ -184,10 +185,11 @@ def launches(call: Callable[[], object], capability: int) -> list[Launch]:
         arguments = {name: named.pop(name) for name in kernel.arg_names}
         noted.append(Launch(kernel, arguments, named))
 
+    card = attention_tiles.Card(capability, SHARED_LIMIT[capability])
     with (
         mock.patch.object(JITFunction, "run", note),
-        mock.patch.object(attention, "_card", lambda tensor: attention.Card(capability, SHARED_LIMIT[capability])),
-        mock.patch.object(decode, "_card", lambda tensor: "any"),
+        mock.patch.object(attention_tiles, "card_of", lambda tensor: card),
+        mock.patch.object(decode, "card_of", lambda tensor: "any"),
         mock.patch.object(linear_gelu, "capability", lambda tensor: capability),
         mock.patch.object(linear_gelu, "multiprocessors", lambda tensor: 132),
         mock.patch.object(mlp, "multiprocessors", lambda tensor: 132),

@@ -76,7 +76,8 @@ def generation(
     numbers = dict(B=B, prompt=prompt, new=new, L=shape.n_layer, C=shape.n_embd)
     op = ("prefill" if new == 1 else "generate") + (f", {dtype}".replace("torch.", "") if dtype else "")
     memory = work.parameters(shape) * (machine.dtype.itemsize + max(8, machine.dtype.itemsize * len(variants)))
-    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False, memory=memory)]
+    options = dict(capture=False, memory=memory, peak=machine.kind != "cpu" or new == 1)
+    return [Case(op, numbers, tier, floor, problem, variants, oracle, **options)]
 
 
 def _ours(model: GPT, ids: Tensor, new: int) -> Subject:

@@ -127,7 +127,7 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         if verdict.reason:
             return Row(**facts, variant=name, status="WRONG", note=verdict.reason, error=verdict.error), None, None
         subject.run()
-        peak = machine.clock.peak_bytes(subject.run)
+        peak = machine.clock.peak_bytes(subject.run) if case.peak else None
         call, method = machine.clock.ready(subject.run, case.capture)
         row = Row(**facts, variant=name, status="ok", note=method, first_call=seconds, peak_bytes=peak)
         row.error = verdict.error if math.isfinite(verdict.error) else None

@@ -214,7 +214,7 @@ def train_step(
     if machine.kind != "cpu":  # whose matmuls take any width alike
         padded = -(-shape.vocab_size // 64) * 64
         variants[PADDED] = functools.partial(compiled, vocab_size=padded)
-    variants |= {name: functools.partial(theirs, name) for name in families.ALL}
+    variants |= {name: functools.partial(theirs, name) for name in (families.FAMILIES if autocast else families.ALL)}
     variants = {name: build for name, build in variants.items() if not only or name in only}
 
     def oracle(p, **changes):

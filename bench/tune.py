@@ -23,7 +23,7 @@ from bench.catalogue import catalogue
 from bench.check import judge
 from bench.machine import Machine
 from bench.timing import interleaved
-from fastgpt.kernels import attention, cross_entropy, decode, layernorm, linear_gelu, mlp
+from fastgpt.kernels import attention_tiles, cross_entropy, decode, layernorm, linear_gelu, mlp
 
 WORTH = 1.03  # a gain below 3 % is noise's
 
@@ -43,17 +43,17 @@ class Tunable(NamedTuple):
 
 
 def _attention(kind: str, op: str, blocks_m: tuple, blocks_n: tuple) -> Tunable:
-    original = attention._tiles
+    original = attention_tiles._tiles
 
     def patched(trial):
         def tiles(kernel, *arguments):
             found = original(kernel, *arguments)
             return found._replace(**trial) if kernel == kind else found
 
-        return mock.patch.object(attention, "_tiles", tiles)
+        return mock.patch.object(attention_tiles, "_tiles", tiles)
 
     def shipped(shape, machine):
-        card = attention._card(torch.empty(0, device=machine.device))
+        card = attention_tiles.card_of(torch.empty(0, device=machine.device))
         return original(kind, shape["D"], machine.dtype, card, False)._asdict()
 
     values = dict(block_m=blocks_m, block_n=blocks_n, num_warps=(4, 8), num_stages=(1, 2, 3, 4))

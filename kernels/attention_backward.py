@@ -27,11 +27,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import (
+from .attention import attention_fwd_outputs, unpack
+from .attention_tiles import (
     ATTENTION_SITE,
     LENGTHS,
     addressable,
-    attention_fwd_outputs,
     has_extras,
     head_of,
     load_rows,
@@ -44,7 +44,6 @@ from .attention import (
     spans,
     store_rows,
     strides,
-    unpack,
 )
 from .philox import keep_mask
 

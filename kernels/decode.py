@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import _card, addressable, head_of, load_rows, strides
+from .attention_tiles import addressable, card_of, head_of, load_rows, strides
 from .launch import accumulator, matmul_precision, statistics_dtype
 
 MAX_STEPS = 16  # new tokens at once
@@ -151,7 +151,7 @@ def decode_attention_fwd(
         return out.zero_()
     k_cache, v_cache = addressable(k_cache), addressable(v_cache)
     group = heads // key_heads
-    tiles = _tiles(group * steps, dim, q.dtype, slots, _card(q) is not None)
+    tiles = _tiles(group * steps, dim, q.dtype, slots, card_of(q) is not None)
     splits = triton.cdiv(slots, tiles.split)
     partial = torch.empty((batch, heads, steps, splits, dim), dtype=statistics_dtype(q), device=q.device)
     lse = torch.empty(partial.shape[:-1], dtype=partial.dtype, device=q.device)

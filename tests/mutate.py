@@ -28,7 +28,8 @@ class Mutant(NamedTuple):
     interpreted: bool = True  # whether that test runs Triton kernels in their interpreter, or is an ordinary one
 
 
-NORM, HEAD, LOSS, MLP = "kernels/layernorm.py", "kernels/attention.py", "kernels/cross_entropy.py", "kernels/mlp.py"
+NORM, LOSS, MLP = "kernels/layernorm.py", "kernels/cross_entropy.py", "kernels/mlp.py"
+HEAD, TILES = "kernels/attention.py", "kernels/attention_tiles.py"
 GELU, FUSED, EMBEDDING = "kernels/gelu.py", "kernels/linear_gelu.py", "kernels/embedding.py"
 BACK, DECODE = "kernels/attention_backward.py", "kernels/decode.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
@@ -57,18 +58,18 @@ GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
-FALLBACK = "test_reference.py::"
+FALLBACK, FALLBACK_MLP = "test_reference.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
 WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/checkpoint.py"
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
 CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
-GENERATION = "test_generation.py::"
+GENERATION, SAMPLED = "test_generation.py::", "test_sampling.py::"
 CACHED, DRAWN, STOPS = (
     GENERATION + "test_greedy_with_the_cache_is_greedy_without_it",
-    GENERATION + "test_draws_follow_the_softmax_with_its_filters",
-    GENERATION + "test_each_row_stops_by_itself",
+    SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
+    SAMPLED + "test_each_row_stops_by_itself",
 )
 DECODER, SAMPLING, BATCH = "fastgpt/decoder.py", "fastgpt/sampling.py", "fastgpt/batch.py"
 SPECULATIVE = "fastgpt/speculative.py"
@@ -109,9 +110,9 @@ MUTANTS = [
     Mutant("threshold itself dropped", "kernels/philox.py", "tl.int64) >= threshold", "tl.int64) > threshold", "test_layernorm.py::test_a_word_at_the_threshold_is_kept"),
     # attention
     Mutant("no scale", HEAD, "qk_scale=scale * math.log2(math.e)", "qk_scale=math.log2(math.e)", LENGTHS),
-    Mutant("a query does not see itself", HEAD, "seen = k <= q", "seen = k < q", LENGTHS),
-    Mutant("a query sees the next key", HEAD, "(first_query + (keys - queries) - first_key)", "(first_query + (keys - queries) - first_key + 1)", LENGTHS),
-    Mutant("causal aligned at the start", HEAD, "(first_query + (keys - queries) - first_key)", "(first_query - first_key)", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
+    Mutant("a query does not see itself", TILES, "seen = k <= q", "seen = k < q", LENGTHS),
+    Mutant("a query sees the next key", TILES, "(first_query + (keys - queries) - first_key)", "(first_query + (keys - queries) - first_key + 1)", LENGTHS),
+    Mutant("causal aligned at the start", TILES, "(first_query + (keys - queries) - first_key)", "(first_query - first_key)", "test_attention.py::test_fewer_queries_than_keys_sit_at_the_end"),
     Mutant("one tile too many unmasked", HEAD, "// BLOCK_N * BLOCK_N  # keys in whole tiles", "// BLOCK_N * BLOCK_N + BLOCK_N  # keys in whole tiles", RATIOS),
     Mutant("sum not rescaled", HEAD, "acc * rescale[:, None]", "acc", LENGTHS),
     Mutant("row sum not rescaled", HEAD, "l * rescale + ", "l + ", LENGTHS),
@@ -138,19 +139,19 @@ MUTANTS = [
     Mutant("dropout before the row sum", HEAD, "    l = l * rescale + tl.sum(p, axis=1)\n    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n", "    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n    l = l * rescale + tl.sum(p, axis=1)\n", ATTENTION_DROPS),
     Mutant("kept probabilities not scaled", HEAD, "o *= keep_scale", "o *= 1.0", ATTENTION_DROPS),
     Mutant("one mask for all heads", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, start, 0, ATTENTION_SITE", "test_attention_masks.py::test_the_same_seed_keeps_the_same_on_both_roads"),
-    Mutant("LayerNorm's site", HEAD, "ATTENTION_SITE = tl.constexpr(0)", "ATTENTION_SITE = tl.constexpr(1)", ATTENTION_DROPS),
+    Mutant("LayerNorm's site", TILES, "ATTENTION_SITE = tl.constexpr(0)", "ATTENTION_SITE = tl.constexpr(1)", ATTENTION_DROPS),
     Mutant("columns counted from the tile", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, 0, plane, ATTENTION_SITE", ATTENTION_DROPS),
-    Mutant("hidden keys seen", HEAD, "    if mask_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", KEY_MASK),
-    Mutant("hidden keys read", HEAD, "there = there & tl.load(mask_ptr + cols, there, False).to(tl.int1)", "there = there", "test_attention_masks.py::test_what_a_key_mask_hides_changes_no_bit"),
+    Mutant("hidden keys seen", TILES, "    if mask_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", KEY_MASK),
+    Mutant("hidden keys read", TILES, "there = there & tl.load(mask_ptr + cols, there, False).to(tl.int1)", "there = there", "test_attention_masks.py::test_what_a_key_mask_hides_changes_no_bit"),
     Mutant("rows that see nothing divided by zero", HEAD, "o = tl.where(l[:, None] == 0.0, 0.0, o)", "o = o", KEY_MASK),
     Mutant("no guard before the first key", HEAD, 'base = tl.where(m_new == float("-inf"), 0.0, m_new)', "base = m_new", KEY_MASK),
     Mutant("first row's key mask for all", HEAD, "mask_ptr += batch.to(tl.int64) * keys", "mask_ptr += 0", KEY_MASK),
-    Mutant("other documents seen", HEAD, "    if ids_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", DOCUMENTS),
-    Mutant("documents compared by the tile's lowest", HEAD, "(lowest <= ids) & (ids <= highest)", "(ids == lowest)", DOCUMENTS),
+    Mutant("other documents seen", TILES, "    if ids_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", DOCUMENTS),
+    Mutant("documents compared by the tile's lowest", TILES, "(lowest <= ids) & (ids <= highest)", "(ids == lowest)", DOCUMENTS),
     Mutant("span one tile short", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop - BLOCK_N)", DOCUMENTS),
     Mutant("foreign tiles walked over", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below = 0", SKIPS),
     Mutant("foreign tiles walked over in dkdv", BACK, "_, end = span_of(spans_ptr, batch, tile, tiles)", "end = queries", SKIPS),
-    Mutant("NaN of another document", HEAD, "there = there & (poison == 0.0)", "there = there", OTHERS),
+    Mutant("NaN of another document", TILES, "there = there & (poison == 0.0)", "there = there", OTHERS),
     Mutant("NaN of the own document hidden", HEAD, "s += poison[None, :]", "s += 0.0", "test_attention_masks.py::test_nan_in_the_own_document_is_heard"),
     Mutant("query heads dealt round", HEAD, "k_ptr = head_of(k_ptr, batch, head // group,", "k_ptr = head_of(k_ptr, batch, head % (heads // group),", GROUPS),
     Mutant("dk of the first head of a group", BACK, "range(group)", "range(1)", GROUPS),
@@ -176,9 +177,9 @@ MUTANTS = [
     Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
     Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # the fallback's head
-    Mutant("a second backward reads what the first wrote over", "fastgpt/mlp.py", "ctx.overwritten = True", "pass", FALLBACK + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
-    Mutant("the cube's factor without the other", "fastgpt/mlp.py", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK + "test_gelu_mlp_of_many_rows", False),
-    Mutant("a slope of three times too little", "fastgpt/mlp.py", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK + "test_gelu_mlp_of_many_rows", False),
+    Mutant("a second backward reads what the first wrote over", "fastgpt/mlp.py", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
+    Mutant("the cube's factor without the other", "fastgpt/mlp.py", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
+    Mutant("a slope of three times too little", "fastgpt/mlp.py", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
     Mutant("sums of a slice not rescaled", "fastgpt/logits.py", "self.total *= (self.top - top).exp_()", "pass", FALLBACK_LOSS, False),
     Mutant("targets of every slice", "fastgpt/logits.py", "torch.where(inside, (1 - smoothing) * self.grads, 0)", "((1 - smoothing) * self.grads)", FALLBACK_LOSS, False),
     Mutant("dweight of the last rows alone", "fastgpt/logits.py", "factor, first)", "factor, True)", FALLBACK_LOSS, False),
@@ -237,21 +238,21 @@ MUTANTS = [
     Mutant("the family's scale not read", "fastgpt/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
     Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", GENERATION + "test_a_model_of_another_form_is_refused", False),
     Mutant("modes not restored", DECODER, "module.training = training", "pass", GENERATION + "test_the_model_is_left_as_it_was", False),
-    Mutant("top_p one token short", SAMPLING, "F.pad(weights.cumsum(-1)[:, :-1], (1, 0))", "weights.cumsum(-1)", GENERATION + "test_top_p_ends_with_the_token_that_reaches_it", False),
-    Mutant("top_p's boundary", SAMPLING, "before >= self.top_p", "before > self.top_p", GENERATION + "test_top_p_ends_with_the_token_that_reaches_it", False),
+    Mutant("top_p one token short", SAMPLING, "F.pad(weights.cumsum(-1)[:, :-1], (1, 0))", "weights.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
+    Mutant("top_p's boundary", SAMPLING, "before >= self.top_p", "before > self.top_p", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
     Mutant("min_p of all, not of the likeliest", SAMPLING, "self.min_p * weights.amax(-1, keepdim=True)", "self.min_p", DRAWN, False),
     Mutant("temperature after the filters", SAMPLING, "keepdim=True)) / self.temperature", "keepdim=True))", DRAWN, False),
-    Mutant("a penalty that rewards", SAMPLING, "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", GENERATION + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
-    Mutant("new tokens not seen", BATCH, "self.seen.scatter_(1, ids, True)", "pass", GENERATION + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
-    Mutant("samples of another prompt", BATCH, "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", GENERATION + "test_samples_of_a_prompt_share_its_row", False),
+    Mutant("a penalty that rewards", SAMPLING, "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", SAMPLED + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
+    Mutant("new tokens not seen", BATCH, "self.seen.scatter_(1, ids, True)", "pass", SAMPLED + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
+    Mutant("samples of another prompt", BATCH, "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", SAMPLED + "test_samples_of_a_prompt_share_its_row", False),
     Mutant("a window of one token less", BATCH, "starts = (self.lengths - context)", "starts = (self.lengths - context + 1)", GENERATION + "test_slide_forgets_the_oldest", False),
     Mutant("a stop id ends all rows", "fastgpt/generation.py", "if all(row.reason is not None for row in rows):", "if any(row.reason is not None for row in rows):", STOPS, False),
     Mutant("a stop id ignored in one row", "fastgpt/generation.py", "if token in self.stops.ids:", "if token in self.stops.ids and self.prompt[0] != 7:", STOPS, False),
-    Mutant("a stop string shown in part", "fastgpt/generation.py", "held = 0 if final else", "held = 0 if True else", GENERATION + "test_stop_strings", False),
-    Mutant("half a character shown", "fastgpt/generation.py", "self._decoder.decode(data, final)", "data.decode(errors='replace')", GENERATION + "test_characters_are_streamed_whole", False),
-    Mutant("every proposal taken", SPECULATIVE, "(chance * q < p)", "(chance * q < p + 9)", GENERATION + "test_a_draft_gives_the_models_distribution", False),
-    Mutant("a rejected proposal drawn anew from p", SPECULATIVE, "left = (rest - guess).clamp(min=0)", "left = rest", GENERATION + "test_a_draft_gives_the_models_distribution", False),
-    Mutant("tokens after a rejection kept", SPECULATIVE, ".cumprod(dim=1)", "", GENERATION + "test_a_draft_changes_no_greedy_token", False),
+    Mutant("a stop string shown in part", "fastgpt/generation.py", "held = 0 if final else", "held = 0 if True else", SAMPLED + "test_stop_strings", False),
+    Mutant("half a character shown", "fastgpt/generation.py", "self._decoder.decode(data, final)", "data.decode(errors='replace')", SAMPLED + "test_characters_are_streamed_whole", False),
+    Mutant("every proposal taken", SPECULATIVE, "(chance * q < p)", "(chance * q < p + 9)", SAMPLED + "test_a_draft_gives_the_models_distribution", False),
+    Mutant("a rejected proposal drawn anew from p", SPECULATIVE, "left = (rest - guess).clamp(min=0)", "left = rest", SAMPLED + "test_a_draft_gives_the_models_distribution", False),
+    Mutant("tokens after a rejection kept", SPECULATIVE, ".cumprod(dim=1)", "", SAMPLED + "test_a_draft_changes_no_greedy_token", False),
     Mutant("tokens counted twice in eval", "fastgpt/evaluation.py", "begin + i + 1 >= counted", "begin + i + 1 >= 0", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     Mutant("an eval window that forgets a token", "fastgpt/evaluation.py", "begin = max(0, end - window - 1)", "begin = max(0, end - window)", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     # weights
@@ -299,8 +300,8 @@ MUTANTS = [
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/reference.py", "wide = wide - wide.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
     Mutant("a run that sets no seed", "fastgpt/train.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
-    Mutant("the next token is seen", HEAD, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
-    Mutant("offsets of 32 bits", HEAD, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),
+    Mutant("the next token is seen", TILES, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
+    Mutant("offsets of 32 bits", TILES, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),
     Mutant("an index that leaves its folder", "fastgpt/files.py", "if Path(part).name != part or", "if", "test_convert.py::test_an_index_never_leaves_its_folder", False),
     Mutant("an id past the vocabulary passes", "fastgpt/checks.py", "outside = (values < 0) | (values >= limit)", "outside = values < 0", "test_ops.py::test_a_bad_argument_is_named", False),
     Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),

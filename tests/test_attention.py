@@ -12,7 +12,7 @@ from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt.kernels import attention, launch
+from fastgpt.kernels import attention, attention_tiles, launch
 from tests.attention_oracle import check, operands, run
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -57,15 +57,15 @@ TILES = [(16, 16), (16, 64), (64, 16), (32, 32)]
 @pytest.mark.parametrize(("block_m", "block_n"), TILES)
 def test_every_ratio_of_tiles(block_m, block_n, device, monkeypatch):
     """How many tiles are masked, whole and skipped depends on it, in each of the three kernels."""
-    tiles = attention.Tiles(block_m, block_n, 4, 1)
-    monkeypatch.setattr(attention, "_tiles", lambda *args: tiles)
+    tiles = attention_tiles.Tiles(block_m, block_n, 4, 1)
+    monkeypatch.setattr(attention_tiles, "_tiles", lambda *args: tiles)
     for queries, keys in ((70, 70), (64, 64), (33, 90)):
         check(operands(1, 1, queries, keys, 16, torch.float32, device))
 
 
 def test_the_tiles_of_a_hopper_card(device, monkeypatch):
     """As shipped for capability 9.0, where other tests take small ones; with and without dropout and masks."""
-    monkeypatch.setattr(attention, "_card", lambda tensor: attention.Card(90, 232_448))
+    monkeypatch.setattr(attention_tiles, "card_of", lambda tensor: attention_tiles.Card(90, 232_448))
     tensors = operands(1, 1, 200, 200, 64, torch.float16, device)
     check(tensors)
     documents = torch.arange(200, device=device)[None] // 70
@@ -143,10 +143,10 @@ def test_a_strided_packed_projection(device):
 def test_rows_too_far_apart_for_an_offset_are_copied(device, monkeypatch):
     tensors = operands(1, 2, 21, 21, 16, torch.float32, device)
     expected = run(*tensors, backend="triton")
-    monkeypatch.setattr(attention, "MAX_ROW_STRIDE", 16)
-    assert attention.addressable(tensors[0]).data_ptr() == tensors[0].contiguous().data_ptr()
+    monkeypatch.setattr(attention_tiles, "MAX_ROW_STRIDE", 16)
+    assert attention_tiles.addressable(tensors[0]).data_ptr() == tensors[0].contiguous().data_ptr()
     far = [t.repeat_interleave(2, -1)[..., ::2] for t in tensors]
-    assert attention.addressable(far[0]).stride() == tensors[0].stride()
+    assert attention_tiles.addressable(far[0]).stride() == tensors[0].stride()
     assert all(torch.equal(a, b) for a, b in zip(run(*far, backend="triton"), expected, strict=True))
 
 
@@ -248,10 +248,10 @@ def test_tf32_only_where_the_user_allowed_it():
 
 def test_tf32_follows_torchs_setting(device):
     q = torch.zeros(1, 1, 2, 16, device=device)
-    assert attention.settings("fwd", q)["PRECISION"] == "ieee"
+    assert attention_tiles.settings("fwd", q)["PRECISION"] == "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        assert attention.settings("fwd", q)["PRECISION"] == "tf32"
+        assert attention_tiles.settings("fwd", q)["PRECISION"] == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -272,9 +272,9 @@ CARDS = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (12, 0): 101_376}  #
 def test_every_card_can_hold_its_tiles(kernel, capability):
     """What the tile's own operands take of shared memory, counted: a bound from below of what is compiled."""
     major, minor = capability
-    card = attention.Card(10 * major + minor, CARDS[capability])
+    card = attention_tiles.Card(10 * major + minor, CARDS[capability])
     for dim, dtype, extras in itertools.product((16, 64, 128, 256), DTYPES, (False, True)):
-        tiles = attention._tiles(kernel, dim, dtype, card, extras)
+        tiles = attention_tiles._tiles(kernel, dim, dtype, card, extras)
         rows = (tiles.block_m, tiles.block_n)
         assert all(n in (16, 32, 64, 128) for n in rows) and tiles.num_warps in (4, 8)
         held, read = rows if kernel != "dkdv" else rows[::-1]
@@ -286,8 +286,8 @@ def test_what_a_card_says_of_itself(monkeypatch):
     there = SimpleNamespace(is_cuda=True, device=torch.device("cuda"))
     told = dict(major=9, minor=0, shared_memory_per_block_optin=232_448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**told))
-    assert attention._card(there) == attention.Card(90, 232_448)
+    assert attention_tiles.card_of(there) == attention_tiles.Card(90, 232_448)
     del told["shared_memory_per_block_optin"]
-    assert attention._card(there) == attention.Card(90, 99 * 1024)
+    assert attention_tiles.card_of(there) == attention_tiles.Card(90, 99 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
     assert launch.capability(there) == 120 and launch.capability(torch.zeros(1)) is None

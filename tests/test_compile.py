@@ -71,7 +71,7 @@ def test_the_gate_sees_tf32_where_ieee_was_promised():
 def test_the_gate_sees_a_product_that_is_no_wgmma():
     """Tiles of 32 queries are too small for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate.attention, "_tiles", lambda *args: gate.attention.Tiles(32, 32, 4, 1))
+        patch.setattr(gate.attention_tiles, "_tiles", lambda *args: gate.attention_tiles.Tiles(32, 32, 4, 1))
         forward = gate.launches(lambda: gate._attention(64, torch.bfloat16), 90)[0]
     row = gate.measure("D 64 bfloat16", forward, 90)
     assert row.matrix == "mma.sync" and not row.passes

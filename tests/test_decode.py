@@ -123,7 +123,7 @@ def test_nothing_to_attend(shape, device):
 
 
 def test_the_shipped_tiles(device, monkeypatch):
-    monkeypatch.setattr(decode, "_card", lambda tensor: "any")
+    monkeypatch.setattr(decode, "card_of", lambda tensor: "any")
     for dtype in (torch.float32, torch.float16):
         check(operands([1, 300], 4, 2, 1, 300, 64, dtype, device))
 

@@ -11,7 +11,7 @@ from fastgpt import ops
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt.kernels import attention, decode
+from fastgpt.kernels import attention_tiles, decode
 from tests.attention_oracle import check, operands, run
 
 APART = 2**30  # elements: the third of them begins where a signed offset of 32 bits would wrap
@@ -82,7 +82,7 @@ def test_the_longest_context(extras, device, monkeypatch):
     """The last of 131072 tokens, and every gradient."""
     keys = 131072
     if device.type == "cpu":  # tiles that the interpreter can walk over
-        monkeypatch.setattr(attention, "_tiles", lambda *args: attention.Tiles(16, 4096, 4, 1))
+        monkeypatch.setattr(attention_tiles, "_tiles", lambda *args: attention_tiles.Tiles(16, 4096, 4, 1))
     options = dict(key_mask=torch.rand(1, keys, device=device) < 0.9, dropout_p=0.1, seed=3) if extras else {}
     check(operands(1, 1, 16, keys, 16, torch.float32, device), **options)
 
@@ -102,7 +102,7 @@ def test_decoding_at_the_end_of_the_longest_context(device, monkeypatch):
 def test_memory_grows_with_the_length_and_not_its_square(device, tmp_path, monkeypatch):
     """What PyTorch gives out for a step, masks and dropout on; scores of all pairs would make it four times as much."""
     if device.type == "cpu":
-        monkeypatch.setattr(attention, "_tiles", lambda *args: attention.Tiles(256, 256, 4, 1))
+        monkeypatch.setattr(attention_tiles, "_tiles", lambda *args: attention_tiles.Tiles(256, 256, 4, 1))
 
     def peak(time):
         tensors = operands(1, 1, time, time, 16, torch.float32, device)

@@ -8,7 +8,7 @@ from fastgpt.optimizer import TrainingStep, adamw
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt.kernels import attention, embedding
+from fastgpt.kernels import attention_tiles, embedding
 
 STEPS = 300
 
@@ -31,7 +31,7 @@ def test_three_hundred_steps_lose_the_same(device, monkeypatch):
     """Both add in float32 in another order, and training magnifies what that rounds away, about tenfold in a hundred
     steps here: the first losses agree to float32, the last to a part in ten thousand."""
     if device.type == "cpu":  # tiles that hold all of it, or the interpreter takes twice as long
-        monkeypatch.setattr(attention, "_tiles", lambda *args: attention.Tiles(32, 32, 4, 1))
+        monkeypatch.setattr(attention_tiles, "_tiles", lambda *args: attention_tiles.Tiles(32, 32, 4, 1))
         monkeypatch.setattr(embedding, "_chunk", lambda tensor: 32)
     kernels, fallback = losses("triton", device), losses("torch", device)
     assert fallback[-20:].mean() < 0.5 * fallback[0]  # it learned

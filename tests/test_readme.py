@@ -1,5 +1,7 @@
 """The README does what it says."""
 
+import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -9,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+import fastgpt
 from fastgpt import GPT, GPTConfig, cli, monitor
 from tests import models
 
@@ -66,6 +69,24 @@ def test_the_snippet_about_text_runs(capsys):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=32))
     exec(compile(snippet, "README.md", "exec"), {"model": model, "idx": torch.arange(8).view(2, 4)})
     assert "['length', 'length', 'length', 'length']" in capsys.readouterr().out
+
+
+def test_what_is_public_is_there_and_documented():
+    (listing,) = re.findall(r"## What is public\n.*?```\n(.*?)```", README, re.DOTALL)
+    names: dict[str, list[str]] = {}
+    for line in listing.splitlines():
+        first, *others = line.split()
+        if line.startswith("fastgpt"):
+            module, names[first] = first, others
+        else:
+            names[module] += [first, *others]
+    assert sorted(names.pop("fastgpt")) == sorted(fastgpt.__all__)
+    names.pop("fastgpt.families.huggingface")
+    for module, public in names.items():
+        if module == "fastgpt.sanitizer" and fastgpt.ops.autograd is None:
+            continue  # it is Triton's interpreter
+        for name in public:
+            assert inspect.getdoc(getattr(importlib.import_module(module), name)), f"{module}.{name}"
 
 
 def test_the_map_names_every_file():
