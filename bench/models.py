@@ -147,9 +147,9 @@ def step(model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def run():
-        optimizer.zero_grad(set_to_none=True)
         loss(model, p.idx, p.targets).backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # after it, or a step's peak would be counted from its gradients on
 
     def results():
         optimizer.zero_grad(set_to_none=True)

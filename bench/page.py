@@ -88,7 +88,7 @@ def _summary(report) -> str:
         cells = [escape(case), duration(ours.median), f"{ours.share:.0%}"]
         if best:
             ratio = best.median / ours.median
-            kind = "win" if ratio >= 1 else "loss"
+            kind = "win" if ratio > 1 + report.slack else "loss" if ratio < 1 - report.slack else "dim"
             bar = f"<span class='bar {kind}' style='width:{min(ratio, 4) * 2.5:.2f}rem'></span>"
             cells += [escape(best.variant), duration(best.median), f"{ratio:.2f} {bar}"]
         rows.append((*cells, *[""] * (6 - len(cells))))

@@ -10,7 +10,6 @@ everything of a case happens inside `clock.session()`.
 
 import contextlib
 import gc
-import itertools
 import json
 import statistics
 import tempfile
@@ -48,7 +47,9 @@ class HostClock:
         return time.perf_counter() - start
 
     def peak_bytes(self, call: Call) -> int:
-        """The most bytes that PyTorch's allocator had given out at once beyond what it had before the call."""
+        """The most bytes at once of what PyTorch's allocator gave out during the call. What it was given before and is
+        freed meanwhile counts nothing: the profiler tells of some such blocks, those that an earlier one saw, and not
+        of others."""
         gc.collect()  # an earlier call's garbage, freed during this one, would count against it
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             result = call()
@@ -57,8 +58,17 @@ class HostClock:
             profile.export_chrome_trace(str(trace))
             events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
         del result
-        changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
-        return max(itertools.accumulate(changes), default=0)
+        held: dict[int, int] = {}
+        total = peak = 0
+        for event in sorted(events, key=lambda event: event["ts"]):
+            address, size = event["args"]["Addr"], event["args"]["Bytes"]
+            if size > 0:
+                held[address] = size
+                total += size
+                peak = max(peak, total)
+            else:
+                total -= held.pop(address, 0)
+        return peak
 
 
 class DeviceClock:

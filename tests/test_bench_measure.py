@@ -298,6 +298,15 @@ def test_peak_memory_on_a_cpu():
 
     assert clock.peak_bytes(call) == pytest.approx(2 * 2**20, rel=1e-3)
 
+    kept = [torch.ones(2**18)]
+
+    def replaces():
+        kept.clear()
+        kept.append(torch.ones(2**18) + 1)
+
+    for _ in range(3):  # the first frees a block that no profile has seen, the others one that the last has
+        assert clock.peak_bytes(replaces) == pytest.approx(2 * 2**20, rel=1e-3)
+
 
 def test_a_sample_takes_as_long_as_its_call():
     assert 0.01 <= HostClock(2**10).sample(lambda: time.sleep(0.01)) < 1

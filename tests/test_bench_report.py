@@ -79,7 +79,7 @@ def test_all_that_it_writes(tmp_path):
     assert set(table[0]) == {field.name for field in dataclasses.fields(Row)}
     text = (tmp_path / "report.md").read_text()
     assert "| attention fwd T 64 | SDPA cuDNN | skipped | not \\| here | | | | |" in text
-    assert "| attention fwd T 64 | PyTorch eager | 0.50 | without a GPU fastgpt runs PyTorch's own operators" in text
+    assert "| attention fwd T 64 | PyTorch eager | 0.50 | nothing: without a GPU fastgpt is PyTorch's own" in text
     for plot in ("bars.png", "sweep.png", "roofline.png", "memory.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in text
 
@@ -144,6 +144,13 @@ def test_where_a_steps_time_goes_and_how_its_memory_grows(tmp_path):
     assert lines == {SUBJECT: ([128, 256, 512], [128, 256, 512]), "Hugging Face": ([128, 256, 512], [384, 768, 1536])}
     (tmp_path / "profile.json").write_text(json.dumps({**profile, "machine": {**MACHINE, "commit": "another"}}))
     assert report.Report.of(folder).profile is None
+
+
+def test_what_is_done_where_another_is_faster():
+    assert "measured to win" in report.dispatch("gelu_mlp fwd", "cuda")
+    assert "asks for SDPA" in report.dispatch("attention bwd", "cuda")
+    assert "a tenth of the logits" in report.dispatch("linear_cross_entropy", "cpu")
+    assert report.dispatch("block fwd+bwd", "cuda") == "nothing of its own yet"
 
 
 def test_a_grid_shows_its_panels_and_no_empty_ones():
