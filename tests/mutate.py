@@ -297,6 +297,11 @@ MUTANTS = [
     Mutant("the same dropout in every process", "fastgpt/run.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
     Mutant("accumulation adds up", "fastgpt/step.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
     Mutant("a cut between a space and its word", "fastgpt/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
+    Mutant("a call that looks ahead is not heard", GPT2, 'return asked or call.get("is_causal") is False', "return asked", "test_families_huggingface.py::test_a_call_of_attention_that_asks_for_more_is_left_to_itself", False),
+    Mutant("the last steps of a GPU are not read", "fastgpt/generation.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", GENERATION + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
+    Mutant("a GPU's generator is not put back", "fastgpt/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_resume.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
+    Mutant("every process takes the GPU of its rank", "fastgpt/distributed.py", "os.environ['LOCAL_RANK']", "os.environ['RANK']", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
+    Mutant("compiled before it is sharded", "fastgpt/run.py", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/reference.py", "wide = wide - wide.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
     Mutant("a run that sets no seed", "fastgpt/train.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
