@@ -129,7 +129,10 @@ def _on_a_gpu(machine: Machine, module: str, package: str) -> Any:
         raise Unavailable(f"{package} is not installed")
     if machine.kind == "cpu":
         raise Unavailable(f"{package} has no kernels for a CPU")
-    return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:  # built for another PyTorch, as often as not
+        raise Unavailable(f"{package} can't be imported: {error}") from error
 
 
 def torch_linear_cross_entropy() -> Callable:

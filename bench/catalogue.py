@@ -42,7 +42,7 @@ def _on_a_gpu(machine: Machine) -> list[Case]:
         *generation(machine, 8, 512, 1, _124M, tier=2),
         *swap(machine, 8, 1024, _124M, tier=2),
         *cases.add_layer_norm(machine, M, 1600, tier=3),
-        *_growth(machine, {**_124M, "block_size": 4096}, (1, 4, 16, 64), (512, 1024, 2048, 4096), tier=3),
+        *_growth(machine, {**_124M, "block_size": 2048}, (1, 4, 16, 64), (512, 1024, 2048), tier=3),
         *_larger(machine, B={"gpt2-355M": 16, "gpt2-774M": 8, "gpt2-1558M": 4}, T=1024, tier=3),
     ]
     for T in (4096, 16384, 512, 2048, 8192):

@@ -42,6 +42,8 @@ def changes(before: Report, now: Report) -> list[Change]:
         if new is None or not _timed(old.get(SUBJECT)):
             continue
         both = [name for name, row in old.items() if row.rival and _timed(row) and _timed(new.get(name))]
+        if SUBJECT in new and new[SUBJECT].status == "skipped":  # for want of memory, say
+            continue
         if not _timed(new.get(SUBJECT)):
             found.append(Change(case, 1.0, 0.0, 0.0))
         elif both:
@@ -77,31 +79,37 @@ def table(found: list[Change]) -> str:
     return "\n".join([*lines, f"{len(found)} cases compared: {len(lines)} fell back, {better} got ahead"])
 
 
+def _lines(runs: list[dict[str, dict[str, Row]]]) -> dict[str, list[float]]:
+    """Where each case stood in every run: of cases, and against rivals, that all of the runs timed."""
+    found = {}
+    for case in runs[0]:
+        variants = [run.get(case, {}) for run in runs]
+        rivals = [name for name, row in variants[0].items() if row.rival and all(_timed(v.get(name)) for v in variants)]
+        if rivals and all(_timed(each.get(SUBJECT)) for each in variants):
+            found[case] = [_standing(each, rivals) for each in variants]
+    return found
+
+
 def plot(past: dict[str, list[tuple[str, Report]]]):
     """A figure: where fastgpt stood in each run of each device, a thin line a case, a thick one for their mean, and red
     where a case fell back."""
     from matplotlib.figure import Figure  # which only this needs
 
     figure = Figure(figsize=(7 * len(past), 4.6), layout="constrained")
-    figure.suptitle("Rivals' time over fastgpt's, their geometric mean within a run; higher is better", fontsize=12)
+    title = "Rivals' time over fastgpt's, of the cases and rivals that all runs timed; higher is better"
+    figure.suptitle(title, fontsize=12)
     panels = figure.subplots(1, len(past), squeeze=False).flat
     for axis, (device, each) in zip(panels, past.items(), strict=True):
-        lines: dict[str, dict[int, float]] = {}
-        for place, (_, report) in enumerate(each):
-            for case, variants in report.by_case().items():
-                rivals = [name for name, row in variants.items() if row.rival and _timed(row)]
-                if rivals and _timed(variants.get(SUBJECT)):
-                    lines.setdefault(case, {})[place] = _standing(variants, rivals)
+        lines = _lines([report.by_case() for _, report in each])
         for points in lines.values():
-            axis.plot(points.keys(), points.values(), color="#aab7b8", lw=0.8, marker=".", ms=4)
+            axis.plot(range(len(each)), points, color="#aab7b8", lw=0.8, marker=".", ms=4)
         for place in range(1, len(each)):
             for change in changes(each[place - 1][1], each[place][1]):
-                if change.fell_back and change.now:
+                if change.fell_back and change.case in lines:
                     axis.plot(place, lines[change.case][place], "o", color="#c0392b", ms=6)
                     axis.annotate(change.case, (place, lines[change.case][place]), fontsize=7, color="#c0392b")
-        columns = [[points[place] for points in lines.values() if place in points] for place in range(len(each))]
-        means = [math.exp(sum(map(math.log, column)) / len(column)) if column else math.nan for column in columns]
-        axis.plot(range(len(each)), means, color="black", lw=2, marker="o", ms=5, label="all cases")
+        means = [math.exp(sum(map(math.log, column)) / len(column)) for column in zip(*lines.values(), strict=True)]
+        axis.plot(range(len(means)), means, color="black", lw=2, marker="o", ms=5, label="all of them")
         axis.axhline(1, color="black", ls="--", lw=0.8)
         axis.set_yscale("log", base=2)
         axis.yaxis.set_major_formatter("{x:g}")

@@ -67,11 +67,9 @@ class Machine:
         return self.clock.cuda
 
     @property
-    def memory_bytes(self) -> int:
-        """What tensors have room in."""
-        if self.kind == "cuda":
-            return self.cuda.get_device_properties(0).total_memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    def memory_bytes(self) -> int | None:
+        """What tensors have room in; None if nobody says."""
+        return self.cuda.mem_get_info()[0] if self.kind == "cuda" else memory.physical_bytes()
 
     @property
     def slug(self) -> str:

@@ -75,7 +75,6 @@ def measure(case: Case, machine: Machine, roofs: dict[str, float]) -> tuple[list
 
 def _measure(case, machine, roofs):
     rates = roofs["flops_a_second"], roofs["bytes_a_second"]
-    there = machine.memory_bytes
     facts = dict(
         case=case.name,
         op=case.op,
@@ -86,7 +85,8 @@ def _measure(case, machine, roofs):
         floor=case.work.floor(*rates),
         bound=case.work.bound(*rates),
     )
-    if case.memory > there:
+    there = machine.memory_bytes
+    if there is not None and case.memory > there:
         note = f"it takes about {case.memory / 2**30:.0f} GiB, this machine has {there / 2**30:.0f}"
         return [Row(**facts, variant=name, status="skipped", note=note) for name in case.variants], {}
     problem = case.problem()
@@ -134,6 +134,9 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         return row, call, results[0]
     except Unavailable as reason:
         return Row(**facts, variant=name, status="skipped", note=str(reason)), None, None
+    except torch.OutOfMemoryError as error:
+        status = "FAILED" if name == SUBJECT else "skipped"  # what another takes is its own affair
+        return Row(**facts, variant=name, status=status, note=f"out of memory: {str(error)[:200]}"), None, None
     except Exception as error:  # one variant's failure must not cost the others their time
         message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         if "CUDA error" in str(error):

@@ -36,7 +36,6 @@ th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child, .lef
 .left { white-space: normal; }
 .win { color: var(--win); } .loss { color: var(--ours); }
 .bar { display: inline-block; height: .7em; background: currentColor; border-radius: 2px; vertical-align: middle; }
-tr.ours td { font-weight: 600; }
 figure { margin: 1.4rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
 summary { cursor: pointer; padding: .3rem 0; font-weight: 600; }
 """

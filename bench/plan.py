@@ -8,6 +8,7 @@ counted in bytes over the slower of two links. Nothing here was measured on many
 """
 
 import argparse
+import dataclasses
 from typing import NamedTuple
 
 from bench import work
@@ -16,7 +17,7 @@ from bench.report import RESULTS, Report, runs
 from bench.work import CARDS, Card, Line
 from fastgpt.model import PRESETS, GPTConfig
 
-BUCKET = 25 * 2**20  # bytes: the last of DDP's buckets, which no backward hides
+BUCKET = 25 * 2**20  # bytes: of DDP's gradients that go together
 
 
 class Cluster(NamedTuple):
@@ -59,26 +60,30 @@ class Plan(NamedTuple):
 def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, fsdp: bool, weights: int = 4) -> Plan:
     """batch: rows a device. weights: bytes of a weight, its gradient and each moment; activations are of 2 if that is 4
     on a GPU, for autocast makes them so."""
-    lines = work.train_step(config, batch, time, 2, adamw_bytes=7 * weights)
+    e = min(weights, 2)
+    lines = work.train_step(config, batch, time, e, adamw_bytes=7 * weights, gradient_bytes=weights)
     optimizer = sum(_seconds(line, card) for line in lines if _in_the_optimizer(line))
     compute = [line for line in lines if not _in_the_optimizer(line)]
-    forward = sum(_forward_share(line) * _seconds(line, card) for line in compute)
-    backward = sum(_seconds(line, card) for line in compute) - forward
+    parameters, n = work.parameters(config), cluster.gpus
+    cast = parameters * (weights + e) / card.bytes if e != weights else 0.0  # of weights, then of their gradients
+    forward = cast + sum(_forward_share(line) * _seconds(line, card) for line in compute)
+    again = sum(_seconds(line, card) * _forward_share(line) for line in compute if _computed_again(line, config))
+    backward = cast + again + sum((1 - _forward_share(line)) * _seconds(line, card) for line in compute)
     matmuls = sum(_seconds(line, card) for line in compute if line.kind == "matmul")
-    parameters = work.parameters(config)
-    all_weights, n = parameters * weights, cluster.gpus
-    if fsdp:  # gathered once, before the forward that hides all but the first layer; scattered while the backward runs
-        gather, scatter = cluster.collective(all_weights), cluster.collective(all_weights)
-        first = gather / config.n_layer
-        exposed = first + max(0.0, gather - first - forward) + max(0.0, scatter - backward)
-        sent, optimizer = gather + scatter, optimizer / n
-    else:
-        sent = 2 * cluster.collective(all_weights)
-        last = 2 * cluster.collective(min(BUCKET, all_weights))
-        exposed = last + max(0.0, sent - last - backward)
-    memory = step_memory(config, batch, time, weights, 2 if weights == 4 else weights, n if fsdp else 1)
-    share = matmuls / (forward + backward)
-    return Plan(forward, backward, optimizer, exposed, sent, memory, share, batch * time * n)
+    everything = cluster.collective(parameters * weights)
+    root = (config.vocab_size + config.block_size + 2) * config.n_embd * weights  # embeddings and the last norm
+    if fsdp:  # its root and the first block are gathered before anything runs, the root's gradient is the last
+        last = cluster.collective(root)
+        first = cluster.collective(root + (parameters * weights - root) / config.n_layer)
+        exposed = first + max(0.0, everything - first - forward) + last + max(0.0, everything - last - backward)
+        optimizer /= n
+    else:  # the embedding's gradient is the last, and no bucket is smaller than a gradient
+        last = 2 * cluster.collective(max(BUCKET, root))
+        exposed = last + max(0.0, 2 * everything - last - backward)
+    memory = step_memory(config, batch, time, weights, e, n, fsdp)
+    return Plan(
+        forward, backward, optimizer, exposed, 2 * everything, memory, matmuls / (forward + backward), batch * time * n
+    )
 
 
 def _seconds(line: Line, card: Card) -> float:
@@ -86,7 +91,7 @@ def _seconds(line: Line, card: Card) -> float:
 
 
 def _in_the_optimizer(line: Line) -> bool:
-    return line.part in ("AdamW", "gradient norm and clip")
+    return line.part in ("AdamW", "gradient norm")
 
 
 def _forward_share(line: Line) -> float:
@@ -96,24 +101,43 @@ def _forward_share(line: Line) -> float:
     return 0.0 if "backward" in line.part or "bias gradient" in line.part else 1.0
 
 
-def step_memory(config: GPTConfig, batch: int, time: int, weights: int, e: int, shards: int = 1) -> float:
-    """Bytes at a step's peak, weights, gradients and both moments included. weights: bytes of each of those numbers; e:
-    of an activation's. shards: devices that share them, each of which holds all weights while it computes."""
+def _computed_again(line: Line, config: GPTConfig) -> bool:
+    """Whether activation checkpointing makes the backward do a line's forward once more."""
+    in_a_block = line.times % config.n_layer == 0 and "head" not in line.part and "first LayerNorm" not in line.part
+    kind = config.activation_checkpointing
+    return (kind == "block" and in_a_block) or (kind == "mlp" and line.part == "bias + GELU, forward")
+
+
+def step_memory(
+    config: GPTConfig, batch: int, time: int, weights: int, e: int, gpus: int = 1, fsdp: bool = False
+) -> float:
+    """Bytes at a step's peak on one of so many devices, weights, gradients and both moments included. weights: bytes of
+    each of those numbers; e: of an activation's."""
     kept = work.parameters(config) * weights
-    held = 3 * kept / shards + (kept if shards > 1 else 0)  # weights and two moments; FSDP2's gathered weights
-    held += work.parameters(config) * e if e != weights else 0  # autocast's copy
-    return held + call_memory(config, batch, time, weights, e, shards)
+    held = 3 * kept  # weights and two moments
+    if e != weights:
+        held += work.parameters(config) * e  # autocast's copy
+    if fsdp and gpus > 1:
+        held += kept - 3 * kept * (1 - 1 / gpus)  # a share of each, and all weights while they are computed with
+        return held + call_memory(config, batch, time, weights, e, kept / gpus)
+    if gpus > 1:  # DDP's buckets are the gradients, and stay
+        return held + kept + call_memory(config, batch, time, weights, e, 0.0)
+    return held + call_memory(config, batch, time, weights, e)
 
 
-def call_memory(config: GPTConfig, batch: int, time: int, weights: int, e: int, shards: int = 1) -> float:
-    """Bytes at the peak of a step beyond weights and moments: after the forward, or once all gradients are there."""
+def call_memory(
+    config: GPTConfig, batch: int, time: int, weights: int, e: int, gradients: float | None = None
+) -> float:
+    """Bytes at the peak of a step beyond what it had before: after the forward, or once all gradients are there.
+    gradients: bytes that these take then; if None those of all parameters."""
     rows, V, C = batch * time, config.vocab_size, config.n_embd
+    gradients = work.parameters(config) * weights if gradients is None else gradients
     activations = work.kept_activations(config, rows, e)
     head = V * C * weights  # its gradient, which the forward makes; a tied embedding adds one more of this size
     widest = rows * (config.n_inner or 4 * C) * e  # of the gradients inside a layer
-    after_forward = activations + head + widest
-    after_backward = work.parameters(config) * weights / shards + widest + (head if config.tie else 0)
-    return max(after_forward, after_backward)
+    if config.activation_checkpointing == "block":  # one block is whole again
+        widest += work.kept_activations(dataclasses.replace(config, n_layer=1, activation_checkpointing="off"), rows, e)
+    return max(activations + head, gradients + (head if config.tie else 0)) + widest
 
 
 class Checked(NamedTuple):
@@ -151,7 +175,7 @@ def _checked(name: str, report: Report) -> list[Checked]:
             continue
         config = _config(row.shape)
         lines = work.train_step(config, row.shape["B"], row.shape["T"], e, adamw_bytes=7 * e)
-        floor = sum(_seconds(line, card) for line in lines if line.part != "gradient norm and clip")  # it does not clip
+        floor = sum(_seconds(line, card) for line in lines if line.part != "gradient norm")  # it does not clip
         memory = call_memory(config, row.shape["B"], row.shape["T"], e, e)
         found.append(Checked(name, row.case, floor, row.median, memory, row.peak_bytes))
     return found
@@ -226,17 +250,18 @@ def table(
         lines.append(f"{label:24}{cell(plans['DDP']):>12}{cell(plans['FSDP2']):>12}")
     if any(each.memory > memory for each in plans.values()):
         lines.append(f"! more than a device's {memory / 1e9:.0f} GB")
-    sent = 4 * work.parameters(config) / 1e9
+    size = 4 * work.parameters(config) / 1e9
     links = f"{cluster.nvlink / 1e9:.0f} GB/s inside a node of {cluster.per_node}, {cluster.network / 1e9:.0f} GB/s"
     assumptions = (
         f"each kernel at its floor on {card.label};",
         "  no gap between kernels, no data to wait for",
         "float32 weights, gradients and moments; products and activations in bfloat16, and a copy of the weights in it",
-        f"{sent:.2f} GB of float32 gradients (and, by FSDP2, weights) sent a step, (n - 1) / n of them past each GPU,",
-        f"  over {links} a GPU between nodes, {cluster.reached:.0%} of it reached",
-        f"DDP: the all-reduce runs beside the backward but for its last {BUCKET / 2**20:.0f} MiB",
-        "FSDP2: gathered once a step, for fastgpt keeps it until the backward, beside the forward but for the first",
-        "  layer; scattered beside the backward",
+        f"two passes of {size:.2f} GB a step, (n - 1) / n of each past every GPU's link (DDP: reduce-scatter and",
+        f"  all-gather of gradients; FSDP2: all-gather of weights, reduce-scatter of gradients), over {links}",
+        f"  a GPU between nodes, {cluster.reached:.0%} of it reached",
+        "DDP: beside the backward but for the embeddings' gradient, which is the last; its buckets stay in memory",
+        "FSDP2: gathered once a step, for fastgpt keeps it until the backward, beside the forward but for embeddings",
+        "  and first layer; scattered beside the backward but for the embeddings",
         f"activations with activation_checkpointing={config.activation_checkpointing!r}",
         "fragmentation and the memory of CUDA and NCCL are not counted",
     )

@@ -2,11 +2,14 @@
 step's time goes."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image  # matplotlib brings it
@@ -15,7 +18,7 @@ from bench.cases import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Row
 
 _COLOURS = {SUBJECT: "#c0392b", EAGER: "#7f8c8d", COMPILED: "#2e86c1", "its matmuls alone": "#d5d8dc"}
-_OTHERS = ("#27ae60", "#8e44ad", "#d68910", "#16a085", "#5d6d7e", "#af7ac5", "#a04000")
+_OTHERS = tuple(to_hex(colour) for colour in colormaps["tab20"].colors)
 
 
 def draw(report, folder: Path) -> list[str]:
@@ -218,11 +221,11 @@ def _growth(cases, colour, machine) -> Figure | None:
     for axis, ((over, _, rest), lines) in zip(
         figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps.items(), strict=True
     ):
-        for variant, points in lines.items():
+        for marker, (variant, points) in zip(itertools.cycle("osD^vP*X"), lines.items()):
             places = sorted(points)
-            style = dict(lw=2.2, zorder=3) if variant == SUBJECT else dict(lw=1.2)
+            style = dict(marker=marker, lw=2.2, zorder=3) if variant == SUBJECT else dict(marker=marker, lw=1.2)
             values = [points[place] / 2**20 for place in places]
-            axis.plot(places, values, marker="o", ms=4, color=colour[variant], label=variant, **style)
+            axis.plot(places, values, ms=5, color=colour[variant], label=variant, **style)
         axis.set(xlabel=f"{over} (with {', '.join(f'{k} {v}' for k, v in rest)})", ylabel="MiB", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

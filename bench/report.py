@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from bench.cases import SUBJECT
+from bench.cases import COMPILED, SUBJECT
 from bench.measure import Folder, Row, noise
 from bench.page import page
 from bench.units import duration, size
@@ -132,7 +132,7 @@ class Report:
     def losses(self) -> list[tuple[str, Row, Row, str]]:
         """Where another was faster by more than noise: the case, both rows, and what the dispatch does about it."""
         return [
-            (case, ours, best, dispatch(ours.op, self.machine["kind"]))
+            (case, ours, best, dispatch(ours.op, best.variant, self.machine["kind"]))
             for case, ours, best in self.against_the_best()
             if ours.median and best is not None and best.median < ours.median * (1 - self.slack)
         ]
@@ -175,31 +175,34 @@ class Report:
         return "\n".join(lines)
 
 
-# What fastgpt.ops does where its road is not the fastest one: by the beginning of an operation's name, on a GPU and
-# elsewhere, where it is its fallback.
+# What is done where another is faster: by the beginnings of the operation's name and of the other's, on a GPU and
+# elsewhere, where fastgpt is its fallback. The first that fits.
 _BY_CUBLAS = "cuBLAS and an elementwise kernel, unless linear_gelu.py lists the shape as measured to win"
+_GELU = "GPT-2's GELU by tanh, which a CPU computes slower than nanoGPT's exact one"
 _ON_A_GPU = {
-    "gelu_mlp": _BY_CUBLAS,
-    "linear + GELU": _BY_CUBLAS,
-    "dgrad + dGELU": _BY_CUBLAS,
-    "attention": "nothing yet: the kernel runs wherever it can serve; backend='torch' asks for SDPA",
-    "decode": "nothing yet: backend='torch' asks for SDPA",
-    "": "nothing of its own yet",
+    ("gelu_mlp", ""): _BY_CUBLAS,
+    ("linear + GELU", ""): _BY_CUBLAS,
+    ("dgrad + dGELU", ""): _BY_CUBLAS,
+    ("attention", ""): "nothing yet: the kernel runs wherever it can serve; backend='torch' asks for SDPA",
+    ("decode", ""): "nothing yet: backend='torch' asks for SDPA",
+    ("", ""): "nothing of its own yet",
 }
 _ELSEWHERE = {
-    "add_layer_norm fwd": "a pass more over each row keeps the digits of rows far from zero",
-    "gelu_mlp bwd": "it writes over what was saved; a backward that is repeated, as here, computes it again",
-    "linear_cross_entropy": "it holds a tenth of the logits, where the faster ones hold all of them",
-    "training step": "a tenth of the logits at once; GPT-2's tanh GELU, which a CPU computes slower than nanoGPT's own",
-    "prefill": "GPT-2's tanh GELU, which a CPU computes slower than nanoGPT's own",
-    "": "nothing: without a GPU fastgpt is PyTorch's own operators",
+    ("add_layer_norm fwd", ""): "a pass more over each row keeps the digits of rows far from zero",
+    ("gelu_mlp bwd", ""): "it writes over what was saved; a backward that is repeated, as here, computes it again",
+    ("linear_cross_entropy", COMPILED): "it holds a tenth of the logits, this one all of them",
+    ("linear_cross_entropy", "all logits"): "it holds a tenth of the logits, this one all of them",
+    ("training step", "nanoGPT"): f"it holds a tenth of the logits; {_GELU}",
+    ("training step", ""): "it holds a tenth of the logits; the rest is PyTorch's own operators",
+    ("prefill", "nanoGPT"): _GELU,
+    ("", ""): "nothing: without a GPU fastgpt is PyTorch's own operators",
 }
 
 
-def dispatch(op: str, kind: str) -> str:
-    """What is done where another is faster."""
+def dispatch(op: str, other: str, kind: str) -> str:
+    """What is done where the variant `other` is faster."""
     said = _ON_A_GPU if kind == "cuda" else _ELSEWHERE
-    return next(text for beginning, text in said.items() if op.startswith(beginning))
+    return next(text for (an_op, another), text in said.items() if op.startswith(an_op) and other.startswith(another))
 
 
 def _cell(text: str) -> str:
@@ -230,7 +233,8 @@ def readme_block(results: Path = RESULTS) -> str:
     for file, report in found:
         place = file.parent.relative_to(results.parent.parent).as_posix()
         lines += [report.conditions(), "", report.summary(most=3), ""]
-        lines += [f"All rows, and plots: [{place}]({place}/report.md), and the same as one page, report.html.", ""]
+        page_too = ", and the same as one page, report.html" if (file.parent / "report.html").exists() else ""
+        lines += [f"All rows, and plots: [{place}]({place}/report.md){page_too}.", ""]
         if (file.parent / "bars.png").exists():
             lines += [f"![fastgpt and what else could be run]({place}/bars.png)", ""]
     return "\n".join([*lines, END])

@@ -35,11 +35,11 @@ def _of(machine: Machine, name: str, B: int, T: int, config: dict, tier: int) ->
         def run():
             return call(model, p.idx)
 
-        return Subject(run, lambda: (run()[:2, -1],))
+        return Subject(run, lambda: (run()[: p.checked, -1],))
 
     def last_logits(p):
         with torch.no_grad():
-            return (oracle(p)(p.idx[:2])[:, -1],)
+            return (oracle(p)(p.idx[: p.checked])[:, -1],)
 
     def loss_and_gradients(p):
         return step(oracle(p), own_loss, p).results()

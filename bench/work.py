@@ -145,8 +145,16 @@ def kept_activations(config: GPTConfig, rows: int, e: int) -> int:
     return config.n_layer * wide * rows * e
 
 
-def train_step(config: GPTConfig, batch: int, time: int, e: int = 2, adamw_bytes: int = ADAMW_BYTES["bf16"]) -> list:
-    """What one training step launches, in Lines: activations, weights and their gradients of `e` bytes, no dropout."""
+def train_step(
+    config: GPTConfig,
+    batch: int,
+    time: int,
+    e: int = 2,
+    adamw_bytes: int = ADAMW_BYTES["bf16"],
+    gradient_bytes: int | None = None,
+) -> list[Line]:
+    """What one training step launches, in Lines: activations, weights and their gradients of `e` bytes, no dropout.
+    gradient_bytes: of a gradient that the norm reads, `e` if None; clipping is a factor of AdamW's own pass."""
     B, T, C, H, L = batch, time, config.n_embd, config.n_head, config.n_layer
     M, F, V, D = B * T, config.n_inner or 4 * C, config.vocab_size, C // H
     chunks = 12 if M >= 768 else -(-M // 256)  # of the head; each reads the weight and adds to its float32 gradient
@@ -171,7 +179,7 @@ def train_step(config: GPTConfig, batch: int, time: int, e: int = 2, adamw_bytes
         Line("bias + GELU, backward", "memory", L, bias_gelu_bwd(M, F, e)),
         Line("cross entropy over the logits", "memory", 1, cross_entropy_pass(M, V, e)),
         *bias_grads,
-        Line("gradient norm and clip", "memory", 1, Work(0, 3 * parameters(config) * e)),
+        Line("gradient norm", "memory", 1, Work(0, parameters(config) * (gradient_bytes or e))),
         Line("AdamW", "memory", 1, adamw(parameters(config), adamw_bytes)),
     ]
 

@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """None but known ones: each command tells its own, with the nearest that there is."""
+        """Unknown ones are an error of the command that they were given to, and not of `fastgpt`."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]

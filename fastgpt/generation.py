@@ -1,13 +1,13 @@
 """Tokens from a GPT, one after another: of fastgpt's, Hugging Face's, nanoGPT's or the book's."""
 
 import codecs
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastgpt import memory
 from fastgpt.batch import Batch, Readback, Told, slots
 from fastgpt.decoder import MAX_STEP, Cache, Decoder
 from fastgpt.sampling import Sampling
@@ -202,13 +202,9 @@ def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: i
         )
     rows, each = len(prompts) * samples, slots(decoder, longest, new)
     needed = Cache.size(decoder, rows, each) + rows * (longest + new) * 8 + rows * decoder.outputs * 4
-    if decoder.device.type == "cuda":
-        there = torch.cuda.mem_get_info(decoder.device)[0]
-    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return
-    if needed > there:
+    on_a_card = decoder.device.type == "cuda"
+    there = torch.cuda.mem_get_info(decoder.device)[0] if on_a_card else memory.physical_bytes()
+    if there is not None and needed > there:
         raise ValueError(
             f"generate: {rows} rows of {each} tokens need about {needed / 2**30:,.1f} GiB, "
             f"{decoder.device} has {there / 2**30:,.1f}"

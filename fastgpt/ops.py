@@ -96,8 +96,8 @@ def causal_attention(
     scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding on either side). documents: (B, T)
     integers, a query sees only keys of its own document; numbered in order they cost least (`document_ids` makes them
     from cu_seqlens). A query that sees no key gives zeros and zero gradients. What a query does not see changes no bit
-    of its result, NaN in hidden keys and other documents included; NaN in the value of a later key does reach it, as in
-    PyTorch, for it is multiplied by a probability of zero.
+    of its result, NaN in hidden keys and other documents included. One exception: NaN or infinity in the value of a
+    later key may reach it, as in PyTorch, where zero times it is a term of the sum.
     Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
     """
     name = "causal_attention"

@@ -5,6 +5,7 @@ reason for each line that is left. Needs `pip install coverage`. Exit code 1 for
 reason without its line. A GPU enters more: its tests need no reason here, so lines that only it reaches are listed.
 """
 
+import collections
 import contextlib
 import io
 import linecache
@@ -26,13 +27,14 @@ data_file = {folder}/data
 
 
 def measured(folder: Path) -> int:
-    """Run all tests under coverage, which leaves its data in `folder`; the worst exit code."""
+    """Run all tests under coverage, which leaves its data in `folder`; the first exit code that is not 0, or 0."""
     settings = folder / "coveragerc"
     settings.write_text(SETTINGS.format(root=ROOT, folder=folder))
     command = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-q", "-n", "auto"]
     environment = {**os.environ, "COVERAGE_RCFILE": str(settings)}
     spread = [*command, "--dist", "worksteal"]
-    return max(subprocess.run([*spread, *more], cwd=ROOT, env=environment).returncode for more in ([], ["-m", "slow"]))
+    codes = [subprocess.run([*spread, *more], cwd=ROOT, env=environment).returncode for more in ([], ["-m", "slow"])]
+    return next((code for code in codes if code), 0)
 
 
 def unentered(folder: Path) -> list[str]:
@@ -49,13 +51,13 @@ def unentered(folder: Path) -> list[str]:
     return found
 
 
-def listed(text: str) -> dict[str, str]:
-    """Lines and reasons: a reason stands indented under the lines that it is for."""
-    found: dict[str, str] = {}
+def listed(text: str) -> list[str]:
+    """The lines that have a reason, which stands indented under those that it is for."""
+    found: list[str] = []
     waiting: list[str] = []
     for line in text.splitlines():
         if line.startswith("    "):
-            found |= dict.fromkeys(waiting, line.strip())
+            found += waiting
             waiting = []
         elif ".py: " in line:
             waiting.append(line)
@@ -69,8 +71,8 @@ def main() -> int:
         folder = Path(name)
         code = measured(folder)
         found = unentered(folder)
-    reasons = listed(LIST.read_text(encoding="utf-8"))
-    new, gone = [line for line in found if line not in reasons], [line for line in reasons if line not in found]
+    measured_now, reasons = collections.Counter(found), collections.Counter(listed(LIST.read_text(encoding="utf-8")))
+    new, gone = list((measured_now - reasons).elements()), list((reasons - measured_now).elements())
     print(f"{len(found)} lines no test enters, {len(new)} of them without a reason; tests ended with {code}")
     print(*(f"no reason: {line}" for line in new), *(f"entered now: {line}" for line in gone), sep="\n")
     return int(bool(new or gone or code))

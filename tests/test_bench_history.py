@@ -43,6 +43,8 @@ def test_a_case_that_lost_its_time_fell_back_and_one_that_is_gone_did_not():
     lost = run(ours=None, status="WRONG")
     assert [c.fell_back for c in changes(run(), lost)] == [False, True]
     assert "fastgpt has no time any more" in history.table(changes(run(), lost))
+    skipped = run(ours=None, status="skipped")
+    assert [c.case for c in changes(run(), skipped)] == [CASES[0]], "for want of memory, say"
     gone = Report(MACHINE, [r for r in run().rows if r.case != CASES[1]])
     assert [c.case for c in changes(run(), gone)] == [CASES[0]]
     assert changes(lost, run())[0].case == CASES[0], "what had no time can't fall back"
@@ -86,5 +88,14 @@ def test_the_plot_marks_what_fell_back(kept):
     past = {"here": [("one", run()), ("two", run(ours=1.5, again=1.5))]}
     (axis,) = history.plot(past).axes
     assert [text.get_text() for text in axis.texts] == [CASES[1]]
-    means = next(line for line in axis.lines if line.get_label() == "all cases").get_ydata()
+    means = next(line for line in axis.lines if line.get_label() == "all of them").get_ydata()
     assert means[1] == pytest.approx(means[0] / 1.5**0.5)
+
+
+def test_a_rival_that_joins_moves_no_line():
+    more = run()
+    more.rows += [row("nanoGPT", 0.1, CASES[1]), row(SUBJECT, 1.0, "new fwd T 1"), row(COMPILED, 9.0, "new fwd T 1")]
+    (axis,) = history.plot({"here": [("one", run()), ("two", more)]}).axes
+    for line in axis.lines:
+        first, *others = line.get_ydata()
+        assert all(other == first for other in others)

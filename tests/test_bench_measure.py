@@ -45,7 +45,7 @@ def rows_of(machine, change=None):
 
 def test_every_variant_is_timed_and_fastgpt_twice(machine):
     rows, samples = rows_of(machine)
-    assert rows.pop("Liger").status == "skipped"
+    rows.pop("Liger")  # wherever that is installed
     assert list(rows) == [cases.SUBJECT, cases.EAGER, cases.COMPILED, measure.AGAIN] == [*dict.fromkeys(rows)]
     for name, row in rows.items():
         assert (row.status, row.note, row.median, row.rounds) == ("ok", "graph replay", 1e-3, 2), name
@@ -237,7 +237,7 @@ def test_a_padded_vocabulary_computes_the_loss_of_its_own_size(machine):
     shape = dict(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=32)
     (case,) = models.train_step(machine, 1, 8, shape, tier=0, only=(cases.SUBJECT, models.PADDED))
     rows, _ = measure.measure(case, machine, ROOFS)
-    assert {row.status for row in rows} == {"ok"} and len(rows) == 3
+    assert {row.status for row in rows} == {"ok"} and len(rows) == 4
     problem = case.problem()
     plain, padded = (case.variants[name](problem).results()[0] for name in (cases.SUBJECT, models.PADDED))
     assert plain + 1e-3 < padded < plain + 0.7  # log(128 / 65) if all were as likely

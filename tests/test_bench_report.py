@@ -12,7 +12,7 @@ import pytest
 
 from bench import plots, report
 from bench.__main__ import main
-from bench.cases import EAGER, SUBJECT
+from bench.cases import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Folder, Row
 from bench.units import duration
 
@@ -147,10 +147,13 @@ def test_where_a_steps_time_goes_and_how_its_memory_grows(tmp_path):
 
 
 def test_what_is_done_where_another_is_faster():
-    assert "measured to win" in report.dispatch("gelu_mlp fwd", "cuda")
-    assert "asks for SDPA" in report.dispatch("attention bwd", "cuda")
-    assert "a tenth of the logits" in report.dispatch("linear_cross_entropy", "cpu")
-    assert report.dispatch("block fwd+bwd", "cuda") == "nothing of its own yet"
+    assert "measured to win" in report.dispatch("gelu_mlp fwd", COMPILED, "cuda")
+    assert "asks for SDPA" in report.dispatch("attention bwd", "SDPA cuDNN", "cuda")
+    assert report.dispatch("block fwd+bwd", COMPILED, "cuda") == "nothing of its own yet"
+    assert "this one all of them" in report.dispatch("linear_cross_entropy", "all logits", "cpu")
+    assert "nothing" in report.dispatch("linear_cross_entropy", "PyTorch, chunked", "cpu")
+    assert "tanh" in report.dispatch("training step", "nanoGPT", "cpu")
+    assert "tanh" not in report.dispatch("training step", "Hugging Face", "cpu")
 
 
 def test_a_grid_shows_its_panels_and_no_empty_ones():
