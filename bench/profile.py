@@ -21,16 +21,20 @@ from fastgpt.model import PRESETS, GPTConfig
 # A part: what its kernels' and operators' names look like, and the lines of work.train_step that are its floor. The
 # first that matches takes a kernel.
 PARTS = (
-    ("attention, forward", r"attention_fwd|attention_qkv_fwd", r"attention, forward"),
+    (
+        "attention, forward",
+        r"attention_fwd|attention_qkv_fwd|dot_product\w*attention(?!\w*backward)",
+        r"attention, forward",
+    ),
     (
         "attention, backward",
-        r"attention_(delta|dq|dkdv)|attention(_qkv)?_bwd|row_products|spans_kernel",
+        r"attention_(delta|dq|dkdv)|attention(_qkv)?_bwd|row_products|spans_kernel|dot_product\w*backward",
         r"attention, backward",
     ),
-    ("LayerNorms, forward", r"layer_norm_fwd", r"LayerNorm, forward"),
-    ("LayerNorms, backward", r"layer_norm_(bwd|sums)", r"LayerNorm, backward"),
-    ("bias + GELU, forward", r"bias_gelu_fwd|gelu_mlp_fwd", r"GELU, forward"),
-    ("bias + GELU, backward", r"bias_gelu_bwd|gelu_mlp_bwd", r"GELU, backward"),
+    ("LayerNorms, forward", r"layer_norm_fwd|native_layer_norm(?!_backward)", r"LayerNorm, forward"),
+    ("LayerNorms, backward", r"layer_norm_(bwd|sums|backward)", r"LayerNorm, backward"),
+    ("bias + GELU, forward", r"bias_gelu_fwd|gelu_mlp_fwd|aten::(gelu|addcmul|sigmoid_?)$", r"GELU, forward"),
+    ("bias + GELU, backward", r"bias_gelu_bwd|gelu_mlp_bwd|(gelu|sigmoid)_backward", r"GELU, backward"),
     ("cross entropy", r"cross_entropy|chunked_losses", r"cross entropy"),
     ("AdamW", r"(?i)adam", r"AdamW"),
     ("embedding", r"(?i)embedding|run_sums|join_runs|index_select|gather|sort", r"embedding"),

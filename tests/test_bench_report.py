@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plots, report
+from bench import plots, profile, report
 from bench.__main__ import main
 from bench.cases import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Folder, Row
@@ -131,10 +131,10 @@ def test_where_a_steps_time_goes_and_how_its_memory_grows(tmp_path):
     folder = Folder(tmp_path / "run")
     folder.start(MACHINE, resume=False)
     folder.add(steps)
-    profile = {"machine": MACHINE, "case": "training step", "seconds": 1.0, "parts": parts}
-    (tmp_path / "profile.json").write_text(json.dumps(profile))
+    kept = {"machine": MACHINE, "case": "training step", "seconds": 1.0, "parts": parts}
+    (tmp_path / "profile.json").write_text(json.dumps(kept))
     whole = report.Report.of(folder)
-    assert whole.profile == profile
+    assert whole.profile == kept
     whole.write(tmp_path / "report")
     assert {"growth.png", "profile.png"} <= {file.name for file in (tmp_path / "report").iterdir()}
     cases = {case: list(variants.values()) for case, variants in whole.by_case().items()}
@@ -142,8 +142,30 @@ def test_where_a_steps_time_goes_and_how_its_memory_grows(tmp_path):
     (axis,) = figure.axes
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
     assert lines == {SUBJECT: ([128, 256, 512], [128, 256, 512]), "Hugging Face": ([128, 256, 512], [384, 768, 1536])}
-    (tmp_path / "profile.json").write_text(json.dumps({**profile, "machine": {**MACHINE, "commit": "another"}}))
+    (tmp_path / "profile.json").write_text(json.dumps({**kept, "machine": {**MACHINE, "commit": "another"}}))
     assert report.Report.of(folder).profile is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "part"),
+    [
+        ("_attention_fwd_kernel", "attention, forward"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention, forward"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention, backward"),
+        ("_row_products_kernel", "attention, backward"),
+        ("aten::native_layer_norm", "LayerNorms, forward"),
+        ("aten::native_layer_norm_backward", "LayerNorms, backward"),
+        ("_bias_gelu_fwd_kernel", "bias + GELU, forward"),
+        ("aten::sigmoid_", "bias + GELU, forward"),
+        ("aten::sigmoid_backward", "bias + GELU, backward"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_TNN", "matmuls"),
+        ("aten::addmm", "matmuls"),
+        ("aten::_fused_adamw_", "AdamW"),
+        ("aten::copy_", "everything else"),
+    ],
+)
+def test_the_part_of_a_step_that_a_kernel_is(kernel, part):
+    assert profile.part_of(kernel) == part
 
 
 def test_what_is_done_where_another_is_faster():
