@@ -94,6 +94,7 @@ def plot(past: dict[str, list[tuple[str, Report]]]):
     """A figure: where fastgpt stood in each run of each device, a thin line a case, a thick one for their mean, and red
     where a case fell back."""
     from matplotlib.figure import Figure  # which only this needs
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(7 * len(past), 4.6), layout="constrained")
     title = "Rivals' time over fastgpt's, of the cases and rivals that all runs timed; higher is better"
@@ -112,8 +113,9 @@ def plot(past: dict[str, list[tuple[str, Report]]]):
         axis.plot(range(len(means)), means, color="black", lw=2, marker="o", ms=5, label="all of them")
         axis.axhline(1, color="black", ls="--", lw=0.8)
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_xticks(range(len(each)), [name for name, _ in each], fontsize=8, rotation=15)
+        axis.yaxis.set_major_locator(LogLocator(base=2, subs=(1, 1.2, 1.4, 1.7)))
+        axis.yaxis.set_major_formatter("{x:.2g}")
+        axis.set_xticks(range(len(each)), [name for name, _ in each], fontsize=8, rotation=15, ha="right")
         axis.set_title(device, fontsize=9)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

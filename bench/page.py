@@ -33,7 +33,7 @@ p { max-width: 48rem; } .dim, figcaption { color: var(--dim); }
 table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--dim); font-weight: 600; } th:first-child, td:first-child, .left { text-align: left; }
-.left { white-space: normal; }
+.left { white-space: normal; min-width: 14rem; }
 .win { color: var(--win); } .loss { color: var(--ours); }
 .bar { display: inline-block; height: .7em; background: currentColor; border-radius: 2px; vertical-align: middle; }
 figure { margin: 1.4rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }

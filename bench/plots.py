@@ -226,6 +226,7 @@ def _growth(cases, colour, machine) -> Figure | None:
             style = dict(marker=marker, lw=2.2, zorder=3) if variant == SUBJECT else dict(marker=marker, lw=1.2)
             values = [points[place] / 2**20 for place in places]
             axis.plot(places, values, ms=5, color=colour[variant], label=variant, **style)
+        axis.set_xticks(sorted({place for points in lines.values() for place in points}))
         axis.set(xlabel=f"{over} (with {', '.join(f'{k} {v}' for k, v in rest)})", ylabel="MiB", ylim=(0, None))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
