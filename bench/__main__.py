@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return options.main(options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"python -m bench {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -148,6 +148,9 @@ def main(options: argparse.Namespace) -> int:
             worst |= any(change.fell_back for change in found)
     target = options.plot or (None if options.folder else options.results / "history.png")
     if target is not None and past:
-        plot(past).savefig(target, dpi=100)
-        print(f"drawn: {target}")
+        try:
+            plot(past).savefig(target, dpi=100)
+            print(f"drawn: {target}")
+        except ModuleNotFoundError as error:
+            print(f"no plot: {error.name} is not installed")
     return int(worst)

@@ -218,8 +218,8 @@ def main(options: argparse.Namespace) -> int:
             raise ValueError(f"plan: {name} is {getattr(options, name)}, not at least 1")
     if not 1 <= time <= config.block_size:
         raise ValueError(f"plan: time is {time}, not from 1 to the context of {config.block_size}")
-    if not (options.nvlink > 0 and options.network > 0 and 0 < options.reached <= 1):
-        raise ValueError("plan: links need a speed above 0, and what is reached of them lies in (0, 1]")
+    if not (options.nvlink > 0 and options.network > 0 and 0 < options.reached <= 1 and options.memory > 0):
+        raise ValueError("plan: links and memory are above 0, and what is reached of a link lies in (0, 1]")
     cluster = Cluster(options.gpus, options.per_node, 1e9 * options.nvlink, 1e9 * options.network, options.reached)
     card = CARDS[options.card]
     plans = {kind: plan(config, options.batch, time, card, cluster, kind == "FSDP2") for kind in ("DDP", "FSDP2")}

@@ -1,6 +1,7 @@
 """A case that fell back is told, and noise is not."""
 
 import dataclasses
+import sys
 
 import pytest
 
@@ -99,3 +100,10 @@ def test_a_rival_that_joins_moves_no_line():
     for line in axis.lines:
         first, *others = line.get_ydata()
         assert all(other == first for other in others)
+
+
+def test_without_matplotlib_it_draws_nothing(kept, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["history", "--results", str(kept)]) == 1
+    assert "no plot: matplotlib.figure is not installed" in capsys.readouterr().out
+    assert not (kept / "history.png").exists()

@@ -106,8 +106,9 @@ def test_the_command_prints_what_it_assumes(capsys):
     [
         ("--gpus 0", "gpus is 0, not at least 1"),
         ("--time 2048", "time is 2048, not from 1 to the context of 1024"),
-        ("--reached 1.5", "links need a speed above 0"),
-        ("--network 0", "links need a speed above 0"),
+        ("--reached 1.5", "links and memory are above 0"),
+        ("--memory 0", "links and memory are above 0"),
+        ("--network 0", "links and memory are above 0"),
     ],
 )
 def test_what_can_not_be_planned(arguments, message, capsys):

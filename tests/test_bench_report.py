@@ -227,6 +227,8 @@ def test_keeping_writes_by_device_day_and_commit(tmp_path, monkeypatch, capsys):
 
 
 def test_no_rows_are_an_error(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "gone")]) == main(["history", str(tmp_path / "gone")]) == 2
+    assert capsys.readouterr().err.count("No such file or directory") == 2
     folder = Folder(tmp_path)
     folder.start(MACHINE, resume=False)
     assert main(["report", str(tmp_path)]) == 2
