@@ -1,1 +1,1 @@
-"""What fastgpt is measured with: `python -m bench compile` so far."""
+"""What fastgpt is measured with: `pytest bench/`, and `python -m bench COMMAND`."""
