@@ -18,13 +18,16 @@ def test_it_is_turned_on_glibc_and_left_elsewhere(monkeypatch):
 
 
 def test_freed_memory_stays():
-    """On Linux with glibc: a large block that was freed comes back without a new page."""
+    """On Linux with glibc: once a loop has turned a few times, its large blocks need no new page. (The first ones may:
+    where a small block came to lie behind a freed one, that is too short by an alignment for the next.)"""
     code = (
         "import resource, torch\n"
         "from fastgpt import memory\n"
         "kept = memory.keep_freed()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.zeros(2**24); before = faults(); torch.zeros(2**24)\n"
+        "for turn in range(10):\n"
+        "    if turn == 5: before = faults()\n"
+        "    torch.zeros(2**24)\n"
         "assert not kept or faults() - before < 2**24 * 4 / 4096 / 10, faults() - before\n"
     )
     if sys.platform != "win32":
