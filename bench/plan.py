@@ -66,10 +66,13 @@ def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster,
     compute = [line for line in lines if not _in_the_optimizer(line)]
     parameters, n = work.parameters(config), cluster.gpus
     cast = parameters * (weights + e) / card.bytes if e != weights else 0.0  # of weights, then of their gradients
-    forward = cast + sum(_forward_share(line) * _seconds(line, card) for line in compute)
-    again = sum(_seconds(line, card) * _forward_share(line) for line in compute if _computed_again(line, config))
-    backward = cast + again + sum((1 - _forward_share(line)) * _seconds(line, card) for line in compute)
+    forwards = [(line, _forward_share(line) * _seconds(line, card)) for line in compute]
+    again = [(line, seconds) for line, seconds in forwards if _computed_again(line, config)]
+    forward = cast + sum(seconds for _, seconds in forwards)
+    whole = sum(_seconds(line, card) for line in compute)
+    backward = 2 * cast + whole - forward + sum(seconds for _, seconds in again)
     matmuls = sum(_seconds(line, card) for line in compute if line.kind == "matmul")
+    matmuls += sum(seconds for line, seconds in again if line.kind == "matmul")
     everything = cluster.collective(parameters * weights)
     root = (config.vocab_size + config.block_size + 2) * config.n_embd * weights  # embeddings and the last norm
     if fsdp:  # its root and the first block are gathered before anything runs, the root's gradient is the last
@@ -103,7 +106,8 @@ def _forward_share(line: Line) -> float:
 
 def _computed_again(line: Line, config: GPTConfig) -> bool:
     """Whether activation checkpointing makes the backward do a line's forward once more."""
-    in_a_block = line.times % config.n_layer == 0 and "head" not in line.part and "first LayerNorm" not in line.part
+    once = ("head", "first LayerNorm", "embedding", "cross entropy")
+    in_a_block = not any(part in line.part for part in once)
     kind = config.activation_checkpointing
     return (kind == "block" and in_a_block) or (kind == "mlp" and line.part == "bias + GELU, forward")
 
