@@ -99,7 +99,7 @@ def header(machine: Machine) -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,  # of its last minute
         "sdpa": {f"D {dim}": _sdpa_choice(machine, dim) for dim in (64, 128)},
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         **commit(),
     }
     if machine.kind == "cpu":
@@ -115,6 +115,14 @@ def header(machine: Machine) -> dict[str, Any]:
         "float32_matmul": torch.backends.cuda.matmul.fp32_precision,
         **_nvidia_smi(),
     }
+
+
+def _command() -> str:
+    """What was typed, as another would type it: without this machine's folders."""
+    program, *arguments = sys.argv
+    tool = Path(program)
+    name = f"python -m {tool.parent.name}" if tool.name == "__main__.py" else tool.name
+    return " ".join([name, *(Path(each).name if Path(each).is_absolute() else each for each in arguments)])
 
 
 def measure_roofs(machine: Machine) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import baselines, cases, dry, measure, models, plan, test_cases
+from bench import machine as machine_module
 from bench.check import judge
 from bench.machine import Machine
 from bench.report import Report
@@ -341,6 +342,13 @@ def test_pytest_bench_says_wrong(tmp_path):
         row = rows[benchmark["extra_info"]["variant"]]
         assert benchmark["stats"]["median"] == pytest.approx(row.median)
     assert recorded["machine_info"]["fastgpt"]["roofs"]["bytes_a_second"] > 0
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/pytest", "/somewhere/pytest/__main__.py"])
+def test_the_command_is_told_without_this_machines_folders(monkeypatch, program):
+    monkeypatch.setattr(sys, "argv", [program, "bench/", "--nanogpt", "/home/me/nanoGPT", "--book-cached", "a/b.py"])
+    name = "pytest" if program.endswith("pytest") else "python -m pytest"
+    assert machine_module._command() == f"{name} bench/ --nanogpt nanoGPT --book-cached a/b.py"
 
 
 def test_a_case_is_known_by_its_name():
