@@ -17,7 +17,7 @@ from bench.cases import SUBJECT
 from bench.measure import AGAIN, Folder, Row
 from bench.report import RESULTS, Report, runs, slug
 
-LEAST = 0.1  # of the ratio before: medians of one machine on two days differ by as much without a reason
+LEAST = 0.1  # of the ratio before: the Xeon's first two runs differ by up to 8%, where nothing was changed
 
 
 class Change(NamedTuple):

@@ -72,11 +72,6 @@ class Machine:
         return self.cuda.mem_get_info()[0] if self.kind == "cuda" else memory.physical_bytes()
 
     @property
-    def slug(self) -> str:
-        """Its name as a folder's."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-
-    @property
     def name(self) -> str:
         if self.kind == "cpu":
             return f"{_cpu_name()}, {CPU_THREADS} threads"

@@ -52,9 +52,10 @@ class Plan(NamedTuple):
 
     @property
     def bottleneck(self) -> str:
+        """What a step waits for most: "communication", "matmuls", or "memory" and all else that kernels do."""
         if self.exposed > 0.2 * self.step:
             return "communication"
-        return "matmuls" if self.matmul_share > 0.5 else "memory-bound kernels and attention"
+        return "matmuls" if self.matmul_share > 0.5 else "memory"
 
 
 def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, fsdp: bool, weights: int = 4) -> Plan:
@@ -248,7 +249,7 @@ def table(
         "step, ms": lambda p: f"{1e3 * p.step:.1f}",
         "tokens a second": lambda p: f"{p.tokens / p.step:,.0f}",
         "GB a device": lambda p: f"{p.memory / 1e9:.1f}" + ("" if p.memory <= memory else " !"),
-        "bound by": lambda p: p.bottleneck.split(" ")[0].rstrip(","),
+        "bound by": lambda p: p.bottleneck,
     }
     for label, cell in rows.items():
         lines.append(f"{label:24}{cell(plans['DDP']):>12}{cell(plans['FSDP2']):>12}")

@@ -41,7 +41,7 @@ def draw(report, folder: Path) -> list[str]:
 
 
 def _save(figure: Figure, file: Path) -> None:
-    """With a palette: a quarter of the bytes, and the results are kept in the repository."""
+    """With a palette, for fewer bytes: the results are kept in the repository."""
     whole = io.BytesIO()
     figure.savefig(whole, dpi=100)
     Image.open(whole).convert("RGB").quantize(128).save(file, optimize=True)
@@ -207,9 +207,9 @@ def _growth(cases, colour, machine) -> Figure | None:
         for row in rows:
             if row.op != "training step" or row.peak_bytes is None:
                 continue
-            for over, other in (("T", "B"), ("B", "T")):
+            for over in ("T", "B"):
                 rest = tuple((name, value) for name, value in row.shape.items() if name != over)
-                sweeps.setdefault((over, other, rest), {}).setdefault(row.variant, {})[row.shape[over]] = row.peak_bytes
+                sweeps.setdefault((over, rest), {}).setdefault(row.variant, {})[row.shape[over]] = row.peak_bytes
     sweeps = {key: lines for key, lines in sweeps.items() if max(len(points) for points in lines.values()) > 2}
     if not sweeps:
         return None
@@ -218,7 +218,7 @@ def _growth(cases, colour, machine) -> Figure | None:
         f"Peak memory of a training step beyond weights and moments\n{machine['device']}, {machine['dtype']}",
         fontsize=12,
     )
-    for axis, ((over, _, rest), lines) in zip(
+    for axis, ((over, rest), lines) in zip(
         figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps.items(), strict=True
     ):
         for marker, (variant, points) in zip(itertools.cycle("osD^vP*X"), lines.items()):

@@ -211,6 +211,22 @@ def test_what_is_wrong_of_others_is_told_and_is_no_fault_of_ours(machine, reques
         assert outcome(name, "WRONG") == ("AssertionError", "WRONG: off by 1")
 
 
+def test_who_runs_out_of_memory(machine):
+    """What another takes is its own affair; that fastgpt does not fit is a failure."""
+
+    def too_much(problem):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
+    greedy = dict.fromkeys((cases.SUBJECT, cases.COMPILED), too_much)
+    case = dataclasses.replace(forward, variants={**forward.variants, **greedy})
+    rows, _ = measure.measure(case, machine, ROOFS)
+    found = {row.variant: (row.status, row.note) for row in rows}
+    assert found[cases.SUBJECT] == ("FAILED", "out of memory: Tried to allocate 2 GiB")
+    assert found[cases.COMPILED] == ("skipped", "out of memory: Tried to allocate 2 GiB")
+    assert found[cases.EAGER][0] == "ok"
+
+
 def test_a_case_beyond_the_machines_memory_is_not_begun(machine):
     forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
     large = dataclasses.replace(forward, memory=2.0**60, problem=lambda: pytest.fail("it is begun"))
@@ -345,8 +361,9 @@ def test_pytest_bench_says_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("program", ["/usr/bin/pytest", "/somewhere/pytest/__main__.py"])
-def test_the_command_is_told_without_this_machines_folders(monkeypatch, program):
-    monkeypatch.setattr(sys, "argv", [program, "bench/", "--nanogpt", "/home/me/nanoGPT", "--book-cached", "a/b.py"])
+def test_the_command_is_told_without_this_machines_folders(monkeypatch, tmp_path, program):
+    folder = str(tmp_path / "nanoGPT")
+    monkeypatch.setattr(sys, "argv", [program, "bench/", "--nanogpt", folder, "--book-cached", "a/b.py"])
     name = "pytest" if program.endswith("pytest") else "python -m pytest"
     assert machine_module._command() == f"{name} bench/ --nanogpt nanoGPT --book-cached a/b.py"
 

@@ -346,6 +346,46 @@ def test_a_loss_of_ones_own_is_left():
     torch.testing.assert_close(output.loss, output.logits.sum())
 
 
+@pytest.mark.parametrize("where", ["config", "module"])
+def test_attention_that_looks_ahead_is_left_to_itself(where, monkeypatch):
+    calls = attention_calls(monkeypatch)
+    model = hugging_face().double()
+    for holder in [model.config] if where == "config" else [block.attn for block in model.transformer.h]:
+        holder.is_causal = False
+    assert_as_before(model, IDX, calls=calls)
+    assert calls == []
+
+
+@pytest.mark.parametrize("where", ["config", "module"])
+def test_attention_that_looks_ahead_only_later(where):
+    model = hugging_face().double()
+    twin = copy.deepcopy(model)
+    accelerate(twin)
+    for each in (model, twin):
+        for holder in [each.config] if where == "config" else [block.attn for block in each.transformer.h]:
+            holder.is_causal = False
+    torch.testing.assert_close(twin(IDX).logits, model(IDX).logits, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("asked", [dict(is_causal=False), dict(output_attentions=True)], ids=str)
+def test_a_call_of_attention_that_asks_for_more_is_left_to_itself(asked, monkeypatch):
+    model = hugging_face().double()
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    attn = model.transformer.h[0].attn
+    expected = attn(x, **asked)
+    accelerate(model)
+    calls = attention_calls(monkeypatch)
+    torch.testing.assert_close(attn(x, **asked)[0], expected[0])
+    assert calls == []
+    attn(x, is_causal=True)
+    assert calls == ["causal_attention_qkv"]
+
+
+def test_generation_needs_no_encoder():
+    with pytest.raises(ValueError, match="this GPT2LMHeadModel has cross-attention, and no encoder is given"):
+        fastgpt.generate(hugging_face(add_cross_attention=True), IDX, 3)
+
+
 # Its own door: attn_implementation="fastgpt"
 
 
@@ -428,46 +468,6 @@ def test_from_config_and_the_saved_config_know_the_door(tmp_path):
     loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, attn_implementation="fastgpt")
     assert loaded.config._attn_implementation == "fastgpt"
     assert torch.equal(loaded(IDX).logits, model.eval()(IDX).logits)
-
-
-@pytest.mark.parametrize("where", ["config", "module"])
-def test_attention_that_looks_ahead_is_left_to_itself(where, monkeypatch):
-    calls = attention_calls(monkeypatch)
-    model = hugging_face().double()
-    for holder in [model.config] if where == "config" else [block.attn for block in model.transformer.h]:
-        holder.is_causal = False
-    assert_as_before(model, IDX, calls=calls)
-    assert calls == []
-
-
-@pytest.mark.parametrize("where", ["config", "module"])
-def test_attention_that_looks_ahead_only_later(where):
-    model = hugging_face().double()
-    twin = copy.deepcopy(model)
-    accelerate(twin)
-    for each in (model, twin):
-        for holder in [each.config] if where == "config" else [block.attn for block in each.transformer.h]:
-            holder.is_causal = False
-    torch.testing.assert_close(twin(IDX).logits, model(IDX).logits, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("asked", [dict(is_causal=False), dict(output_attentions=True)], ids=str)
-def test_a_call_of_attention_that_asks_for_more_is_left_to_itself(asked, monkeypatch):
-    model = hugging_face().double()
-    x = torch.randn(2, 7, 48, dtype=torch.float64)
-    attn = model.transformer.h[0].attn
-    expected = attn(x, **asked)
-    accelerate(model)
-    calls = attention_calls(monkeypatch)
-    torch.testing.assert_close(attn(x, **asked)[0], expected[0])
-    assert calls == []
-    attn(x, is_causal=True)
-    assert calls == ["causal_attention_qkv"]
-
-
-def test_generation_needs_no_encoder():
-    with pytest.raises(ValueError, match="this GPT2LMHeadModel has cross-attention, and no encoder is given"):
-        fastgpt.generate(hugging_face(add_cross_attention=True), IDX, 3)
 
 
 def test_the_door_honours_a_call_that_asks_for_more():
