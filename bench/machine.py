@@ -143,7 +143,8 @@ def measure_roofs(machine: Machine) -> dict[str, float]:
 
 
 def commit() -> dict[str, str | bool]:
-    """The commit that is measured, and whether the files differ from it."""
+    """The commit that is measured, and whether the files differ from it. A copy without its history may be told its
+    commit by FASTGPT_COMMIT."""
     root = Path(__file__).parent.parent
 
     def git(*arguments):
@@ -152,7 +153,8 @@ def commit() -> dict[str, str | bool]:
     try:
         return {"commit": git("rev-parse", "--short=9", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):  # no git, or a checkout without its history
-        return {"commit": "unknown", "changed": True}
+        told = os.environ.get("FASTGPT_COMMIT")
+        return {"commit": told or "unknown", "changed": told is None}
 
 
 def _sdpa_choice(machine: Machine, dim: int) -> str:
