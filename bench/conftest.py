@@ -48,6 +48,7 @@ class Run:
         self.resume = config.getoption("--bench-resume")
         self.roofs: dict[str, float] = {}
         self.facts: dict = {}
+        self.lost = False
         self._rows: dict[str, list[Row]] = {}
         self._samples: dict[str, dict[str, list[float]]] = {}
 
@@ -72,6 +73,7 @@ class Run:
         try:
             rows, self._samples[case.name] = measure(case, self.machine, self.roofs)
         except DeviceLost as error:
+            self.lost = True
             self.folder.add(failed(case, self.machine, str(error)))
             pytest.exit(f"the device is lost; --bench-resume goes on after this case: {error}", DEVICE_LOST)
         except Exception as error:
@@ -83,6 +85,8 @@ class Run:
 
     def finish(self) -> None:
         """The roofs once more: a machine that was busy at the start may be less so now, and a roof is the best seen."""
+        if self.lost:
+            return
         now = measure_roofs(self.machine)
         self.facts["roofs"] = {name: max(rate, now[name]) for name, rate in self.roofs.items()}
         self.folder.start(self.facts, resume=True)

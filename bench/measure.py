@@ -65,8 +65,13 @@ class Row:
 def measure(case: Case, machine: Machine, roofs: dict[str, float]) -> tuple[list[Row], dict[str, list[float]]]:
     """The rows of a case and the samples of those that were timed. DeviceLost after an error that the device keeps."""
     torch._dynamo.reset()  # or the shapes of earlier cases would use up its recompilations, and it would fall back
-    with torch._functorch.config.patch(donated_buffer=False), machine.clock.session():  # backwards are repeated
-        rows, samples = _measure(case, machine, roofs)
+    try:
+        with torch._functorch.config.patch(donated_buffer=False), machine.clock.session():  # backwards are repeated
+            rows, samples = _measure(case, machine, roofs)
+    except RuntimeError as error:
+        if _device_is_lost(error):
+            raise DeviceLost(f"{case.name}: {error}") from error
+        raise
     gc.collect()
     if machine.kind != "cpu":
         machine.cuda.empty_cache()
@@ -139,9 +144,13 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         return Row(**facts, variant=name, status=status, note=f"out of memory: {str(error)[:200]}"), None, None
     except Exception as error:  # one variant's failure must not cost the others their time
         message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        if "CUDA error" in str(error):
+        if _device_is_lost(error):
             raise DeviceLost(f"{case.name}: {name}: {message}") from error
         return Row(**facts, variant=name, status="FAILED", note=message[:300]), None, None
+
+
+def _device_is_lost(error: Exception) -> bool:
+    return "CUDA error" in str(error)
 
 
 def _poison(machine: Machine) -> None:
