@@ -3,7 +3,8 @@
 The tests judge kernels far more sharply (fastgpt.testing); here a bug must not be mistaken for speed, and no honest
 baseline, whatever order it sums in, may be called wrong. With e the relative error of PyTorch's eager result in the
 same dtype and u the dtype's unit roundoff, a result may be off by max(3 e, 2 u) of the oracle's norm, in float32 by
-128 u, and each row by 8 times that share of its own norm and an average row's. Eager itself is held to a fixed share.
+128 u, or a sixteenth of the operands' u if those are halves (a loss, say), and each row by 8 times that share of its
+own norm and an average row's. Eager itself is held to a fixed share.
 """
 
 import math
@@ -24,7 +25,10 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    results: Sequence[Tensor | None], oracle: Sequence[Tensor | None], eager: Sequence[Tensor | None] | None
+    results: Sequence[Tensor | None],
+    oracle: Sequence[Tensor | None],
+    eager: Sequence[Tensor | None] | None,
+    operands: torch.dtype = torch.float32,
 ) -> Verdict:
     """`results` against the float64 `oracle`, by `eager`, PyTorch's own (None: these are eager's). A None among the
     results is one that can't be seen from outside."""
@@ -36,7 +40,7 @@ def judge(
             continue
         their = None if eager is None or eager[index] is None else _errors(eager[index], expected)[0]
         error, row_share = (math.inf, math.inf) if result.shape != expected.shape else _errors(result, expected)
-        limit = _limit(result.dtype, their)
+        limit = max(_limit(result.dtype, their), torch.finfo(operands).eps / 32)
         worst = max(worst, error)
         if not error <= limit:  # NaN is wrong too
             reasons.append(f"result {index} is off by {error:.2g} of its norm, {limit:.2g} is allowed")

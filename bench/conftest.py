@@ -28,6 +28,7 @@ def pytest_addoption(parser):
         "--bench-compiled", action="store_true", help="on a CPU too, the families' whole models by torch.compile"
     )
     group.addoption("--bench-large", action="store_true", help="on a CPU too, GPT-2 355M to 1558M as memory allows")
+    group.addoption("--bench-tier", type=int, default=3, help="only the more telling cases: 0, 1, 2 or all")
     group.addoption("--bench-resume", action="store_true", help="keep the rows that are in that folder already")
 
 
@@ -43,7 +44,8 @@ class Run:
             large=config.getoption("--bench-large"),
         )
         self.machine = dataclasses.replace(machine, **given)
-        self.cases = {case.name: case for case in catalogue(self.machine)}
+        most = config.getoption("--bench-tier")
+        self.cases = {case.name: case for case in catalogue(self.machine) if case.tier <= most}
         self.folder = Folder(config.getoption("--bench-out"))
         self.resume = config.getoption("--bench-resume")
         self.roofs: dict[str, float] = {}

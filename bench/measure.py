@@ -128,7 +128,7 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         _poison(machine)
         seconds = machine.clock.once(first_call)
         subject, own = made[0], made[0].expected
-        verdict = judge(results[0], own() if own else oracle, None if own else eager)
+        verdict = judge(results[0], own() if own else oracle, None if own else eager, machine.dtype)
         if verdict.reason:
             return Row(**facts, variant=name, status="WRONG", note=verdict.reason, error=verdict.error), None, None
         subject.run()

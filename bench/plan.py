@@ -110,7 +110,7 @@ def _computed_again(line: Line, config: GPTConfig) -> bool:
     once = ("head", "first LayerNorm", "embedding", "cross entropy")
     in_a_block = not any(part in line.part for part in once)
     kind = config.activation_checkpointing
-    return (kind == "block" and in_a_block) or (kind == "mlp" and line.part == "bias + GELU, forward")
+    return (kind == "block" and in_a_block) or (kind == "mlp" and line.part == "GELU, forward")
 
 
 def step_memory(

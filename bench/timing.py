@@ -88,19 +88,27 @@ class DeviceClock:
         """`call` as a graph's replay where it can be captured, and how it will be timed. It has been called before."""
         if not capture:
             return call, "events"
+        graph = self._captured(call)
+        if isinstance(graph, str):
+            gc.collect()  # a graph half captured keeps the generator from drawing
+            self.cuda.synchronize()
+            return call, graph
+
+        def replay(kept=call):  # the graph reads the memory of what the call holds
+            graph.replay()
+
+        return replay, "graph replay"
+
+    def _captured(self, call: Call) -> Any:
+        """The graph of a call, or why there is none."""
         graph = self.cuda.CUDAGraph()
         self.cuda.synchronize()
         try:
             with self.cuda.graph(graph, stream=self._stream):
                 call()
         except RuntimeError as error:  # a host sync inside, say
-            self.cuda.synchronize()
-            return call, f"events, for it can't be captured: {str(error).splitlines()[0][:80]}"
-
-        def replay(kept=call):  # the graph reads the memory of what the call holds
-            graph.replay()
-
-        return replay, "graph replay"
+            return f"events, for it can't be captured: {str(error).splitlines()[0][:80]}"
+        return graph
 
     def sample(self, call: Call) -> float:
         start, end = self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)

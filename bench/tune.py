@@ -71,10 +71,12 @@ def _layer_norm(phase: str) -> Tunable:
         return mock.patch.object(layernorm, "_tiles", tiles)
 
     def shipped(shape, machine):
-        found = original(shape["C"], machine.dtype, of_backward)
-        return dict(block_m=found.block_m, num_warps=found.num_warps)
+        found = original(shape["C"], machine.dtype, of_backward)._asdict()
+        return {field: found[field] for field in values}
 
     values = dict(block_m=(1, 2, 4, 8), num_warps=(1, 2, 4, 8))
+    if of_backward:
+        values["stages"] = (1, 2, 3, 4)
     name = f"layer_norm_{phase}"
     return Tunable(name, name, f"add_layer_norm {phase}", values, shipped, patched)
 
@@ -117,28 +119,22 @@ def _decode() -> Tunable:
     return Tunable("decode", "_decode_kernel", "decode_attention", values, shipped, patched)
 
 
-def _bias_gelu(phase: str, op: str) -> Tunable:
-    original = mlp._tiles
+def _gelu(phase: str, op: str) -> Tunable:
+    original, of_backward = mlp._tiles, phase == "bwd"
 
-    @contextlib.contextmanager
     def patched(trial):
-        def tiles(*arguments):
-            return trial["block_m"], original(*arguments)[1]
+        def tiles(rows, hidden, multiprocessors, backward):
+            found = original(rows, hidden, multiprocessors, backward)
+            return found._replace(**trial) if backward == of_backward else found
 
-        with (
-            mock.patch.object(mlp, "_tiles", tiles),
-            mock.patch.object(mlp, "_BLOCK_F", trial["block_f"]),
-            mock.patch.object(mlp, "_NUM_WARPS", trial["num_warps"]),
-        ):
-            yield
+        return mock.patch.object(mlp, "_tiles", tiles)
 
     def shipped(shape, machine):
-        on_a_card = 132 if machine.kind == "cuda" else None
-        block_m, _ = original(shape["M"], shape["F"], on_a_card)
-        return dict(block_m=block_m, block_f=mlp._BLOCK_F, num_warps=mlp._NUM_WARPS)
+        found = original(shape["M"], shape["F"], 132 if machine.kind == "cuda" else None, of_backward)._asdict()
+        return {field: found[field] for field in values}
 
     values = dict(block_m=(1, 2, 4, 8, 16, 32), block_f=(128, 256, 512, 1024), num_warps=(2, 4, 8))
-    return Tunable(f"bias_gelu_{phase}", f"bias_gelu_{phase}", op, values, shipped, patched)
+    return Tunable(f"gelu_{phase}", f"_gelu_{phase}", op, values, shipped, patched)
 
 
 def _cross_entropy() -> Tunable:
@@ -163,8 +159,8 @@ def tunables() -> list[Tunable]:
         _attention("fwd", "attention fwd", (64, 128), (32, 64, 128)),
         _linear_gelu("fwd", "linear + GELU"),
         _linear_gelu("bwd", "dgrad + dGELU"),
-        _bias_gelu("fwd", "linear + GELU"),
-        _bias_gelu("bwd", "dgrad + dGELU"),
+        _gelu("fwd", "linear + GELU"),
+        _gelu("bwd", "dgrad + dGELU"),
         _cross_entropy(),
         _layer_norm("fwd"),
         _layer_norm("bwd"),
@@ -209,7 +205,7 @@ def _rows_of_logits(machine: Machine, N: int, V: int) -> Subject:
     ones, losses = torch.ones(N, device=machine.device), torch.empty(N, device=machine.device)
 
     def run():
-        cross_entropy.cross_entropy_rows(logits, targets, ones, -100, 0.0, 0.0, losses)
+        cross_entropy.cross_entropy_rows(buffer, V, targets, ones, -100, 0.0, 0.0, losses)
 
     def results():
         logits.copy_(kept)

@@ -68,12 +68,12 @@ def add_layer_norm_bwd(M: int, C: int, e: int) -> Work:
     return Work(0, 4 * M * C * e + 12 * M)
 
 
-def bias_gelu_fwd(M: int, F: int, e: int) -> Work:
-    """As a pass of its own: the product in, the pre-activation and the activation out."""
-    return Work(0, 3 * M * F * e)
+def gelu_fwd(M: int, F: int, e: int) -> Work:
+    """As a pass of its own: the pre-activation in, the activation out."""
+    return Work(0, 2 * M * F * e)
 
 
-def bias_gelu_bwd(M: int, F: int, e: int) -> Work:
+def gelu_bwd(M: int, F: int, e: int) -> Work:
     return Work(0, 3 * M * F * e)
 
 
@@ -175,8 +175,8 @@ def train_step(
         Line("first LayerNorm, backward", "memory", 1, layer_norm_bwd(M, C, e)),
         Line("add + LayerNorm, forward", "memory", 2 * L, add_layer_norm_fwd(M, C, e)),
         Line("add + LayerNorm, backward", "memory", 2 * L, add_layer_norm_bwd(M, C, e)),
-        Line("bias + GELU, forward", "memory", L, bias_gelu_fwd(M, F, e)),
-        Line("bias + GELU, backward", "memory", L, bias_gelu_bwd(M, F, e)),
+        Line("GELU, forward", "memory", L, gelu_fwd(M, F, e)),
+        Line("GELU, backward", "memory", L, gelu_bwd(M, F, e)),
         Line("cross entropy over the logits", "memory", 1, cross_entropy_pass(M, V, e)),
         *bias_grads,
         Line("gradient norm", "memory", 1, Work(0, parameters(config) * (gradient_bytes or e))),
@@ -189,7 +189,7 @@ def forward(config: GPTConfig, batch: int, time: int, e: int) -> Work:
     B, T, C, H, L = batch, time, config.n_embd, config.n_head, config.n_layer
     M, F, V, D = B * T, config.n_inner or 4 * C, config.vocab_size, C // H
     layer = matmul(M, 3 * C, C, e) + matmul(M, C, C, e) + matmul(M, F, C, e) + matmul(M, C, F, e)
-    layer += attention_fwd(B, H, T, D, e) + bias_gelu_fwd(M, F, e) + add_layer_norm_fwd(M, C, e)
+    layer += attention_fwd(B, H, T, D, e) + gelu_fwd(M, F, e) + add_layer_norm_fwd(M, C, e)
     layer += add_layer_norm_fwd(M, C, e)
     rest = embedding_fwd(M, T, C, e) + layer_norm_fwd(M, C, e) + matmul(M, V, C, e)
     return Work(L * layer.flops, L * layer.bytes) + rest

@@ -9,9 +9,12 @@ import math
 
 import torch
 import triton
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from fastgpt import loss
-from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, layernorm, mlp
+from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
@@ -86,6 +89,9 @@ def _on_its_device(launcher):
 
     @functools.wraps(launcher)
     def launch(first, *args):
+        there = not first.is_cuda or first.device.index == torch.cuda.current_device()
+        if there and not torch.is_autocast_enabled(first.device.type):  # two contexts would take as long as a launch
+            return launcher(first, *args)
         with torch.autocast(first.device.type if first.is_cuda else "cpu", enabled=False):
             if not first.is_cuda:
                 return launcher(first, *args)
@@ -96,16 +102,27 @@ def _on_its_device(launcher):
 
 
 def _go_over_logits(x, *arguments):
-    """By a twelfth of the rows, but 256 at least: fewer would wait for the weights. A row's pass is one launch."""
+    """By a twelfth of the rows, but 256 at least: fewer would wait for the weights; a multiple of 8, for a product over
+    other numbers of rows is a slow one. A row's pass is one launch."""
     pass_over_rows = _on_its_device(cross_entropy.cross_entropy_rows)
-    loss.by_rows(pass_over_rows, max(_FEWEST_ROWS, -(-len(x) // 12)), x, *arguments)
+    loss.by_rows(pass_over_rows, max(_FEWEST_ROWS, 8 * -(-len(x) // 96)), True, x, *arguments)
 
 
 def _custom_op(launcher, fake):
-    """`launcher` as the op fastgpt::<its name>."""
-    op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", _on_its_device(launcher), mutates_args=())
+    """`launcher` as the op fastgpt::<its name>; called by Python it is launched at once, for PyTorch's way through an
+    op takes longer than the launch. A compiler, a mode that looks at every op and a fake tensor get the op."""
+    launch = _on_its_device(launcher)
+    op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", launch, mutates_args=())
     op.register_fake(fake)
-    return op
+
+    @functools.wraps(launcher)
+    def call(first, *args):
+        if torch.compiler.is_compiling() or type(first) not in (Tensor, Parameter) or _len_torch_dispatch_stack():
+            return op(first, *args)
+        return launch(first, *args)
+
+    call.op = op
+    return call
 
 
 layer_norm_fwd = _custom_op(layernorm.layer_norm_fwd, layernorm.layer_norm_fwd_outputs)
@@ -119,7 +136,10 @@ gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
 gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
 embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.embedding_fwd_outputs)
 embedding_bwd = _custom_op(embedding_kernels.embedding_bwd, embedding_kernels.embedding_bwd_outputs)
-chunked_losses = loss.chunked_op("chunked_losses_triton", _go_over_logits)
+few_linear, few_norm_linear = _on_its_device(few_rows.linear), _on_its_device(few_rows.norm_linear)
+append_to_cache, fits_few = _on_its_device(decode.append), few_rows.fits
+take_likeliest = _on_its_device(greedy.greedy)
+chunked_losses = loss.chunked_op("chunked_losses_triton", _go_over_logits, pads=True)
 
 
 class LayerNorm(torch.autograd.Function):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt import ops
 from fastgpt.decoder import Cache, Decoder
 from fastgpt.sampling import Sampling
 
@@ -59,6 +60,8 @@ class Batch:
             self.seen = seen[:, :vocab_size].repeat_interleave(samples, 0).to(device)
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(self.rows, device=device) if logprobs else None
+        plain = sampling.greedy and self.seen is None and self.logprobs is None and decoder.dtype != torch.float64
+        self._likeliest = plain and decoder.on_kernels  # by one kernel
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graphs = device.type == "cuda" and not decoder.called and new_tokens >= GRAPH_FROM
 
@@ -103,6 +106,9 @@ class Batch:
         """Sample from (rows, V) and write it down."""
         with torch.no_grad():
             logits = logits[:, : self.vocab_size]
+            if self._likeliest:
+                ops.autograd.take_likeliest(logits, self.history, self.lengths, self.ids)
+                return
             ids = self.sampling.draw(logits, self.seen, self.generator)[:, None]
             if self.logprobs is not None:
                 self.logprobs.copy_(logits.log_softmax(-1).gather(1, ids)[:, 0])

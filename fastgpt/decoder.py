@@ -43,9 +43,9 @@ class Cache:
 class Decoder:
     """A live model, made ready to be decoded from.
 
-    dtype: of the weights, activations and cache; autocast's or the model's own if None. On a CPU, `many_tokens` lays
-    the weights out anew where that makes a row's pass faster: it costs their memory once more, and about as long as
-    ten tokens. Weights that are neither laid out nor cast are the model's own, at every call as they are then.
+    dtype: of the weights, activations and cache; autocast's or the model's own if None. `many_tokens` lays the weights
+    out anew where that makes a row's pass faster: it costs their memory once more, and on a CPU about as long as ten
+    tokens. Weights that are neither laid out nor cast are the model's own, at every call as they are then.
     TypeError and ValueError for a model that can't be served; one whose logits differ from what its parts say is tried
     and refused.
     """
@@ -63,7 +63,7 @@ class Decoder:
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
         self._modules = list(inner.modules())
-        reader = Reader(dtype, many_tokens and self.device.type == "cpu")
+        reader = Reader(dtype, many_tokens)
         embedded = found.tokens.weight.dtype
         self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
         self.stream_dtype = self.dtype
@@ -78,6 +78,7 @@ class Decoder:
         self.norm = reader.norm(found.norm)
         self.head = reader.linear(found.head)
         self.called = reader.called
+        self._fused = not self._torch and self._all_plain()
         self.vocabulary: int = found.tokens.num_embeddings  # type: ignore[assignment]
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
         self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
@@ -91,6 +92,11 @@ class Decoder:
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
         return self._names.get(id(module)) or "the model"
+
+    @property
+    def on_kernels(self) -> bool:
+        """Whether it runs on the Triton kernels, and not on PyTorch's road."""
+        return not self._torch
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -137,7 +143,9 @@ class Decoder:
         def attend(index: int, qkv: Tensor) -> Tensor:
             q, k, v = self._split(qkv)
             keys, values, scale = cache.k[index], cache.v[index], self.layers[index].scale
-            if even:
+            if not self._torch:
+                ops.autograd.append_to_cache(qkv, keys, values, lengths)
+            elif even:
                 keys[:, :, reach - new : reach] = k
                 values[:, :, reach - new : reach] = v
             else:
@@ -150,7 +158,8 @@ class Decoder:
                 y = self._functions.decode_attention(q, keys, values, lengths, scale=scale, **self._backend)
             return y.transpose(1, 2).reshape(batch, new, -1)
 
-        return self.logits(self._walk(ids, positions, attend))
+        few = self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears())
+        return self.logits((self._walk_few if few else self._walk)(ids, positions, attend))
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
@@ -181,6 +190,10 @@ class Decoder:
     def logits(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, V), in float32 whatever the weights are, or float64."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            few = self._fused and isinstance(self.head, Linear) and x.dim() == 3
+            if few and ops.autograd.fits_few(x.shape[0] * x.shape[1], self.head.weight):
+                wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+                return ops.autograd.few_linear(x.flatten(0, 1), *self.head, wide).view(*x.shape[:2], -1)
             logits = self.head(x)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -211,6 +224,34 @@ class Decoder:
             normed, _ = self._add_norm(self.norm, branch, x, bias)
             told(self.anatomy.norm, normed)
         return normed
+
+    def _walk_few(self, ids: Tensor, positions: Tensor | None, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """What _walk gives, for so few rows that launches and weights take all the time: four launches a layer beside
+        attention's."""
+        few: Any = ops.autograd
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            x = self._embed(ids, positions).flatten(0, 1)
+            branch: Tensor | None = None
+            bias: Tensor | None = None
+            parts: Any  # all of them plain: see _all_plain
+            for index, parts in enumerate(self.layers):
+                qkv, x = few.few_norm_linear(x, branch, bias, *parts.norm_1, *parts.qkv[0], "")
+                y = attend(index, qkv.view(*ids.shape, -1))
+                branch, bias = few.few_linear(y.flatten(0, 1), parts.out.weight, None), parts.out.bias
+                hidden, x = few.few_norm_linear(x, branch, bias, *parts.norm_2, *parts.mlp.fc, parts.mlp.gelu)
+                branch, bias = few.few_linear(hidden, parts.mlp.proj.weight, None), parts.mlp.proj.bias
+            normed, _ = self._add_norm(self.norm, branch, x, bias)
+        return normed.view(*ids.shape, -1)
+
+    def _all_plain(self) -> bool:
+        """Whether every part of a layer is read as weights, and none is called."""
+        norms = (norm for layer in self.layers for norm in (layer.norm_1, layer.norm_2))
+        return all(isinstance(part, (Norm, Linear)) for part in (*norms, *self._linears()))
+
+    def _linears(self) -> Iterator[Any]:
+        for layer in self.layers:
+            yield from (*layer.qkv, layer.out)
+            yield from (layer.mlp.fc, layer.mlp.proj) if isinstance(layer.mlp, Mlp) else (layer.mlp,)
 
     def _maybe_evaluating(self):
         return self._evaluating() if self.called else contextlib.nullcontext()

@@ -19,7 +19,7 @@ def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight
     at_once = vocab <= 4 * channels
     rows = max(1, len(x)) if at_once else -(-len(x) // (40 if copies else 12))
     if at_once or (rows >= _FEWEST_ROWS and (copies or not _has_room(dweight, x, losses))):
-        loss.by_rows(_pass_over_rows, rows, x, weight, targets, row_grads, settings, losses, dx, dweight)
+        loss.by_rows(_pass_over_rows, rows, False, x, weight, targets, row_grads, settings, losses, dx, dweight)
         return
     parts = max(1, -(-len(x) // channels))  # the first has room in dweight
     if copies:  # dx is summed up in float32, and x copied where halves are not multiplied: a part's copies are small
@@ -85,10 +85,10 @@ class _Rows:
         return (local >= 0) & (local < z.shape[1]), local.clamp(0, z.shape[1] - 1)[:, None]
 
 
-def _pass_over_rows(logits, targets, row_grads, ignore_index, label_smoothing, z_loss, losses):
+def _pass_over_rows(logits, vocab, targets, row_grads, ignore_index, label_smoothing, z_loss, losses):
     """loss.by_rows' pass, in place in float32. The gradient comes back in float32."""
     settings = loss.LossSettings(ignore_index, label_smoothing, z_loss, logits.dtype)
-    rows, z = _Rows(targets, logits.shape[1], settings, losses.dtype), logits.to(losses.dtype)
+    rows, z = _Rows(targets, vocab, settings, losses.dtype), logits.to(losses.dtype)
     rows.read(z, 0)
     rows.finish(losses, row_grads)
     return z if row_grads is None else rows.gradient(z, 0)

@@ -103,12 +103,19 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _outputs(x, weight, dtype, needs_x, needs_weight):
-    """What a chunked op allocates; a gradient that is not needed is empty."""
+def padded(vocab: int) -> int:
+    """A width of logits that keeps rows and matmuls aligned: 50257 is odd, 50304 is not."""
+    return -(-vocab // 64) * 64
+
+
+def _outputs(x, weight, dtype, needs_x, needs_weight, pads):
+    """What a chunked op gives; a gradient that is not needed is empty. With `pads` dweight's memory goes on to the
+    padded vocabulary."""
     statistics = _statistics_dtype(dtype)
     losses = torch.empty(x.shape[0], dtype=statistics, device=x.device)
     dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    dweight = torch.empty(weight.shape if needs_weight else (0,), dtype=statistics, device=x.device)
+    rows = 0 if not needs_weight else padded(len(weight)) if pads else len(weight)
+    dweight = torch.empty((rows, weight.shape[1]), dtype=statistics, device=x.device)[: len(weight)]
     return losses, dx, dweight if len(x) else dweight.zero_()
 
 
@@ -150,7 +157,7 @@ def _without_autocast(op):
     return run
 
 
-def chunked_op(name: str, go_over: Callable[..., None]):
+def chunked_op(name: str, go_over: Callable[..., None], pads: bool = False):
     """The op fastgpt::<name>: one call to a compiler, whatever the chunks.
 
     go_over(x, weight, targets, row_grads or None, settings, losses, dx or None, dweight or None) writes the last three.
@@ -172,7 +179,7 @@ def chunked_op(name: str, go_over: Callable[..., None]):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, C), weight (V, C), targets (N,) -> losses (N,); and with row_grads (N,), what reaches each loss from
         above, dx (N, C) in x's dtype and dweight (V, C) in float32, each only if needed."""
-        losses, dx, dweight = _outputs(x, weight, dtype, needs_x, needs_weight)
+        losses, dx, dweight = _outputs(x, weight, dtype, needs_x, needs_weight, pads)
         settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
         wanted = (dx if needs_x else None, dweight if needs_weight else None)
         go_over(x, weight, targets, row_grads, settings, losses, *wanted)
@@ -180,31 +187,46 @@ def chunked_op(name: str, go_over: Callable[..., None]):
 
     @chunked_losses.register_fake
     def _(x, weight, targets, row_grads, ignore_index, label_smoothing, z_loss, dtype, needs_x, needs_weight):
-        return _outputs(x, weight, dtype, needs_x, needs_weight)
+        return _outputs(x, weight, dtype, needs_x, needs_weight, pads)
 
     return chunked_losses
 
 
 def by_rows(
-    pass_over_rows: Callable[..., Tensor], rows_at_once: int, x, weight, targets, grads, settings, losses, dx, dweight
+    pass_over_rows: Callable[..., Tensor],
+    rows_at_once: int,
+    pads: bool,
+    x,
+    weight,
+    targets,
+    grads,
+    settings,
+    losses,
+    dx,
+    dweight,
 ) -> None:
-    """A chunk of rows at a time, against the whole vocabulary.
+    """A chunk of rows at a time, against the whole vocabulary; with `pads` the matmuls take its padding along, for
+    cuBLAS has its fast kernels for aligned sizes alone.
 
-    pass_over_rows(logits (n, V), targets (n,), row_grads (n,) or None, ignore_index, label_smoothing, z_loss,
-    losses (n,)) writes the losses, may overwrite the logits, and returns the gradient that takes their place.
+    pass_over_rows(logits (n, V or more), V, targets (n,), row_grads (n,) or None, ignore_index, label_smoothing,
+    z_loss, losses (n,)) writes the losses, may overwrite the logits, and returns the gradient that takes their place,
+    zero in the padding.
     """
     vocab, dtype = weight.shape[0], settings.dtype
     weight = weight.to(dtype)
-    stride = -(-vocab // 64) * 64  # 50257 is odd: rows padded to 50304 stay aligned for the matmuls
-    buffer = torch.empty(min(rows_at_once, len(x)), stride, dtype=dtype, device=x.device)
-    if not x.is_cuda:  # oneDNN's bfloat16 product on AMX multiplies one number past an odd row by zero: it may be NaN
+    width = padded(vocab)
+    buffer = torch.empty(min(rows_at_once, len(x)), width, dtype=dtype, device=x.device)
+    if pads:
+        weight = F.pad(weight, (0, 0, 0, width - vocab))
+        dweight = None if dweight is None else dweight.as_strided(weight.shape, dweight.stride())  # as _outputs made it
+    elif not x.is_cuda:  # oneDNN's bfloat16 product on AMX multiplies one number past an odd row by zero: may be NaN
         buffer[:, vocab:].zero_()
     for start in range(0, len(x), rows_at_once):
         rows = slice(start, start + rows_at_once)
         chunk = x[rows].to(dtype)
-        logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk), :vocab])
+        logits = torch.mm(chunk, weight.t(), out=buffer[: len(chunk), : len(weight)])
         row_grads = None if grads is None else grads[rows]
-        dlogits = pass_over_rows(logits, targets[rows], row_grads, *settings[:3], losses[rows])
+        dlogits = pass_over_rows(logits, vocab, targets[rows], row_grads, *settings[:3], losses[rows])
         if dx is not None:
             dx[rows] = torch.mm(dlogits if dlogits.dtype == dtype else logits.copy_(dlogits), weight)
         if dweight is not None:

@@ -174,9 +174,9 @@ class Block(nn.Module):
     """One layer. In training it launches these kernels, and no pass over activations that only copies, casts or adds
     (`mm` and `addmm` are cuBLAS's; `sum` adds up a kernel's partial sums and, once, the rows of dqkv):
 
-        forward    layer_norm_fwd  addmm  attention_fwd  mm  layer_norm_fwd  mm  bias_gelu_fwd  mm
-        backward   mm  mm  bias_gelu_bwd  sum  mm  mm  layer_norm_bwd  sum
-                   mm  mm  row_products  attention_dq  attention_dkdv  mm  mm  sum  layer_norm_bwd  sum
+        forward    layer_norm_fwd  addmm  attention_fwd  mm  layer_norm_fwd  addmm  gelu_fwd  mm
+        backward   mm  mm  gelu_bwd  sum  mm  mm  layer_norm_bwd  sum
+                   mm  mm  attention_dq  attention_dkdv  mm  mm  sum  layer_norm_bwd  sum
 
     Under autocast each weight is cast once a step as well, and its gradient back. What a token of a layer keeps for the
     backward, in elements of the compute dtype: 2 C of stream, 2 C normed, 3 C qkv, C attended, 8 C of the MLP

@@ -289,7 +289,7 @@ class _Launch:
 
     def access(self, kind: str, pointers: Any, mask: Any = None) -> Any:
         """Note and check an access; the pointers come back without tags, fit to be followed."""
-        active = True if mask is None else np.asarray(mask.data)  # block pointers come with a bare array
+        active = True if mask is None else np.asarray(mask.data, bool)  # of integers, where a scalar took part in it
         lanes = pointers.data[np.broadcast_to(active, pointers.data.shape)]
         if lanes.size:
             addresses = (lanes & _ADDRESS_BITS).astype(np.int64)

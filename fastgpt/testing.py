@@ -35,9 +35,10 @@ def assert_accurate(
     allowed, half = _ALLOWED[actual.dtype], actual.dtype in (torch.bfloat16, torch.float16)
     unit = torch.finfo(actual.dtype).eps / 2
     floor = unit / 4 if half else unit / 2 * (1 + logit_max / 2)
-    got, expected = _rows(actual), _rows(oracle)
-    size = expected.abs() if magnitude is None else _rows(magnitude)
-    theirs = expected if same_dtype is None else _rows(same_dtype)
+    device = actual.device if actual.is_cuda else torch.device("cpu")  # others may lack float64
+    got, expected = _rows(actual, device), _rows(oracle, device)
+    size = expected.abs() if magnitude is None else _rows(magnitude, device)
+    theirs = expected if same_dtype is None else _rows(same_dtype, device)
 
     finite = expected.isfinite()
     places = "NaN and infinities stand elsewhere than in the oracle"
@@ -65,8 +66,8 @@ def assert_accurate(
     return shares[worst]
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to("cpu", torch.float64)
+def _rows(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = tensor.detach().to(device, torch.float64)
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
 
 

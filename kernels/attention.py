@@ -57,7 +57,7 @@ from .attention_tiles import (
     store_rows,
     strides,
 )
-from .launch import statistics_dtype
+from .launch import cdiv, statistics_dtype
 from .philox import keep_mask
 
 MAX_HEAD_DIM = 256
@@ -71,21 +71,22 @@ def _attend(
     l,  # [BLOCK_M]: the sum of exponentials so far
     k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
     stride_kt, stride_kd, stride_vt, stride_vd,
-    first, start, queries, keys, qk_scale, seed, plane, threshold,
+    first, start, below, queries, keys, qk_scale, seed, plane, threshold,
     D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax. BELOW: every query sees all of it."""
+    """One tile of keys into the running softmax. WHOLE: all of its keys are there, and below `below` every query sees
+    all of them; else each key is looked at."""
     rows, cols = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     there = None
-    if not BELOW:
+    if not WHOLE:
         there, poison = open_keys(cols, keys, mask_ptr, poison_ptr)
     k = load_rows(k_ptr, start, stride_kt, stride_kd, there, D, BLOCK_N, BLOCK_D)
     v = load_rows(v_ptr, start, stride_vt, stride_vd, there, D, BLOCK_N, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # [BLOCK_M, BLOCK_N]
     if ids_ptr is not None:
         s += poison[None, :]
-    if not BELOW:
+    if not WHOLE or start >= below:
         seen = sees(first, start, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False)
         s = tl.where(seen, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)  # scaled after the maximum: the scale is positive
@@ -125,14 +126,13 @@ def _attention_fwd_kernel(
     q_ptr = head_of(q_ptr, batch, head, stride_qb, stride_qh)
     k_ptr = head_of(k_ptr, batch, head // group, stride_kb, stride_kh)
     v_ptr = head_of(v_ptr, batch, head // group, stride_vb, stride_vh)
-    o_ptr = head_of(o_ptr, batch, head, stride_ob, stride_oh)
 
     begin = 0
     below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N  # keys in whole tiles that the first query sees
     end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
     if spans_ptr is not None:
         begin, stop = span_of(spans_ptr, batch, tile, tiles)
-        below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+        begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
     if mask_ptr is not None:
         mask_ptr += batch.to(tl.int64) * keys
     if ids_ptr is not None:
@@ -147,18 +147,21 @@ def _attention_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     m = tl.full([BLOCK_M], float("-inf"), ACC)
     l = tl.zeros([BLOCK_M], ACC)
-    if spans_ptr is None and below > 0:
-        for start in range(0, below, BLOCK_N):
-            acc, m, l = _attend(
-                q, acc, m, l, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
-                first, start, queries, keys, qk_scale, seed, plane, threshold,
-                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
-            )  # fmt: skip
-    if below < end:
-        for start in range(below, end, BLOCK_N):
+    if spans_ptr is None:
+        whole = end // BLOCK_N * BLOCK_N
+        if whole > 0:
+            for start in range(0, whole, BLOCK_N):
+                acc, m, l = _attend(
+                    q, acc, m, l, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
+                    first, start, below, queries, keys, qk_scale, seed, plane, threshold,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+                )  # fmt: skip
+        begin = whole
+    if begin < end:
+        for start in range(begin, end, BLOCK_N):
             acc, m, l = _attend(
                 q, acc, m, l, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr, stride_kt, stride_kd, stride_vt, stride_vd,
-                first, start, queries, keys, qk_scale, seed, plane, threshold,
+                first, start, start, queries, keys, qk_scale, seed, plane, threshold,
                 D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
             )  # fmt: skip
 
@@ -167,6 +170,7 @@ def _attention_fwd_kernel(
         o = tl.where(l[:, None] == 0.0, 0.0, o)
     if seed_ptr is not None:
         o *= keep_scale
+    o_ptr = head_of(o_ptr, batch, head, stride_ob, stride_oh)
     store_rows(o_ptr, first, stride_ot, stride_od, o, queries, D, BLOCK_M, BLOCK_D)
     tl.store(lse_ptr + plane.to(tl.int64) * queries + rows, m + tl.log2(l), rows < queries)
 
@@ -232,7 +236,7 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
     q, k, v = (addressable(t) for t in (q, k, v))
     beyond = options(seed, key_mask, documents, dropout_p)
     constants = settings("fwd", q, has_extras(beyond))
-    tiles = triton.cdiv(queries, constants["BLOCK_M"])
+    tiles = cdiv(queries, constants["BLOCK_M"])
     _attention_fwd_kernel[(tiles * batch * heads,)](
         q,
         k,

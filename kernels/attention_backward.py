@@ -45,6 +45,7 @@ from .attention_tiles import (
     store_rows,
     strides,
 )
+from .launch import cdiv, statistics_dtype
 from .philox import keep_mask
 
 
@@ -61,12 +62,18 @@ def _dkdv_step(
     D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries into dk and dv. Queries past the end add nothing: their do and Δ are loaded as zero."""
+    """One tile of queries into dk and dv. BELOW: all of them are there and see all of the keys; else those past the end
+    add nothing, for their do and Δ are loaded as zero."""
     rows = start + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, start, stride_qt, stride_qd, rows < queries, D, BLOCK_M, BLOCK_D)
-    do = load_rows(do_ptr, start, stride_gt, stride_gd, rows < queries, D, BLOCK_M, BLOCK_D)
-    lse = tl.load(lse_ptr + rows, rows < queries, 0.0)
-    delta = tl.load(delta_ptr + rows, rows < queries, 0.0)
+    if BELOW:  # tests of every row would take a fifth of the loop's instructions
+        q = load_rows(q_ptr, start, stride_qt, stride_qd, None, D, BLOCK_M, BLOCK_D)
+        do = load_rows(do_ptr, start, stride_gt, stride_gd, None, D, BLOCK_M, BLOCK_D)
+        lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
+    else:
+        q = load_rows(q_ptr, start, stride_qt, stride_qd, rows < queries, D, BLOCK_M, BLOCK_D)
+        do = load_rows(do_ptr, start, stride_gt, stride_gd, rows < queries, D, BLOCK_M, BLOCK_D)
+        lse = tl.load(lse_ptr + rows, rows < queries, 0.0)
+        delta = tl.load(delta_ptr + rows, rows < queries, 0.0)
     st = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)  # [BLOCK_N, BLOCK_M]
     if ids_ptr is not None:
         st += poison[:, None]
@@ -142,21 +149,29 @@ def _attention_dkdv_kernel(
         q_head = head_of(q_ptr, batch, head, stride_qb, stride_qh)
         do_head = head_of(do_ptr, batch, head, stride_gb, stride_gh)
         lse_head, delta_head = lse_ptr + plane.to(tl.int64) * queries, delta_ptr + plane.to(tl.int64) * queries
-        if begin < below:
-            for start in range(begin, below, BLOCK_M):
-                dk, dv = _dkdv_step(
-                    k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
-                    stride_qt, stride_qd, stride_gt, stride_gd,
-                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-                )  # fmt: skip
-        if mask_ptr is None and ids_ptr is None and below < end:
-            for start in range(below, end, BLOCK_M):
+        for start in range(begin, below, BLOCK_M):
+            dk, dv = _dkdv_step(
+                k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
+                stride_qt, stride_qd, stride_gt, stride_gd,
+                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+            )  # fmt: skip
+        if mask_ptr is None and ids_ptr is None:
+            whole = below + (end - below) // BLOCK_M * BLOCK_M  # tiles without queries past the end
+            if below < whole:
+                for start in range(below, whole, BLOCK_M):
+                    dk, dv = _dkdv_step(
+                        k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,
+                        stride_qt, stride_qd, stride_gt, stride_gd,
+                        first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                        D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+                    )  # fmt: skip
+            if whole < end:
                 dk, dv = _dkdv_step(
                     k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,
                     stride_qt, stride_qd, stride_gt, stride_gd,
-                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+                    first, whole, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
                 )  # fmt: skip
 
     dk_ptr = head_of(dk_ptr, batch, key_head, stride_dkb, stride_dkh)
@@ -174,14 +189,14 @@ def _dq_step(
     dq,  # [BLOCK_M, BLOCK_D]: the sum so far
     k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
     stride_kt, stride_kd, stride_vt, stride_vd,
-    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+    first, start, below, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
     D: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into dq."""
+    """One tile of keys into dq. WHOLE, below: as in the forward."""
     rows, cols = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     there = None
-    if not BELOW:
+    if not WHOLE:
         there, poison = open_keys(cols, keys, mask_ptr, poison_ptr)
     k = load_rows(k_ptr, start, stride_kt, stride_kd, there, D, BLOCK_N, BLOCK_D)
     v = load_rows(v_ptr, start, stride_vt, stride_vd, there, D, BLOCK_N, BLOCK_D)
@@ -189,7 +204,7 @@ def _dq_step(
     if ids_ptr is not None:
         s += poison[None, :]
     p = tl.exp2(s * qk_scale - lse[:, None])
-    if not BELOW:
+    if not WHOLE or start >= below:
         p = tl.where(sees(first, start, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
     if seed is not None:
@@ -201,15 +216,16 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, o_ptr,
     lse_ptr,  # (B, H, Tq)
-    delta_ptr,  # (B, H, Tq)
+    delta_ptr,  # (B, H, Tq), written here
     dq_ptr,
     seed_ptr, mask_ptr, ids_ptr, spans_ptr, poison_ptr,  # as in the forward
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_gb, stride_gh, stride_gt, stride_gd,
+    stride_ob, stride_oh, stride_ot, stride_od,
     stride_dqb, stride_dqh, stride_dqt, stride_dqd,
     heads, group, queries, keys, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -224,11 +240,12 @@ def _attention_dq_kernel(
     q_ptr = head_of(q_ptr, batch, head, stride_qb, stride_qh)
     do_ptr = head_of(do_ptr, batch, head, stride_gb, stride_gh)
 
+    begin = 0
     below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
     if spans_ptr is not None:
         begin, stop = span_of(spans_ptr, batch, tile, tiles)
-        below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+        begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
     if mask_ptr is not None:
         mask_ptr += batch.to(tl.int64) * keys
     if ids_ptr is not None:
@@ -242,21 +259,27 @@ def _attention_dq_kernel(
     q = load_rows(q_ptr, first, stride_qt, stride_qd, rows < queries, D, BLOCK_M, BLOCK_D)
     do = load_rows(do_ptr, first, stride_gt, stride_gd, rows < queries, D, BLOCK_M, BLOCK_D)
     lse = tl.load(lse_ptr + plane.to(tl.int64) * queries + rows, rows < queries, 0.0)
-    delta = tl.load(delta_ptr + plane.to(tl.int64) * queries + rows, rows < queries, 0.0)
+    o_ptr = head_of(o_ptr, batch, head, stride_ob, stride_oh)
+    o = load_rows(o_ptr, first, stride_ot, stride_od, rows < queries, D, BLOCK_M, BLOCK_D)
+    delta = tl.sum(o.to(ACC) * do.to(ACC), axis=1)
+    tl.store(delta_ptr + plane.to(tl.int64) * queries + rows, delta, rows < queries)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    if spans_ptr is None and below > 0:
-        for start in range(0, below, BLOCK_N):
-            dq = _dq_step(
-                q, do, lse, delta, dq, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
-                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
-            )  # fmt: skip
-    if below < end:
-        for start in range(below, end, BLOCK_N):
+    if spans_ptr is None:
+        whole = end // BLOCK_N * BLOCK_N
+        if whole > 0:
+            for start in range(0, whole, BLOCK_N):
+                dq = _dq_step(
+                    q, do, lse, delta, dq, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
+                    first, start, below, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
+                )  # fmt: skip
+        begin = whole
+    if begin < end:
+        for start in range(begin, end, BLOCK_N):
             dq = _dq_step(
                 q, do, lse, delta, dq, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
                 stride_kt, stride_kd, stride_vt, stride_vd,
-                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                first, start, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
                 D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
             )  # fmt: skip
     dq_ptr = head_of(dq_ptr, batch, head, stride_dqb, stride_dqh)
@@ -327,7 +350,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "v_ptr": v,
         "do_ptr": do,
         "lse_ptr": lse,
-        "delta_ptr": row_products(o, do),
+        "delta_ptr": torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device),
         **beyond,
         "poison_ptr": None if documents is None else row_products(k, v, poison=True),
         **strides(q=q, k=k, v=v, g=do),
@@ -339,16 +362,17 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "scale": scale,
     }
     constants = settings("dq", q, has_extras(beyond))
-    tiles = triton.cdiv(queries, constants["BLOCK_M"])
+    tiles = cdiv(queries, constants["BLOCK_M"])
     _attention_dq_kernel[(tiles * batch * heads,)](
+        o_ptr=o,
         dq_ptr=dq,
         spans_ptr=spans(key_mask, documents, constants["BLOCK_M"], tiles),
         **shared,
-        **strides(dq=dq),
+        **strides(o=o, dq=dq),
         **constants,
     )
     constants = settings("dkdv", q, has_extras(beyond))
-    tiles = triton.cdiv(keys, constants["BLOCK_N"])
+    tiles = cdiv(keys, constants["BLOCK_N"])
     _attention_dkdv_kernel[(tiles * batch * key_heads,)](
         dk_ptr=dk,
         dv_ptr=dv,

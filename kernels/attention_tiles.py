@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulator, dropout_numbers, matmul_precision, statistics_dtype
+from .launch import accumulator, cdiv, dropout_numbers, matmul_precision, next_power_of_2, statistics_dtype
 
 MAX_ROW_STRIDE = 2**23  # times 256 rows of a tile it still fits 32 bits; tensors past it are copied first
 ATTENTION_SITE = tl.constexpr(0)  # attention's dropout, in the counter of philox.keep_mask
@@ -44,7 +44,7 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
         "PRECISION": matmul_precision(),
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[-1])),
+        "BLOCK_D": max(16, next_power_of_2(q.shape[-1])),
         "num_warps": tiles.num_warps,
         "num_stages": tiles.num_stages,
         "maxnreg": registers,
@@ -66,12 +66,8 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
         return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
     if 90 <= card.capability < 120 and card.shared >= 160 * 1024:  # Hopper and its successor in data centers
         if kernel == "dkdv":
-            if head_dim <= 64 and not extras:
-                return Tiles(64, 128, 8, 3)  # Triton 3.6's ptxas spills with two stages
-            return Tiles(32 // (1 + (extras and head_dim > 64)), 128, 8, 2)
-        if kernel == "fwd" and head_dim <= 64 and not extras:
-            return Tiles(128, 64, 4, 3)
-        return Tiles(128, 32 if extras and kernel == "dq" and head_dim > 64 else 64, 8, 2)
+            return Tiles(32, 64, 4, 3)
+        return Tiles(64, 32 if extras or (kernel == "dq" and head_dim > 64) else 64, 4, 3)
     if kernel == "fwd" and head_dim <= 64:
         return Tiles(64, 64, 8, 2) if extras else Tiles(128, 64, 8, 3)
     if kernel == "fwd":
@@ -275,9 +271,9 @@ def row_products(a, b, poison=False):
     """rowsum(a ∘ b) of a, b (B, H, T, D), (B, H, T), in the statistics' dtype; or `poison` for keys a and values b."""
     batch, heads, length, dim = a.shape
     sums = torch.empty((batch, heads, length), dtype=statistics_dtype(a), device=a.device)
-    block_d = max(16, triton.next_power_of_2(dim))
+    block_d = max(16, next_power_of_2(dim))
     block = max(16, 8192 // block_d)  # 32 elements a thread
-    _row_products_kernel[(triton.cdiv(length, block) * batch * heads,)](
+    _row_products_kernel[(cdiv(length, block) * batch * heads,)](
         a,
         b,
         sums,

@@ -5,7 +5,9 @@
     dz   = g ((1 + 2 λ lse) exp(z - lse) - (1 - ε) onehot - ε / V)        g: what reaches the loss from above
 
 One program a row reads it twice, the second time from the cache, and writes it once: 3 V e bytes a row, of which 2 V e
-reach memory. An ignored row has loss 0 and gradient 0, a target out of range NaN, and neither reads outside the row.
+reach memory. Rows may be padded, to a width at which loads are of 16 bytes, where those of an odd vocabulary are of 2;
+the padding's gradient is zero. An ignored row has loss 0 and gradient 0, a target out of range NaN, and neither reads
+outside the row.
 (The in-place form is llm.c's fused classifier; the online sum is Milakov, Gimelshein, 2018, algorithm 3.)
 """
 
@@ -13,27 +15,51 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import next_power_of_2
+
 
 def _tiles(vocab: int) -> tuple[int, int]:
-    """BLOCK_V and num_warps: 16 elements a thread. Not measured on any GPU yet."""
-    block_v = min(4096, max(512, triton.next_power_of_2(vocab)))
-    return block_v, block_v // 512
+    """BLOCK_V and num_warps: 8 elements a thread, and blocks of 512 threads, of which a multiprocessor holds so few
+    that their rows stay in the cache. Measured on an H200 at 50257, 2736 rows: 68% of a copy's rate; 16 elements a
+    thread or 1024 threads take 3 to 20% longer."""
+    block_v = min(4096, max(512, next_power_of_2(vocab)))
+    return block_v, block_v // 256
+
+
+@triton.jit
+def _add_up(z, tops, totals, BLOCK_V: tl.constexpr):
+    """z [BLOCK_V] into the maxima and the sums of exp(z - top) of each eight neighbours, [BLOCK_V // 8]: one thread
+    holds all eight, so that the loop waits for no other."""
+    eights = tl.reshape(z, [BLOCK_V // 8, 8])
+    new_tops = tl.maximum(tops, tl.max(eights, axis=1))
+    totals = totals * tl.exp(tops - new_tops) + tl.sum(tl.exp(eights - new_tops[:, None]), axis=1)
+    return new_tops, totals
+
+
+@triton.jit
+def _gradient(z, cols, place, lse, scale, grad, smoothing, V, SMOOTHS: tl.constexpr):
+    dz = scale * tl.exp(z - lse)
+    if SMOOTHS:
+        dz -= grad * smoothing / V
+    return tl.where(cols == place, dz - (1 - smoothing) * grad, dz)
 
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr,  # (N, V), overwritten by the gradient
+    logits_ptr,  # (N, WIDTH), overwritten by the gradient
     targets_ptr,  # (N,)
     row_grads_ptr,  # (N,)
     losses_ptr,  # (N,)
     stride_ln,
     stride_tn,
     stride_gn,
+    width,
     V,
     ignore_index,
     smoothing,
     z_loss,
     HAS_GRAD: tl.constexpr,
+    SMOOTHS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -42,36 +68,46 @@ def _cross_entropy_kernel(
     target = tl.load(targets_ptr + row * stride_tn).to(tl.int64)
     valid = (target >= 0) & (target < V)
     z_target = tl.load(logits_ptr + target, valid, 0.0).to(ACC)
+    whole = V // BLOCK_V * BLOCK_V  # blocks whose places need no test
 
-    top = tl.full([], -3.0e38, ACC)  # finite, for a block of nothing but -inf
-    total = tl.zeros([], ACC)  # of exp(z - top)
-    plain = tl.zeros([], ACC)  # of z
-    for start in range(0, V, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        z = tl.load(logits_ptr + cols, cols < V, float("-inf")).to(ACC)  # [BLOCK_V]
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), axis=0)
-        plain += tl.sum(tl.where(cols < V, z, 0.0), axis=0)
-        top = new_top
-    lse = top + tl.log(total)
+    tops = tl.full([BLOCK_V // 8], -3.0e38, ACC)  # finite, for eight of nothing but -inf
+    totals = tl.zeros([BLOCK_V // 8], ACC)
+    plain = tl.zeros([BLOCK_V], ACC)
+    for start in range(0, whole, BLOCK_V):
+        z = tl.load(logits_ptr + start + tl.arange(0, BLOCK_V)).to(ACC)
+        tops, totals = _add_up(z, tops, totals, BLOCK_V)
+        if SMOOTHS:
+            plain += z
+    last = whole + tl.arange(0, BLOCK_V)
+    z = tl.load(logits_ptr + last, last < width, 0.0).to(ACC)
+    tops, totals = _add_up(tl.where(last < V, z, float("-inf")), tops, totals, BLOCK_V)
+    top = tl.max(tops, axis=0)
+    lse = top + tl.log(tl.sum(totals * tl.exp(tops - top), axis=0))
 
-    loss = lse - (1 - smoothing) * z_target - smoothing * (plain / V) + z_loss * lse * lse
+    loss = lse - (1 - smoothing) * z_target + z_loss * lse * lse
+    if SMOOTHS:
+        loss -= smoothing * (tl.sum(plain + tl.where(last < V, z, 0.0), axis=0) / V)
     loss = tl.where(valid, loss, float("nan"))
     tl.store(losses_ptr + row, tl.where(target == ignore_index, 0.0, loss))
     if HAS_GRAD:
         grad = tl.where(valid, tl.load(row_grads_ptr + row * stride_gn).to(ACC), float("nan"))
         grad = tl.where(target == ignore_index, 0.0, grad)
         scale = grad * (1 + 2 * z_loss * lse)
-        for start in range(0, V, BLOCK_V):
+        place = target.to(tl.int32)  # one out of range has NaN for its gradient, wherever it falls
+        for start in range(0, whole, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
-            z = tl.load(logits_ptr + cols, cols < V, 0.0).to(ACC)
-            dz = scale * tl.exp(z - lse) - grad * smoothing / V
-            dz = tl.where(cols == target, dz - (1 - smoothing) * grad, dz)
-            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), cols < V)
+            z = tl.load(logits_ptr + cols).to(ACC)
+            dz = _gradient(z, cols, place, lse, scale, grad, smoothing, V, SMOOTHS)
+            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), eviction_policy="evict_first")
+        z = tl.load(logits_ptr + last, last < width, 0.0).to(ACC)
+        dz = _gradient(z, last, place, lse, scale, grad, smoothing, V, SMOOTHS)
+        dz = tl.where(last < V, dz, 0.0)
+        tl.store(logits_ptr + last, dz.to(logits_ptr.dtype.element_ty), last < width)
 
 
 def cross_entropy_rows(
     logits: torch.Tensor,
+    vocab: int,
     targets: torch.Tensor,
     row_grads: torch.Tensor | None,
     ignore_index: int,
@@ -79,9 +115,9 @@ def cross_entropy_rows(
     z_loss: float,
     losses: torch.Tensor,
 ) -> torch.Tensor:
-    """logits (N, V), N at least 1, each row in one piece, and targets (N,): writes losses (N,), and with row_grads (N,)
-    the gradient over the logits. Returns the logits."""
-    block_v, num_warps = _tiles(logits.shape[1])
+    """logits (N, vocab or more), N at least 1, each row in one piece, and targets (N,): writes losses (N,), and with
+    row_grads (N,) the gradient over the logits, zeros over what lies past vocab. Returns the logits."""
+    block_v, num_warps = _tiles(vocab)
     _cross_entropy_kernel[(logits.shape[0],)](
         logits,
         targets,
@@ -91,10 +127,12 @@ def cross_entropy_rows(
         targets.stride(0),
         0 if row_grads is None else row_grads.stride(0),
         logits.shape[1],
+        vocab,
         ignore_index,
         label_smoothing,
         z_loss,
         HAS_GRAD=row_grads is not None,
+        SMOOTHS=label_smoothing != 0,
         ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
         BLOCK_V=block_v,
         num_warps=num_warps,

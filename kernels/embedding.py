@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulator, dropout_numbers, statistics_dtype
+from .launch import accumulator, cdiv, dropout_numbers, next_power_of_2, statistics_dtype
 from .philox import keep_mask
 
 _SITE = tl.constexpr(2)  # this file's dropout, in the counter of philox.keep_mask
@@ -24,7 +24,7 @@ _SITE = tl.constexpr(2)  # this file's dropout, in the counter of philox.keep_ma
 
 def _tiles(columns: int) -> tuple[int, int, int]:
     """BLOCK_M, BLOCK_C and num_warps: 16 bytes of half precision a thread. Not measured on any GPU yet."""
-    block_c = min(1024, max(16, triton.next_power_of_2(columns)))
+    block_c = min(1024, max(16, next_power_of_2(columns)))
     return max(1, 1024 // block_c), block_c, 4
 
 
@@ -164,7 +164,7 @@ def embedding_fwd(
         return out
     places = ids if positions is None else positions.expand(ids.shape)
     block_m, block_c, num_warps = _tiles(columns)
-    _embedding_fwd_kernel[(triton.cdiv(rows, block_m), triton.cdiv(columns, block_c))](
+    _embedding_fwd_kernel[(cdiv(rows, block_m), cdiv(columns, block_c))](
         token_weight,
         position_weight,
         ids,
@@ -213,10 +213,10 @@ def embedding_bwd(
         return dweight
     sorted_keys, order = _in_order(keys, batch, time, dout.device)
     chunk = _chunk(dout)
-    chunks = triton.cdiv(rows, chunk)
+    chunks = cdiv(rows, chunk)
     heads, tails = torch.empty((2, chunks, columns), dtype=statistics_dtype(dout), device=dout.device)
     _, block_c, num_warps = _tiles(columns)
-    grid = (chunks, triton.cdiv(columns, block_c))
+    grid = (chunks, cdiv(columns, block_c))
     constants = dict(ACC=accumulator(dout), CHUNK=chunk, BLOCK_C=block_c, num_warps=num_warps)
     _run_sums_kernel[grid](
         dout,

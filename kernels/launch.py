@@ -4,6 +4,16 @@ import torch
 import triton.language as tl
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own can be called in kernels too, and takes longer for it than a small launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def statistics_dtype(x: torch.Tensor) -> torch.dtype:
     """Of statistics and partial sums: float32, but float64 for float64: gradcheck is sharp in the interpreter then."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from .gelu import gelu, gelu_derivative
-from .launch import accumulator, capability, matmul_precision, multiprocessors, statistics_dtype
+from .launch import accumulator, capability, cdiv, matmul_precision, multiprocessors, statistics_dtype
 
 
 class Tiles(NamedTuple):
@@ -210,7 +210,7 @@ def linear_gelu_bwd(dy, w_out, pre, tanh: bool, dpre, act, recompute: bool, tile
     """dy (M, C), w_out (C, F), pre (M, F): writes dpre (M, F), and act if recompute. Returns float32 partial sums of
     dpre's columns, a row for each row of tiles. Nothing is empty."""
     rows, hidden = pre.shape
-    shape = (triton.cdiv(rows, tiles.block_m), hidden)
+    shape = (cdiv(rows, tiles.block_m), hidden)
     partials = torch.empty(shape, dtype=statistics_dtype(dy), device=dy.device)
     _linear_gelu_bwd_kernel[_grid(dy, rows, hidden, tiles)](
         dy,
@@ -234,7 +234,7 @@ def linear_gelu_bwd(dy, w_out, pre, tanh: bool, dpre, act, recompute: bool, tile
 def _grid(x, rows, hidden, tiles):
     """As many programs as the card holds at once; 3 in the interpreter, so that walking over tiles is tested."""
     at_once = tiles.resident * (multiprocessors(x) or 3)
-    return (min(at_once, triton.cdiv(rows, tiles.block_m) * triton.cdiv(hidden, tiles.block_n)),)
+    return (min(at_once, cdiv(rows, tiles.block_m) * cdiv(hidden, tiles.block_n)),)
 
 
 def _constants(x, tiles):

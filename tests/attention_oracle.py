@@ -29,18 +29,14 @@ def check(tensors, scale=None, backend="triton", **options):
     """A road's four results for these operands, each within assert_accurate's limits. Returns them."""
     real_scale = tensors[0].shape[-1] ** -0.5 if scale is None else scale
     results = run(*tensors, scale=scale, backend=backend, **options)
-    wide = [t.double().cpu() for t in tensors]
-    oracle = run(*wide, scale=scale, backend="torch", **{n: _on_cpu(value) for n, value in options.items()})
+    wide = [t.double() for t in tensors]
+    oracle = run(*wide, scale=scale, backend="torch", **options)
     allowed, weight = _masks(*tensors[:2], **options)
-    sizes, largest = _magnitudes(*wide, real_scale, tensors[0].dtype, allowed.cpu(), weight.cpu())
+    sizes, largest = _magnitudes(*wide, real_scale, tensors[0].dtype, allowed, weight)
     theirs = _composed(*tensors, real_scale, allowed, weight)
     for name, got, expected, their, size in zip(NAMES, results, oracle, theirs, sizes, strict=True):
         assert_accurate(got, expected, their, size, logit_max=largest, name=name)
     return results
-
-
-def _on_cpu(value):
-    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def _masks(q, k, key_mask=None, documents=None, dropout_p=0.0, seed=None):

@@ -112,12 +112,13 @@ def test_dropout_keeps_as_many_as_it_should_and_independently(device):
 def test_no_dropout_draws_no_seed(road):
     backend, device = road
     q, k, v, do = operands(1, 1, 9, 9, 16, F32, device)
-    state = torch.get_rng_state()
+    generator = torch.default_generator if device == "cpu" else torch.cuda.default_generators[0]
+    state = generator.get_state()
     plain = run(q, k, v, do, backend=backend)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(generator.get_state(), state)
     dropped = [ops.causal_attention(q, k, v, dropout_p=0.5, backend=backend) for _ in range(2)]
     assert not torch.equal(*dropped)
-    torch.set_rng_state(state)
+    generator.set_state(state)
     assert torch.equal(ops.causal_attention(q, k, v, dropout_p=0.5, backend=backend), dropped[0])
     assert all(torch.equal(a, b) for a, b in zip(run(q, k, v, do, dropout_p=0.0, backend=backend), plain, strict=True))
 

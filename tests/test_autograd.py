@@ -23,9 +23,9 @@ def test_opcheck_of_the_forward(device):
     seed = torch.tensor([5], device=device)
     for dropout_p, stream in itertools.product((0.0, 0.5), (torch.float32, torch.float64)):
         args = (x.transpose(0, 1), residual.transpose(0, 1), weight, bias, x_bias, seed, 1e-5, dropout_p, stream)
-        torch.library.opcheck(autograd.layer_norm_fwd, args)
-    torch.library.opcheck(autograd.layer_norm_fwd, (x, None, weight, None, None, None, 1e-5, 0.0, x.dtype))
-    torch.library.opcheck(autograd.layer_norm_fwd, (x[:0], None, weight, None, None, None, 1e-5, 0.0, x.dtype))
+        torch.library.opcheck(autograd.layer_norm_fwd.op, args)
+    torch.library.opcheck(autograd.layer_norm_fwd.op, (x, None, weight, None, None, None, 1e-5, 0.0, x.dtype))
+    torch.library.opcheck(autograd.layer_norm_fwd.op, (x[:0], None, weight, None, None, None, 1e-5, 0.0, x.dtype))
 
 
 def test_opcheck_of_the_backward(device):
@@ -34,7 +34,7 @@ def test_opcheck_of_the_backward(device):
     seed = torch.tensor([5], device=device)
     for dsum, dropout_p, x_bias in itertools.product((None, dy.transpose(0, 1)), (0.0, 0.5), (False, True)):
         args = (dy.transpose(0, 1), dsum, s.transpose(0, 1), weight, stats, seed, dropout_p, torch.float16, x_bias)
-        torch.library.opcheck(autograd.layer_norm_bwd, args)
+        torch.library.opcheck(autograd.layer_norm_bwd.op, args)
 
 
 def heads(device, dtype=torch.float32):
@@ -54,22 +54,24 @@ def test_opcheck_of_attention(device):
     q, k, v, qkv = heads(device)
     for masks, p in (((None, None, None), 0.0), (extras(device), 0.5)):
         later = q[:, :, 3:] if masks[2] is None else q
-        torch.library.opcheck(autograd.attention_fwd, (later, k[:, :1], v[:, :1], *masks, 0.5, p))
+        torch.library.opcheck(autograd.attention_fwd.op, (later, k[:, :1], v[:, :1], *masks, 0.5, p))
         o, lse = autograd.attention_fwd(q, k[:, :1], v[:, :1], *masks, 0.5, p)
         grads = (torch.randn_like(o), q, k[:, :1], v[:, :1], o, lse, *masks, 0.5, p)
-        torch.library.opcheck(autograd.attention_bwd, grads)
-        torch.library.opcheck(autograd.attention_qkv_fwd, (qkv, *masks, 3, 0.5, p))
+        torch.library.opcheck(autograd.attention_bwd.op, grads)
+        torch.library.opcheck(autograd.attention_qkv_fwd.op, (qkv, *masks, 3, 0.5, p))
         out, lse = autograd.attention_qkv_fwd(qkv, *masks, 3, 0.5, p)
-        torch.library.opcheck(autograd.attention_qkv_bwd, (torch.randn_like(out), qkv, out, lse, *masks, 3, 0.5, p))
+        torch.library.opcheck(autograd.attention_qkv_bwd.op, (torch.randn_like(out), qkv, out, lse, *masks, 3, 0.5, p))
 
 
 def test_opcheck_of_the_embedding(device):
     token, position = torch.randn(5, 20, device=device), torch.randn(7, 20, device=device)
     ids, seed = torch.randint(5, (2, 3), device=device), torch.tensor([5], device=device)
     for positions, dropout_p in ((None, 0.0), (ids[0], 0.5), (ids, 0.0)):
-        torch.library.opcheck(autograd.embedding_fwd, (token, position, ids, positions, seed, dropout_p, torch.float16))
+        torch.library.opcheck(
+            autograd.embedding_fwd.op, (token, position, ids, positions, seed, dropout_p, torch.float16)
+        )
         dout = torch.randn(3, 2, 20, device=device).transpose(0, 1)
-        torch.library.opcheck(autograd.embedding_bwd, (dout, positions, seed, 7, dropout_p, torch.float64))
+        torch.library.opcheck(autograd.embedding_bwd.op, (dout, positions, seed, 7, dropout_p, torch.float64))
 
 
 @pytest.mark.interpreter

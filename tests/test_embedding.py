@@ -31,10 +31,9 @@ def check(ids, token_weight, position_weight, positions=None, dout=None, **optio
     if dout is None:
         dout = torch.randn(*ids.shape, token_weight.shape[1], device=ids.device).to(token_weight.dtype)
     kernel = run(ids, token_weight, position_weight, positions, dout, backend="triton", **options)
-    wide = [t.double().cpu() for t in (token_weight, position_weight)]
-    places = None if positions is None else positions.cpu()
-    oracle = run(ids.cpu(), *wide, places, dout.double().cpu(), backend="torch", **options)
-    sizes = run(ids.cpu(), *(w.abs() for w in wide), places, dout.double().cpu().abs(), backend="torch", **options)
+    wide = [t.double() for t in (token_weight, position_weight)]
+    oracle = run(ids, *wide, positions, dout.double(), backend="torch", **options)
+    sizes = run(ids, *(w.abs() for w in wide), positions, dout.double().abs(), backend="torch", **options)
     theirs = run(ids, token_weight, position_weight, positions, dout, backend="torch", **options)
     for name, got, expected, their, size in zip(
         ("out", "dtoken", "dposition"), kernel, oracle, theirs, sizes, strict=True

