@@ -27,6 +27,7 @@ class Subject(NamedTuple):
     run: Callable[[], Any]  # what is timed
     results: Callable[[], tuple] | None = None  # what is checked; None: what run returns
     expected: Callable[[], tuple] | None = None  # in float64, of a variant that computes something else than the case
+    capture: bool = False  # as a CUDA graph, though the case's others are not
 
     def judged_as(self, dtype: torch.dtype, oracle: Callable[[], tuple]) -> "Subject":
         """Its results rounded to dtype and held to what that allows, not to the error of the case's own dtype."""
@@ -331,7 +332,7 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
 
     def products(p):
         x, weight = p.inputs["x"].detach(), p.inputs["weight"].detach()
-        dlogits = x.new_zeros(M, V).normal_()
+        dlogits = _draw(machine)(M, V, grad=False)
         return [(x, weight.t(), 1), (dlogits, weight, 1), (dlogits.t(), x, 1)]
 
     functions = _standard(machine, ops.linear_cross_entropy, reference.linear_cross_entropy)

@@ -28,6 +28,8 @@ from fastgpt.kernels import (
     cross_entropy,
     decode,
     embedding,
+    few_rows,
+    greedy,
     layernorm,
     linear_gelu,
     mlp,
@@ -100,6 +102,13 @@ def cases() -> dict[str, Callable[[], object]]:
         for dim in (64, 128, 256)
         for dtype in (torch.bfloat16, torch.float32)
     }
+    steps = {
+        f"K {channels} {str(dtype).removeprefix('torch.')}": lambda channels=channels, dtype=dtype: _few_rows(
+            channels, dtype
+        )
+        for channels in (768, 1600)
+        for dtype in halves_and_full
+    }
     losses = {
         f"V 50257 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _cross_entropy(50257, dtype)
         for dtype in halves_and_full
@@ -119,7 +128,8 @@ def cases() -> dict[str, Callable[[], object]]:
         f"V 50257 C 768 {str(dtype).removeprefix('torch.')}": lambda dtype=dtype: _embedding(dtype)
         for dtype in halves_and_full
     }
-    return {**norms, **heads, **extras, **decoding, **losses, **mlps, **fused, **embeddings}
+    few = {f"few rows, {case}": call for case, call in steps.items()}
+    return {**norms, **heads, **extras, **decoding, **few, **losses, **mlps, **fused, **embeddings}
 
 
 def _layer_norm(columns: int, dtype: torch.dtype, p: float) -> None:
@@ -147,6 +157,18 @@ def _attention(dim: int, dtype: torch.dtype, extra: str = "") -> None:
 def _decode(dim: int, dtype: torch.dtype) -> None:
     q, cache = torch.empty(32, 12, 1, dim, dtype=dtype), torch.empty(32, 12, 1024, dim, dtype=dtype)
     decode.decode_attention_fwd(q, cache, cache, torch.empty(32, dtype=torch.int64), 0.125)
+
+
+def _few_rows(channels: int, dtype: torch.dtype) -> None:
+    """A decoding step's launches for a layer of four rows, and the choice of its tokens."""
+    rows, heads = few_rows.MAX_ROWS, channels // 64
+    x, qkv = torch.empty(rows, channels, dtype=dtype), torch.empty(rows, 1, 3 * channels, dtype=dtype)
+    w, bias = torch.empty(4 * channels, channels, dtype=dtype), torch.empty(channels, dtype=dtype)
+    few_rows.norm_linear(x, x, bias, bias, bias, 1e-5, w, w[:, 0].contiguous(), "tanh")
+    few_rows.linear(torch.empty(rows, 4 * channels, dtype=dtype), w.view(channels, -1), None)
+    cache, lengths = torch.empty(rows, heads, 1024, 64, dtype=dtype), torch.empty(rows, dtype=torch.int64)
+    decode.append(qkv, cache, cache, lengths)
+    greedy.greedy(torch.empty(rows, 50257), torch.empty(rows, 1024, dtype=torch.int64), lengths, lengths)
 
 
 def _cross_entropy(vocab: int, dtype: torch.dtype) -> None:

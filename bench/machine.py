@@ -49,7 +49,7 @@ class Machine:
         if kind == "cuda" and not usable:
             raise ValueError("there is no NVIDIA GPU of compute capability 8.0 or newer here")
         if kind == "cuda":
-            return cls(kind, "cuda", torch.bfloat16, DeviceClock(), "inductor", 0.4, (10, 200))
+            return cls(kind, "cuda", torch.bfloat16, DeviceClock(), "inductor", 0.3, (5, 200))
         if kind == "dry":
             from bench import dry
 

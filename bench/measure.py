@@ -133,7 +133,7 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
             return Row(**facts, variant=name, status="WRONG", note=verdict.reason, error=verdict.error), None, None
         subject.run()
         peak = machine.clock.peak_bytes(subject.run) if case.peak else None
-        call, method = machine.clock.ready(subject.run, case.capture)
+        call, method = machine.clock.ready(subject.run, case.capture or subject.capture)
         row = Row(**facts, variant=name, status="ok", note=method, first_call=seconds, peak_bytes=peak)
         row.error = verdict.error if math.isfinite(verdict.error) else None
         return row, call, results[0]
@@ -143,7 +143,7 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         status = "FAILED" if name == SUBJECT else "skipped"  # what another takes is its own affair
         return Row(**facts, variant=name, status=status, note=f"out of memory: {str(error)[:200]}"), None, None
     except Exception as error:  # one variant's failure must not cost the others their time
-        message = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        message = f"{type(error).__name__}: {' '.join(str(error).split()[:60])}"
         if _device_is_lost(error):
             raise DeviceLost(f"{case.name}: {name}: {message}") from error
         return Row(**facts, variant=name, status="FAILED", note=message[:300]), None, None

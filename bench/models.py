@@ -15,6 +15,7 @@ from bench.work import Work
 from fastgpt.model import GPT, GPTConfig
 
 PADDED = f"{COMPILED}, vocabulary padded"
+GRAPH = ", one CUDA graph"  # a whole step captured, so that the host's part of it does not count
 LARGE = (SUBJECT, COMPILED, HUGGING_FACE)  # what larger models are compared with: each variant holds all its weights
 _CHECKED = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.ln_2.weight")  # a model's gradients that are compared
 
@@ -147,9 +148,12 @@ def step_problem(machine: Machine, B: int, T: int, config: dict) -> StepProblem:
     return StepProblem(model, idx, targets, checked_rows(model.config, B))
 
 
-def step(model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], p: StepProblem) -> Subject:
+def step(
+    model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], p: StepProblem, graph: bool = False
+) -> Subject:
     """Forward, backward and a fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    rate = torch.tensor(1e-6, device=p.idx.device) if graph else 1e-6
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=graph)
 
     def run():
         loss(model, p.idx, p.targets).backward()
@@ -164,7 +168,7 @@ def step(model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], Tensor], 
         optimizer.zero_grad(set_to_none=True)
         return value.detach(), *grads
 
-    return Subject(run, results)
+    return Subject(run, results, capture=graph)
 
 
 def step_work(shape: GPTConfig, B: int, T: int, e: int) -> Work:
@@ -194,10 +198,10 @@ def train_step(
     def within(loss):
         return torch.autocast(machine.device, torch.bfloat16)(loss) if autocast else loss
 
-    def fresh(p, backend):
-        return step(with_backend(p.model, backend), within(own_loss), p)
+    def fresh(p, backend, graph=False):
+        return step(with_backend(p.model, backend), within(own_loss), p, graph)
 
-    def compiled(p, **changes):
+    def compiled(p, graph=False, **changes):
         """With all of the logits, which a compiler does better by than by chunks that it can't see into."""
         baselines.compiles_models(machine)
         twin = with_backend(p.model, "torch", **changes)
@@ -208,7 +212,7 @@ def train_step(
             )
 
         run = baselines.compiled(machine, all_logits)
-        subject = step(twin, within(lambda _, idx, targets: run(idx, targets)), p)
+        subject = step(twin, within(lambda _, idx, targets: run(idx, targets)), p, graph)
         return subject._replace(expected=lambda: oracle(p, **changes)) if changes else subject
 
     def theirs(name, p):
@@ -226,6 +230,8 @@ def train_step(
     if machine.kind != "cpu":  # whose matmuls take any width alike
         padded = -(-shape.vocab_size // 64) * 64
         variants[PADDED] = functools.partial(compiled, vocab_size=padded)
+        variants[SUBJECT + GRAPH] = functools.partial(fresh, backend="auto", graph=True)
+        variants[PADDED + GRAPH] = functools.partial(compiled, graph=True, vocab_size=padded)
     variants |= {name: functools.partial(theirs, name) for name in (families.FAMILIES if autocast else families.ALL)}
     variants = {name: build for name, build in variants.items() if not only or name in (*only, EAGER)}  # the judge
 

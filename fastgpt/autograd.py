@@ -174,6 +174,8 @@ class AddLayerNorm(torch.autograd.Function):
             dy = torch.zeros((), dtype=ctx.x_dtype, device=s.device).expand(s.shape)
         needs_x_bias = x_bias is not None and ctx.needs_input_grad[4]
         ds, dx, sums = layer_norm_bwd(dy, dsum, s, weight, stats, seed, ctx.dropout_p, ctx.x_dtype, needs_x_bias)
+        if all(t is None or t.dtype == weight.dtype for t in (bias, x_bias)):
+            sums = sums.to(weight.dtype)  # one launch instead of three
         return (
             dx if dx.numel() else ds,
             ds.to(ctx.residual_dtype),

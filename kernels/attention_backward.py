@@ -149,29 +149,25 @@ def _attention_dkdv_kernel(
         q_head = head_of(q_ptr, batch, head, stride_qb, stride_qh)
         do_head = head_of(do_ptr, batch, head, stride_gb, stride_gh)
         lse_head, delta_head = lse_ptr + plane.to(tl.int64) * queries, delta_ptr + plane.to(tl.int64) * queries
-        for start in range(begin, below, BLOCK_M):
-            dk, dv = _dkdv_step(
-                k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
-                stride_qt, stride_qd, stride_gt, stride_gd,
-                first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
-            )  # fmt: skip
-        if mask_ptr is None and ids_ptr is None:
-            whole = below + (end - below) // BLOCK_M * BLOCK_M  # tiles without queries past the end
-            if below < whole:
-                for start in range(below, whole, BLOCK_M):
-                    dk, dv = _dkdv_step(
-                        k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,
-                        stride_qt, stride_qd, stride_gt, stride_gd,
-                        first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                        D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
-                    )  # fmt: skip
-            if whole < end:
+        diagonal = tl.cdiv(tl.maximum(below - begin, 0), BLOCK_M)
+        whole = below + tl.maximum(end - below, 0) // BLOCK_M * BLOCK_M  # from here on some queries are past the end
+        tested = diagonal + (whole < end)
+        if ids_ptr is None or tested > 0:  # a loop that may be skipped stands under an `if`: see attention.py
+            for tile_of_queries in range(0, tested):
+                start = tl.where(tile_of_queries < diagonal, begin + tile_of_queries * BLOCK_M, whole)
+                dk, dv = _dkdv_step(
+                    k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
+                    stride_qt, stride_qd, stride_gt, stride_gd,
+                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+                )  # fmt: skip
+        if mask_ptr is None and ids_ptr is None and below < whole:
+            for start in range(below, whole, BLOCK_M):
                 dk, dv = _dkdv_step(
                     k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,
                     stride_qt, stride_qd, stride_gt, stride_gd,
-                    first, whole, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
-                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
+                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
                 )  # fmt: skip
 
     dk_ptr = head_of(dk_ptr, batch, key_head, stride_dkb, stride_dkh)

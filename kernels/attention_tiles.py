@@ -35,7 +35,7 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
     tiles = _tiles(kernel, q.shape[-1], q.dtype, card, extras)
     registers = None
     if q.dtype == torch.float32:  # left alone, ptxas aims at 64 for float32 on capability 8.0, and spills
-        registers = 192
+        registers = 255 if q.shape[-1] > 128 else 192
     elif kernel == "dq" and card is not None and card.capability != 90:  # and at 128 for dq, but on 9.0
         registers = 255
     return {
