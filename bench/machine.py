@@ -143,8 +143,10 @@ def measure_roofs(machine: Machine) -> dict[str, float]:
 
 
 def commit() -> dict[str, str | bool]:
-    """The commit that is measured, and whether the files differ from it. A copy without its history may be told its
-    commit by FASTGPT_COMMIT."""
+    """The commit that is measured, and whether the files differ from it. FASTGPT_COMMIT tells it of a copy that has no
+    history, or an older one's."""
+    if told := os.environ.get("FASTGPT_COMMIT"):
+        return {"commit": told, "changed": False}
     root = Path(__file__).parent.parent
 
     def git(*arguments):
@@ -153,8 +155,7 @@ def commit() -> dict[str, str | bool]:
     try:
         return {"commit": git("rev-parse", "--short=9", "HEAD"), "changed": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):  # no git, or a checkout without its history
-        told = os.environ.get("FASTGPT_COMMIT")
-        return {"commit": told or "unknown", "changed": told is None}
+        return {"commit": "unknown", "changed": True}
 
 
 def _sdpa_choice(machine: Machine, dim: int) -> str:
