@@ -40,6 +40,12 @@ from fastgpt.kernels import (
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 CAPABILITIES = tuple(SHARED_LIMIT)
 RESULTS = Path(__file__).parent / "results"
+# What may spill all the same, in bytes a thread: kernel, case, capabilities.
+_MAY_SPILL = (
+    ("attention_dkdv_kernel", r"D (80|128) \w*16", (90,), 128),  # on an H200 tiles that do not are slower by 2 to 9%
+    ("attention_dq_kernel", r"D 256 float32", CAPABILITIES, 256),  # no work of tensor cores, and no GPT-2 has it
+    ("layer_norm_bwd_kernel", r"C 768 \w+ dropout", (120,), 8),  # more registers would leave fewer blocks
+)
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -68,12 +74,21 @@ class Row(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        """No spill, no more shared memory than the card has, no TF32 (the cases never allow it), and on 9.0 nothing but
-        wgmma where it is expected: products of half-precision tiles for heads of up to 128."""
-        within = self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability]
+        """No spill but those above, no more shared memory than the card has, no TF32 (the cases never allow it), and on
+        9.0 nothing but wgmma where it is expected: products of half-precision tiles for heads of up to 128."""
+        within = self.spilled <= self.may_spill and self.shared <= SHARED_LIMIT[self.capability]
         wgmma_only = self.capability == 90 and not any(word in self.case for word in ("float32", "D 256", "cache"))
         well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and "serialized" not in self.matrix
         return within and "tf32" not in self.matrix and well_multiplied
+
+    @property
+    def may_spill(self) -> int:
+        found = [
+            most
+            for kernel, case, capabilities, most in _MAY_SPILL
+            if kernel == self.kernel and re.search(case, self.case) and self.capability in capabilities
+        ]
+        return max(found, default=0)
 
 
 def cases() -> dict[str, Callable[[], object]]:

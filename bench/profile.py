@@ -28,7 +28,7 @@ PARTS = (
     ),
     (
         "attention, backward",
-        r"attention_(delta|dq|dkdv)|attention(_qkv)?_bwd|row_products|spans_kernel|dot_product\w*backward",
+        r"attention_(dq|dkdv)|attention(_qkv)?_bwd|poison_kernel|spans_kernel|dot_product\w*backward",
         r"attention, backward",
     ),
     ("LayerNorms, forward", r"layer_norm_fwd|native_layer_norm(?!_backward)", r"LayerNorm, forward"),

@@ -230,7 +230,7 @@ def readme_block(results: Path = RESULTS) -> str:
     found = committed(results)
     measured = [report.machine["kind"] == "cuda" for _, report in found]
     lines = [BEGIN, ""] if any(measured) else [BEGIN, "", NO_GPU, ""]
-    for file, report in found:
+    for file, report in sorted(found, key=lambda one: one[1].machine["kind"] != "cuda"):
         place = file.parent.relative_to(results.parent.parent).as_posix()
         lines += [report.conditions(), "", report.summary(most=3), ""]
         page_too = ", and the same as one page, report.html" if (file.parent / "report.html").exists() else ""

@@ -8,9 +8,10 @@ the backward: for each tile of queries, walk over tiles of keys with a running r
 what is summed so far whenever m grows. Exponentials are base 2, with log2(e) folded into the scale. What the backward
 needs is one number a row, lse = m + log2(l).
 
-Only the tiles on the diagonal are masked; those below it are walked over first and unmasked, those above never. Where
-queries are fewer than keys, the last query sits at the last key. Heads may be grouped: query head h reads key head
-h // group. q, k and v are read through strides, so that they may be views of one packed projection.
+One loop walks over the tiles up to the diagonal and masks those on it, under an `if` that all threads of a block take
+alike: a loop of their own would wait for its first tiles anew, 5% of the time at T = 1024. Where queries are fewer than
+keys, the last query sits at the last key. Heads may be grouped: query head h reads key head h // group. q, k and v are
+read through strides, so that they may be views of one packed projection.
 
 A key mask or documents make every tile a masked one, and `_spans_kernel` finds which keys a tile can meet at all, so
 that foreign documents and padding at either end are never walked over. What a key mask hides is not read. A key of
@@ -25,13 +26,18 @@ the units of an H100's multiprocessor are busy with it for the whole block (`pyt
 and what they leave out stand in bench/account.py, and a test holds these numbers to the machine code):
 
     D     tile     warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
-    64    128x64       4   519     16    68    68    68    72           512   544    519   683
-    128   128x64       8   349     12    34    34    66    36          1024   544    698  1365
+    64    64x64        4   372      8    34    34    34    36           256   272    372   512
+    128   64x64        4   438     12    34    34    66    36           512   272    438  1024
 
 At D = 64 exponentials take as long as the products. With all the causal turns at T = 1024, the diagonal's included,
-that allows at most 354 TFLOP/s of useful work at an assumed 1.755 GHz if the tensor core waits for the rest and the
-rest for it, and 528 if all overlap; at D = 128 434 and 544. Each loop stands under an `if` that it has a turn at all:
-where a loop may be skipped, zeros meet products in flight, and ptxas then lets no two wgmma overlap.
+that allows at most 308 TFLOP/s of useful work at an assumed 1.755 GHz if the tensor core waits for the rest and the
+rest for it, and 366 if all overlap; at D = 128 385 and 385. Measured on an H200, B = 32, 768 channels: 294 at D = 64
+(cuDNN 326, FlashAttention-2 210) and 320 at D = 128 (cuDNN 418, FlashAttention-2 235). Tiles of keys and values then
+come from the L2 cache at 5.2 TB/s, which is what limits it: blocks twice as high read half as much, and lose as much
+again by being fewer.
+
+Each loop stands under an `if` that it has a turn at all: where a loop may be skipped, zeros meet products in flight,
+and ptxas then lets no two wgmma overlap.
 """
 
 import math
@@ -49,7 +55,7 @@ from .attention_tiles import (
     load_rows,
     open_keys,
     options,
-    row_products,
+    poison_of,
     sees,
     settings,
     span_of,
@@ -245,7 +251,7 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
         lse,
         **beyond,
         spans_ptr=spans(key_mask, documents, constants["BLOCK_M"], tiles),
-        poison_ptr=None if documents is None else row_products(k, v, poison=True),
+        poison_ptr=None if documents is None else poison_of(k, v),
         **strides(q=q, k=k, v=v, o=o),
         heads=heads,
         group=heads // k.shape[1],

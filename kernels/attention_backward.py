@@ -5,20 +5,22 @@ From P = exp2(S - lse), Δ = rowsum(do ∘ o), the keep mask K of dropout and it
     dv = c (K ∘ P)ᵀ do      dP = c K ∘ (do vᵀ)      dS = P ∘ (dP - Δ)      dq = scale dS k      dk = scale dSᵀ q
 
 in two kernels: dk and dv for a tile of keys, dq for a tile of queries. That is 7 products where one kernel with atomics
-has 5, but needs no float32 buffer for dq, and gives the same bits every time. The kernel for dk and dv forms Sᵀ and
-dPᵀ at once (k qᵀ, v doᵀ), never by transposing an accumulator, which Hopper gets wrong, and walks over all query heads
-of its key head, so grouped heads need no atomics either. Gradients are written through strides, packed as qkv is.
+has 5, but needs no float32 buffer for dq, and gives the same bits every time. The kernel for dq comes first and leaves
+Δ for the other. That one forms Sᵀ and dPᵀ at once (k qᵀ, v doᵀ), never by transposing an accumulator, which Hopper gets
+wrong, and walks over all query heads of its key head, so grouped heads need no atomics either. Gradients are written
+through strides, packed as qkv is.
 
 Flops, causal: 14 B H T² D / 2 (one kernel would do with 10). One turn of the unmasked loops, as in attention.py:
 
     kernel    D     tile   warps   all  HGMMA  MUFU  FFMA  FMUL  FADD   tensor core  MUFU  issue    L2
-    dq       64   128x64       8   244     12    32    32    32    32           768   512    488   683
-    dkdv     64   64x128       8   328     16    32    32    32    32          1024   512    656   768
-    dq      128   128x64       8   285     20    32    32    32    32          1536   512    570  1365
-    dkdv    128   32x128       8   264     20    16    16    16    16          1024   256    528   768
+    dq       64    64x64       4   329     12    32    32    32    32           384   256    329   512
+    dkdv     64    32x64       4   196     12    16    16    16    16           256   128    196   288
+    dq      128    64x32       4   259     18    16    16    16    16           384   128    259   512
+    dkdv    128    32x64       4   255     20    16    16    16    16           512   128    255   544
 
-At T = 1024 both kernels together allow at most 323 TFLOP/s of useful work (the usual 10 B H T² D / 2) at D = 64 if the
-tensor core never overlaps the rest, 514 if all does; at D = 128 380 and 541. Δ's pass over o and do is left out.
+At T = 1024 both kernels together allow at most 309 TFLOP/s of useful work (the usual 10 B H T² D / 2) at D = 64 if the
+tensor core never overlaps the rest, 437 if all does; at D = 128 348 and 471. Measured on an H200, B = 32, 768 channels:
+250 at D = 64 (cuDNN 245, FlashAttention-2 183), 247 at D = 128 (cuDNN 309, FlashAttention-2 202).
 """
 
 import math
@@ -37,7 +39,7 @@ from .attention_tiles import (
     load_rows,
     open_keys,
     options,
-    row_products,
+    poison_of,
     sees,
     settings,
     span_of,
@@ -348,7 +350,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "lse_ptr": lse,
         "delta_ptr": torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device),
         **beyond,
-        "poison_ptr": None if documents is None else row_products(k, v, poison=True),
+        "poison_ptr": None if documents is None else poison_of(k, v),
         **strides(q=q, k=k, v=v, g=do),
         "heads": heads,
         "group": heads // key_heads,

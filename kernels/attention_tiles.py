@@ -28,6 +28,11 @@ class Card(NamedTuple):
     capability: int  # 90 is 9.0
     shared: int  # bytes of shared memory that one block may have
 
+    @property
+    def is_large(self) -> bool:
+        """Hopper and its successor in data centers."""
+        return 90 <= self.capability < 120 and self.shared >= 160 * 1024
+
 
 def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, Any]:
     """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries; extras: dropout or masks."""
@@ -36,8 +41,8 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
     registers = None
     if q.dtype == torch.float32:  # left alone, ptxas aims at 64 for float32 on capability 8.0, and spills
         registers = 255 if q.shape[-1] > 128 else 192
-    elif kernel == "dq" and card is not None and card.capability != 90:  # and at 128 for dq, but on 9.0
-        registers = 255
+    elif card is not None and card.capability != 90 and (kernel == "dq" or (kernel == "dkdv" and card.is_large)):
+        registers = 255  # and at 128 or 96 for these
     return {
         "D": q.shape[-1],
         "ACC": accumulator(q),
@@ -54,9 +59,11 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
 def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, extras: bool) -> Tiles:
     """Tiles for "fwd", "dkdv" or "dq" on a card (None is the interpreter); extras: with dropout or masks.
 
-    Chosen by the instruction account (`python -m bench compile --sass`), so that nothing spills and the card can hold
-    them; not measured on any GPU yet. float32 products are no tensor-core work unless TF32 is allowed, and live in
-    registers: small tiles. wgmma wants 64 rows for every four warps; with more warps it does the work twice.
+    Those of Hopper were measured on an H200 at B = 32, T = 1024, 768 channels, bfloat16, against some fifteen others of
+    each kind, which take up to three times as long: three and four small blocks of four warps to a multiprocessor hide
+    what starts and ends each of them better than large ones save traffic. Those of other cards are not measured: chosen
+    by the instruction account (`python -m bench compile --sass`), so that nothing spills and the card can hold them.
+    float32 products are no tensor-core work unless TF32 is allowed, and live in registers: small tiles.
     """
     if card is None:  # small and unequal, so that few tokens make several tiles of each kind
         return Tiles(16, 32, 4, 1) if kernel == "dkdv" else Tiles(32, 16, 4, 1)
@@ -64,7 +71,7 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
         return Tiles(16, 16, 8, 1) if head_dim > 64 else Tiles(32, 32, 8, 1)
     if head_dim > 128:
         return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
-    if 90 <= card.capability < 120 and card.shared >= 160 * 1024:  # Hopper and its successor in data centers
+    if card.is_large:
         if kernel == "dkdv":
             return Tiles(32, 64, 4, 3)
         return Tiles(64, 32 if extras or (kernel == "dq" and head_dim > 64) else 64, 4, 3)
@@ -73,7 +80,9 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
     if kernel == "fwd":
         return Tiles(128, 32, 8, 2)
     if head_dim <= 64 and not extras:
-        return Tiles(32, 64, 8, 2) if kernel == "dkdv" else Tiles(128, 64, 8, 2)
+        if kernel == "dkdv":
+            return Tiles(32, 64, 8, 2)
+        return Tiles(128, 32 if card.capability >= 120 else 64, 8, 2)
     if kernel == "dq":
         return Tiles(64, 32, 8, 2)
     return Tiles(32, 32 if extras else 64, 8, 2)
@@ -247,44 +256,42 @@ def spans(key_mask, documents, block, tiles):
 
 
 @triton.jit(do_not_specialize=LENGTHS)
-def _row_products_kernel(
-    a_ptr, b_ptr,  # (B, H, T, D)
-    sums_ptr,  # (B, H, T)
-    stride_ab, stride_ah, stride_at, stride_ad,
-    stride_bb, stride_bh, stride_bt, stride_bd,
+def _poison_kernel(
+    k_ptr, v_ptr,  # (B, H, T, D)
+    poison_ptr,  # (B, H, T)
+    stride_kb, stride_kh, stride_kt, stride_kd,
+    stride_vb, stride_vh, stride_vt, stride_vd,
     heads, length,
-    POISON: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(a ∘ b); or with POISON 0 where all of a row is finite in both, else NaN."""
     tiles = tl.cdiv(length, BLOCK)
     plane = tl.program_id(0) // tiles
     batch, head, first = plane // heads, plane % heads, tl.program_id(0) % tiles * BLOCK
     rows = first + tl.arange(0, BLOCK)
-    a_ptr, b_ptr = head_of(a_ptr, batch, head, stride_ab, stride_ah), head_of(b_ptr, batch, head, stride_bb, stride_bh)
-    a = load_rows(a_ptr, first, stride_at, stride_ad, rows < length, D, BLOCK, BLOCK_D).to(ACC)
-    b = load_rows(b_ptr, first, stride_bt, stride_bd, rows < length, D, BLOCK, BLOCK_D).to(ACC)
-    products = a * 0.0 + b * 0.0 if POISON else a * b
-    tl.store(sums_ptr + plane.to(tl.int64) * length + rows, tl.sum(products, axis=1), rows < length)
+    k_ptr, v_ptr = head_of(k_ptr, batch, head, stride_kb, stride_kh), head_of(v_ptr, batch, head, stride_vb, stride_vh)
+    k = load_rows(k_ptr, first, stride_kt, stride_kd, rows < length, D, BLOCK, BLOCK_D).to(ACC)
+    v = load_rows(v_ptr, first, stride_vt, stride_vd, rows < length, D, BLOCK, BLOCK_D).to(ACC)
+    poison = tl.sum(k * 0.0 + v * 0.0, axis=1)
+    tl.store(poison_ptr + plane.to(tl.int64) * length + rows, poison, rows < length)
 
 
-def row_products(a, b, poison=False):
-    """rowsum(a ∘ b) of a, b (B, H, T, D), (B, H, T), in the statistics' dtype; or `poison` for keys a and values b."""
-    batch, heads, length, dim = a.shape
-    sums = torch.empty((batch, heads, length), dtype=statistics_dtype(a), device=a.device)
+def poison_of(k, v):
+    """(B, H, T) for keys and values (B, H, T, D): 0 where all of both is finite, else NaN."""
+    batch, heads, length, dim = k.shape
+    poison = torch.empty((batch, heads, length), dtype=statistics_dtype(k), device=k.device)
     block_d = max(16, next_power_of_2(dim))
     block = max(16, 8192 // block_d)  # 32 elements a thread
-    _row_products_kernel[(cdiv(length, block) * batch * heads,)](
-        a,
-        b,
-        sums,
-        **strides(a=a, b=b),
+    _poison_kernel[(cdiv(length, block) * batch * heads,)](
+        k,
+        v,
+        poison,
+        **strides(k=k, v=v),
         heads=heads,
         length=length,
-        POISON=poison,
         D=dim,
-        ACC=accumulator(a),
+        ACC=accumulator(k),
         BLOCK=block,
         BLOCK_D=block_d,
         num_warps=8,
     )
-    return sums
+    return poison

@@ -11,8 +11,8 @@ Slots from the length on are never read. A row of no length gives zeros, and a l
 Bytes: 2 B Hkv length D elements of the cache; beside them only the splits' results, 4 B H Tq D bytes a split, which a
 split of 128 keys makes Tq H / (32 Hkv) of that at most (bf16).
 
-On capability 9.0 in bf16, a turn over 64 keys of heads of 64 issues 242 instructions a warp, 16 of them HMMA (16 rows
-are too few for wgmma), for 16 KiB of cache. Issue, the busiest unit beside the copies, would allow 15.7 TB/s on an H100
+On capability 9.0 in bf16, a turn over 64 keys of heads of 64 issues 274 instructions a warp, 16 of them HMMA (16 rows
+are too few for wgmma), for 16 KiB of cache. Issue, the busiest unit beside the copies, would allow 13.9 TB/s on an H100
 (at 128 wide heads 367 for 32 KiB, 20.7 TB/s): only memory limits it.
 """
 

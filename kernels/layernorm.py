@@ -58,7 +58,7 @@ def _tiles(columns: int, dtype: torch.dtype, backward: bool) -> Tiles:
         return Tiles(elements // block_c, block_c, elements // 512, 1, 96 if backward else 80)
     if block_c <= 1024:
         return Tiles(min(8, 2048 // block_c), block_c, 4, 3, 168)
-    return Tiles(1, block_c, block_c // 256, 3 if block_c * dtype.itemsize <= 8192 else 2, 96)
+    return Tiles(1, block_c, block_c // 256, 3 if block_c * dtype.itemsize <= 8192 else 2, 128)
 
 
 @triton.jit
@@ -319,7 +319,8 @@ def layer_norm_bwd(
     dy_rows, s_rows = dy.reshape(-1, columns), s.reshape(-1, columns)
     dsum_rows = dy_rows if dsum is None else dsum.reshape(-1, columns)
     tiles = _tiles(columns, s.dtype, backward=True)
-    programs = min(cdiv(rows, tiles.block_m), _programs(s))
+    resident = max(1, 65536 // (32 * tiles.num_warps * tiles.registers))  # blocks, by a multiprocessor's registers
+    programs = min(cdiv(rows, tiles.block_m), resident * (multiprocessors(s) or 1))
     one_pass = columns <= ONE_PASS_COLUMNS
     shape = (sums.shape[0], programs, columns)
     partials = torch.empty(shape if one_pass else (0,), dtype=stats.dtype, device=s.device)
@@ -371,7 +372,7 @@ def _wide_sums(dy, s, stats, seed, ds, dx, dropout_p: float, needs_x_bias: bool)
     rows, columns = dy.shape
     block_m, block_c, num_warps = 4, 512, 4
     across = cdiv(columns, block_c)
-    programs = min(cdiv(rows, block_m), max(2, _programs(s) // across))
+    programs = min(cdiv(rows, block_m), max(2, 4 * (multiprocessors(s) or 1) // across))
     partials = torch.empty((3 if needs_x_bias else 2, programs, columns), dtype=stats.dtype, device=s.device)
     _layer_norm_sums_kernel[(programs, across)](
         dy,
@@ -395,8 +396,3 @@ def _wide_sums(dy, s, stats, seed, ds, dx, dropout_p: float, needs_x_bias: bool)
         num_warps=num_warps,
     )
     return partials
-
-
-def _programs(x: torch.Tensor) -> int:
-    """How many programs of the backward share the rows: enough to fill the card, with partials that stay small."""
-    return 3 * (multiprocessors(x) or 1)  # in the interpreter 3, so that walking over rows is tested

@@ -57,6 +57,7 @@ SKIPS, OTHERS = (
 GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::test_lengths"
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
+FEW = "test_few_rows.py::"
 FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
 FALLBACK, FALLBACK_MLP = "test_reference.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
@@ -124,8 +125,12 @@ MUTANTS = [
     Mutant("Δ added", BACK, "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
     Mutant("dk not scaled", BACK, "dk * scale", "dk", LENGTHS),
     Mutant("dq not scaled", BACK, "dq * scale", "dq", LENGTHS),
-    Mutant("diagonal skipped in dkdv", BACK, "range(begin, below, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
-    Mutant("below the diagonal skipped in dkdv", BACK, "range(below, end, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("diagonal skipped in dkdv", BACK, "diagonal = tl.cdiv(tl.maximum(below - begin, 0), BLOCK_M)", "diagonal = 0", LENGTHS),
+    Mutant("below the diagonal skipped in dkdv", BACK, "range(below, whole, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
+    Mutant("queries past the last whole tile skipped in dkdv", BACK, "diagonal + (whole < end)", "diagonal", LENGTHS),
+    Mutant("half of Δ left for dk and dv", BACK, "tl.store(delta_ptr + plane.to(tl.int64) * queries + rows, delta", "tl.store(delta_ptr + plane.to(tl.int64) * queries + rows, 0.5 * delta", LENGTHS),
+    Mutant("diagonal unmasked in the forward", HEAD, "not WHOLE or start >= below", "not WHOLE or start > below", LENGTHS),
+    Mutant("last tile of keys left out", HEAD, "whole = end // BLOCK_N * BLOCK_N", "whole = tl.cdiv(end, BLOCK_N) * BLOCK_N - BLOCK_N", LENGTHS),
     Mutant("dv overwritten", BACK, "do, dv, input_precision", "do, input_precision", RATIOS),
     Mutant("do read with q's strides in dq", BACK, "do = load_rows(do_ptr, first, stride_gt, stride_gd,", "do = load_rows(do_ptr, first, stride_qt, stride_qd,", HEAD_STRIDES),
     Mutant("batch and head swapped", HEAD, "batch, head, first = plane // heads, plane % heads, tile", "batch, head, first = plane % heads, plane // heads, tile", "test_attention.py::test_heads_and_batches"),
@@ -148,8 +153,8 @@ MUTANTS = [
     Mutant("first row's key mask for all", HEAD, "mask_ptr += batch.to(tl.int64) * keys", "mask_ptr += 0", KEY_MASK),
     Mutant("other documents seen", TILES, "    if ids_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", DOCUMENTS),
     Mutant("documents compared by the tile's lowest", TILES, "(lowest <= ids) & (ids <= highest)", "(ids == lowest)", DOCUMENTS),
-    Mutant("span one tile short", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop - BLOCK_N)", DOCUMENTS),
-    Mutant("foreign tiles walked over", HEAD, "below, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "below = 0", SKIPS),
+    Mutant("span one tile short", HEAD, "begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop - BLOCK_N)", DOCUMENTS),
+    Mutant("foreign tiles walked over", HEAD, "begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)", "begin = 0", SKIPS),
     Mutant("foreign tiles walked over in dkdv", BACK, "_, end = span_of(spans_ptr, batch, tile, tiles)", "end = queries", SKIPS),
     Mutant("NaN of another document", TILES, "there = there & (poison == 0.0)", "there = there", OTHERS),
     Mutant("NaN of the own document hidden", HEAD, "s += poison[None, :]", "s += 0.0", "test_attention_masks.py::test_nan_in_the_own_document_is_heard"),
@@ -164,11 +169,21 @@ MUTANTS = [
     Mutant("a length past the cache believed", DECODE, "tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)\n    begin", "tl.minimum(tl.load(lengths_ptr + batch), slots + 16).to(tl.int32)\n    begin", "test_decode.py::test_a_length_past_the_cache_reads_nothing_past_it"),
     Mutant("empty slots seen as zeros", DECODE, "cols[None, :] <= last[:, None]", "cols[None, :] <= last[:, None] + steps", CACHE),
     Mutant("merged splits not rescaled", DECODE, "acc = acc * rescale + tl.sum(weights[:, None] * o, axis=0)", "acc = acc + tl.sum(weights[:, None] * o, axis=0)", "test_decode.py::test_more_splits_than_are_merged_at_once"),
-    Mutant("splits by the batch", DECODE, "max(128, triton.next_power_of_2(triton.cdiv(slots, 64)))", "max(128, triton.next_power_of_2(triton.cdiv(slots, rows)))", "test_decode.py::test_the_split_depends_on_the_cache_alone", False),
+    Mutant("splits by the batch", DECODE, "max(128, next_power_of_2(cdiv(slots, 64)))", "max(128, next_power_of_2(cdiv(slots, rows)))", "test_decode.py::test_the_split_depends_on_the_cache_alone", False),
+    Mutant("a single split read as one of many", DECODE, "slot = (batch.to(tl.int64) * steps + step) * key_heads * group + head", "slot = (batch.to(tl.int64) * key_heads * group + head) * steps + step", "test_decode.py::test_one_split_gives_its_result_itself"),
+    Mutant("new keys one slot too late", DECODE, "tl.load(lengths_ptr + batch) - steps + step).to", "tl.load(lengths_ptr + batch) - steps + step + 1).to", FEW + "test_new_keys_and_values_go_to_their_slots_and_nowhere_else"),
+    Mutant("keys written past the cache", DECODE, "(place >= 0) & (place < slots)", "(place >= 0)", FEW + "test_new_keys_and_values_go_to_their_slots_and_nowhere_else"),
+    Mutant("few rows: branch_bias dropped", "kernels/few_rows.py", "_row(branch_ptr + m * K, cols, there, ACC) + _row(branch_bias_ptr, cols, there, ACC)", "_row(branch_ptr + m * K, cols, there, ACC)", FEW + "test_a_norm_before_and_a_gelu_after"),
+    Mutant("few rows: the first block of channels alone", "kernels/few_rows.py", "tl.static_range(0, K, BLOCK_K)", "tl.static_range(0, BLOCK_K, BLOCK_K)", FEW + "test_a_linear_layer"),
+    Mutant("few rows: the stream not rounded before its norm", "kernels/few_rows.py", "x = rounded.to(ACC)", "x = x + 0.0", FEW + "test_the_norm_sees_the_stream_as_it_is_written"),
+    Mutant("greedy: the last of equal logits", "kernels/greedy.py", "better = z > best", "better = z >= best", FEW + "test_the_likeliest_token_is_written_down"),
+    Mutant("greedy: infinities go unseen", "kernels/greedy.py", "spoiled += tl.where(cols < V, z * 0.0, 0.0)", "spoiled += tl.where(z != z, z, 0.0)", FEW + "test_the_likeliest_token_is_written_down"),
     # cross entropy
     Mutant("one-hot missing", LOSS, "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
-    Mutant("no maximum taken off", LOSS, "new_top = tl.maximum(top, tl.max(z, axis=0))", "new_top = tl.zeros_like(top)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),
-    Mutant("tail counted as zeros", LOSS, 'cols < V, float("-inf")).to(ACC)', "cols < V, 0.0).to(ACC)", ENTROPY),
+    Mutant("no maximum taken off", LOSS, "new_tops = tl.maximum(tops, tl.max(eights, axis=1))", "new_tops = tl.zeros_like(tops)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),
+    Mutant("tail counted as zeros", LOSS, 'tl.where(last < V, z, float("-inf"))', "tl.where(last < V, z, 0.0)", ENTROPY),
+    Mutant("the padding keeps its logits", LOSS, "dz = tl.where(last < V, dz, 0.0)", "dz = tl.where(last < V, dz, z)", "test_cross_entropy.py::test_the_padding_of_a_row_is_not_read_and_gets_zeros"),
+    Mutant("eights summed over their own maxima", LOSS, "tl.sum(totals * tl.exp(tops - top), axis=0)", "tl.sum(totals, axis=0)", ENTROPY),
     Mutant("ignored rows have gradients", LOSS, "grad = tl.where(target == ignore_index, 0.0, grad)", "grad = tl.where(target == ignore_index, 1.0, grad)", ENTROPY),
     Mutant("upstream gradient ignored", LOSS, "tl.load(row_grads_ptr + row * stride_gn).to(ACC)", "1.0 + 0 * tl.load(row_grads_ptr + row * stride_gn).to(ACC)", ENTROPY),
     Mutant("z-loss halved in the gradient", LOSS, "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "test_cross_entropy.py::test_smoothing_and_z_loss"),
@@ -188,7 +203,7 @@ MUTANTS = [
     Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
     Mutant("0.044751", GELU, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
     Mutant("no factor 3 in the derivative", GELU, "0.134145", "0.044715", MLP_WIDTHS),
-    Mutant("b_in dropped", MLP, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", MLP_WIDTHS),
+    Mutant("b_in dropped", MLP, "torch.addmm(b_in, x, w_in.t(), out=pre)", "torch.mm(x, w_in.t(), out=pre)", MLP_WIDTHS),
     Mutant("db_in zero", MLP, "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
     Mutant("derivative overflows", GELU, "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
@@ -231,7 +246,7 @@ MUTANTS = [
     Mutant("loss ignores -100", "fastgpt/families/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", DECODER, "self._walk(ids, positions, attend)", "self._walk(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
+    Mutant("positions one too early", DECODER, "self._walk)(ids, positions, attend)", "self._walk)(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
     Mutant("a stale cache row", DECODER, "values[cache.row, :, positions] = v.transpose(1, 2)", "pass", CACHED, False),
     Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", CACHED, False),
     Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),

@@ -38,7 +38,8 @@ def test_a_listing_is_read():
     busy = loop.clocks(warps=4)
     assert (busy["tensor"], busy["mufu"], busy["alu"], busy["issue"]) == (64, 8, 2, 8)
     assert busy["l2"] == 4 * 32 * 16 / account.L2_BYTES
-    assert loop.serial(4) == busy["l2"] == loop.overlapped(4)
+    assert loop.serial(4) == busy["tensor"] + busy["mufu"] > busy["l2"]
+    assert loop.overlapped(4) == max(busy.values())
 
 
 def test_a_wait_behind_each_product_is_seen():
@@ -79,7 +80,7 @@ def test_the_docstrings_tell_what_the_machine_code_holds():
         serial, overlapped = re.search(r"at most (\d+) TFLOP/s serial, (\d+)", line).groups()
         assert serial in said and overlapped in said, line
         if "D 64" in line:
-            assert int(serial) >= (340 if "forward" in line else 250), line
+            assert int(serial) >= 300, line
 
 
 def _rows(doc):

@@ -152,7 +152,7 @@ def test_where_a_steps_time_goes_and_how_its_memory_grows(tmp_path):
         ("_attention_fwd_kernel", "attention, forward"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention, forward"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention, backward"),
-        ("_row_products_kernel", "attention, backward"),
+        ("_attention_dq_kernel", "attention, backward"),
         ("aten::native_layer_norm", "LayerNorms, forward"),
         ("aten::native_layer_norm_backward", "LayerNorms, backward"),
         ("_gelu_fwd_kernel", "GELU, forward"),

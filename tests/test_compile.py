@@ -16,6 +16,7 @@ SAMPLE = (
     "V 50257 bfloat16",
     "F 3072 tanh bfloat16",
     "K 768 bfloat16",
+    "few rows, K 768 bfloat16",
     "V 50257 C 768 bfloat16",
 )
 
@@ -25,11 +26,12 @@ def test_no_kernel_spills_or_asks_for_too_much(capability):
     """All that is shipped for 9.0, but for float16, which takes bfloat16's tiles; one width for the others."""
     table = list(gate.rows([capability], lambda case: case in SAMPLE or (capability == 90 and " float16" not in case)))
     norms = {f"layer_norm_{kind}_kernel" for kind in ("fwd", "bwd", "sums")}
-    gelu = {f"{form}_gelu_{kind}_kernel" for form in ("bias", "linear") for kind in ("fwd", "bwd")}
+    gelu = {f"{form}gelu_{kind}_kernel" for form in ("", "linear_") for kind in ("fwd", "bwd")}
     heads = {f"attention_{kind}_kernel" for kind in ("fwd", "dq", "dkdv")}
-    heads |= {"row_products_kernel", "spans_kernel", "decode_kernel", "merge_kernel"}
+    heads |= {"poison_kernel", "spans_kernel", "decode_kernel", "merge_kernel"}
+    steps = {"linear_kernel", "append_kernel", "greedy_kernel"}
     lookups = {"embedding_fwd_kernel", "run_sums_kernel", "join_runs_kernel"}
-    assert {row.kernel for row in table} == norms | heads | gelu | lookups | {"cross_entropy_kernel"}
+    assert {row.kernel for row in table} == norms | heads | gelu | lookups | steps | {"cross_entropy_kernel"}
     assert [row for row in table if not row.passes] == []
     committed = gate.committed()  # of this Triton alone: another one's ptxas counts otherwise
     assert not committed or list(gate.worse(table, committed)) == []
@@ -52,7 +54,7 @@ def test_what_is_worse_than_the_committed_table_is_named():
 def test_the_gate_sees_a_spill():
     """A row of 32768 channels does not fit the registers that the tiles give it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gate.layernorm, "_tiles", lambda columns, *_, **__: gate.layernorm.Tiles(1, columns, 4, 96))
+        patch.setattr(gate.layernorm, "_tiles", lambda columns, *_, **__: gate.layernorm.Tiles(1, columns, 4, 1, 96))
         _, backward, _ = gate.launches(lambda: gate._layer_norm(32768, torch.bfloat16, 0.1), 90)
     row = gate.measure("too wide", backward, 90)
     assert row.spilled > 0 and not row.passes

@@ -51,6 +51,11 @@ def test_more_splits_than_are_merged_at_once(device):
     check((q, k, v, lengths))
 
 
+def test_one_split_gives_its_result_itself(device):
+    """Nothing is merged: rows, heads and new tokens go where they belong, and a row of no length gives zeros."""
+    check(operands([30, 7, 0], 4, 2, 3, 32, 16, torch.float32, device))
+
+
 @pytest.mark.parametrize("dim", [1, 16, 25, 64, 80, 128, 256])
 def test_head_dims_and_dtypes(dim, device):
     for dtype in DTYPES:

@@ -79,6 +79,16 @@ def test_the_stream_may_be_wider(device):
     assert torch.equal(stream, x + branch)
 
 
+def test_the_norm_sees_the_stream_as_it_is_written(device):
+    """A stream of 256 and roundoffs of it, in bfloat16: rounded before it is normalised, as add_layer_norm's is."""
+    x = torch.full((1, 16), 256.0, device=device).bfloat16()
+    branch = torch.linspace(-0.9, 0.9, 16, device=device).bfloat16()[None]
+    w, weight = torch.eye(16, device=device).bfloat16(), torch.ones(16, device=device).bfloat16()
+    y, stream = autograd.few_norm_linear(x, branch, None, weight, None, EPS, w, None, "")
+    expected, _ = composed(stream.double(), None, None, weight.double(), None, w.double(), None, "")
+    assert_accurate(y, expected, expected.bfloat16().to(y.dtype), torch.ones_like(expected))
+
+
 def test_what_fits(device):
     w = torch.empty(6, 8, device=device)
     assert few_rows.fits(1, w) and few_rows.fits(few_rows.MAX_ROWS, w)
