@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 TENSOR_FLOPS = 4096  # dense bf16 or fp16, a clock and multiprocessor
 SHARED_BYTES = 128  # as above
-L2_BYTES = 32  # a clock and multiprocessor: an assumption, of 7.4 TB/s over all; attention read 5.3 on an H200
+L2_BYTES = 32  # as above: assumed, 7.4 TB/s over all; attention's forward read about 5 on an H200
 MULTIPROCESSORS, CLOCK = 132, 1.755e9  # the clock is an assumption: boost is 1.98 GHz, tensor-heavy kernels run lower
 
 # Warp instructions that a multiprocessor starts each clock; 32 lanes each.

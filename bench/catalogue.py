@@ -114,6 +114,7 @@ def small(machine: Machine) -> list[Case]:
         *models.train_step(machine, 1, 8, _TINY, tier=0),
         *models.block(machine, 1, 8, _TINY, tier=1),
         *cases.decode(machine, 1, 2, 16, 16, tier=2),
+        *cases.decode(machine, 1, 1, 300, 16, tier=2),
         *generation(machine, 1, 2, 3, _TINY, tier=2),
         *swap(machine, 1, 8, _TINY, tier=2),
         *models.train_step(machine, 2, 8, _TINY, tier=3, only=models.LARGE),

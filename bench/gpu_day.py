@@ -45,7 +45,8 @@ class Stage:
 def stages(folder: Path, dry_run: bool) -> list[Stage]:
     """The day, in order."""
     python, flag = sys.executable, ["--dry-run"] if dry_run else []
-    spread = ["-n", "4"] if find_spec("xdist") and not dry_run else []  # Triton compiles on many cores
+    workers = str(max(1, min(15, (os.cpu_count() or 1) - 1)))  # Triton compiles on many cores
+    spread = ["-n", workers, "--dist", "worksteal"] if find_spec("xdist") and not dry_run else []
     tests = list(_DRY_TESTS) if dry_run else ["tests", "-m", "gpu", "--maxfail=30", *spread]
     machine = ["--bench-machine", "dry"] if dry_run else ["--bench-machine", "cuda"]
 

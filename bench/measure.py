@@ -68,6 +68,8 @@ def measure(case: Case, machine: Machine, roofs: dict[str, float]) -> tuple[list
     try:
         with torch._functorch.config.patch(donated_buffer=False), machine.clock.session():  # backwards are repeated
             rows, samples = _measure(case, machine, roofs)
+    except DeviceLost:
+        raise
     except RuntimeError as error:
         if _device_is_lost(error):
             raise DeviceLost(f"{case.name}: {error}") from error
@@ -146,11 +148,12 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         message = f"{type(error).__name__}: {' '.join(str(error).split()[:60])}"
         if _device_is_lost(error):
             raise DeviceLost(f"{case.name}: {name}: {message}") from error
-        return Row(**facts, variant=name, status="FAILED", note=message[:300]), None, None
+        theirs = type(error).__name__ == "BackendCompilerFailed" and name != SUBJECT  # a compiler's crash is its own
+        return Row(**facts, variant=name, status="skipped" if theirs else "FAILED", note=message[:300]), None, None
 
 
 def _device_is_lost(error: Exception) -> bool:
-    return "CUDA error" in str(error)
+    return "CUDA error" in str(error) or "Triton Error [CUDA]" in str(error)
 
 
 def _poison(machine: Machine) -> None:

@@ -248,7 +248,8 @@ def train_step(
         )
         floor = Work(0, floor.bytes)  # the roof that was measured is not this dtype's
     numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
-    needs = step_memory(shape, B, T, e, len(variants))
+    needs = step_memory(shape, B, T, e, len(variants))  # and what each graph keeps
+    needs += sum(name.endswith(GRAPH) for name in variants) * work.kept_activations(shape, B * T, e)
     return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False, memory=needs)]
 
 

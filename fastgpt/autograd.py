@@ -110,18 +110,20 @@ def _go_over_logits(x, *arguments):
 
 def _custom_op(launcher, fake):
     """`launcher` as the op fastgpt::<its name>; called by Python it is launched at once, for PyTorch's way through an
-    op takes longer than the launch. A compiler, a mode that looks at every op and a fake tensor get the op."""
+    op takes longer than the launch. A compiler, a mode that looks at every op and another kind of tensor get the op."""
     launch = _on_its_device(launcher)
     op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", launch, mutates_args=())
     op.register_fake(fake)
 
     @functools.wraps(launcher)
     def call(first, *args):
-        if torch.compiler.is_compiling() or type(first) not in (Tensor, Parameter) or _len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            return op(first, *args)
+        if any(isinstance(arg, Tensor) and type(arg) not in (Tensor, Parameter) for arg in (first, *args)):
             return op(first, *args)
         return launch(first, *args)
 
-    call.op = op
+    call.op = op  # type: ignore[attr-defined]
     return call
 
 

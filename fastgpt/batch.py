@@ -1,6 +1,7 @@
 """The sequences of one call of generate, on the model's device: changed in place, and told to the host later."""
 
 import collections
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,12 @@ class Batch:
 
     def advance(self) -> None:
         """One token more for every row."""
+        with device_of(self.decoder):
+            self._advance()
+        self.steps += 1
+        self.longest += 1
+
+    def _advance(self) -> None:
         if self.steps == 0:
             self._take(self.first_logits())
         elif self.longest > self.cache.slots:  # past the context
@@ -80,8 +87,6 @@ class Batch:
                 self._capture()
             assert self._graph is not None
             self._graph.replay()
-        self.steps += 1
-        self.longest += 1
 
     def first_logits(self) -> Tensor:
         """(rows, V) after the prompts, which go into the cache, each once."""
@@ -134,6 +139,11 @@ class Batch:
             self._step(None)
 
 
+def device_of(decoder: Decoder):
+    """A context in which the decoder's device is the current one: a graph is captured there, and an event recorded."""
+    return torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else contextlib.nullcontext()
+
+
 def slots(decoder: Decoder, longest: int, new_tokens: int) -> int:
     """Of the cache: the last token is never fed back."""
     return min(decoder.context, longest + new_tokens - 1)
@@ -154,7 +164,7 @@ class Readback:
         copies = [None if t is None else self._copy(t) for t in (ids, logprobs)]
         event = torch.cuda.Event() if self._asynchronous else None
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(ids.device))
         self._queue.append((event, *copies))
 
     def _copy(self, tensor: Tensor) -> Tensor:

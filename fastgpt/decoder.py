@@ -78,12 +78,12 @@ class Decoder:
         self.norm = reader.norm(found.norm)
         self.head = reader.linear(found.head)
         self.called = reader.called
-        self._fused = not self._torch and self._all_plain()
         self.vocabulary: int = found.tokens.num_embeddings  # type: ignore[assignment]
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
         self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
         width: int = found.tokens.embedding_dim  # type: ignore[assignment]
         self.head_dim = width // self.heads
+        self._fused = not self._torch and self._all_plain() and width <= ops.autograd.few_rows.MAX_NORMED
         if self.called and dtype is not None and dtype != embedded:
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")
         if not isinstance(inner, GPT):
@@ -151,7 +151,8 @@ class Decoder:
             else:
                 keys[cache.row, :, positions] = k.transpose(1, 2)
                 values[cache.row, :, positions] = v.transpose(1, 2)
-            keys, values = keys[:, :, :reach], values[:, :, :reach]
+            if self._torch:  # the kernel reads no further than the lengths say
+                keys, values = keys[:, :, :reach], values[:, :, :reach]
             if even and new == 1 and self._torch:  # nothing to be hidden: no mask, and no look at the lengths
                 y = F.scaled_dot_product_attention(q, keys, values, scale=scale)
             else:
@@ -193,7 +194,8 @@ class Decoder:
             few = self._fused and isinstance(self.head, Linear) and x.dim() == 3
             if few and ops.autograd.fits_few(x.shape[0] * x.shape[1], self.head.weight):
                 wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-                return ops.autograd.few_linear(x.flatten(0, 1), *self.head, wide).view(*x.shape[:2], -1)
+                linear: Any = self.head
+                return ops.autograd.few_linear(x.flatten(0, 1), *linear, wide).view(*x.shape[:2], -1)
             logits = self.head(x)
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -244,14 +246,15 @@ class Decoder:
         return normed.view(*ids.shape, -1)
 
     def _all_plain(self) -> bool:
-        """Whether every part of a layer is read as weights, and none is called."""
+        """Whether every part of a layer, and the last norm, is read as weights, and none is called."""
         norms = (norm for layer in self.layers for norm in (layer.norm_1, layer.norm_2))
-        return all(isinstance(part, (Norm, Linear)) for part in (*norms, *self._linears()))
+        packed = all(len(layer.qkv) == 1 for layer in self.layers)
+        return packed and all(isinstance(part, (Norm, Linear)) for part in (*norms, self.norm, *self._linears()))
 
     def _linears(self) -> Iterator[Any]:
         for layer in self.layers:
             yield from (*layer.qkv, layer.out)
-            yield from (layer.mlp.fc, layer.mlp.proj) if isinstance(layer.mlp, Mlp) else (layer.mlp,)
+            yield from ([layer.mlp.fc, layer.mlp.proj] if isinstance(layer.mlp, Mlp) else [layer.mlp])
 
     def _maybe_evaluating(self):
         return self._evaluating() if self.called else contextlib.nullcontext()

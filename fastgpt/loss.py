@@ -1,7 +1,8 @@
 """The chunked linear + cross-entropy head that both roads share; what they differ in is how they go over the logits.
 
 Logits exist for one chunk at a time and are overwritten in place by their own gradient, so that beside dx and dweight
-a training step holds about a twelfth of what the logits of all rows would take.
+a training step holds about a twelfth of what the logits of all rows would take, and on Triton's road a padded copy of
+the weight, as large as C rows of logits.
 """
 
 import functools
@@ -217,7 +218,7 @@ def by_rows(
     width = padded(vocab)
     buffer = torch.empty(min(rows_at_once, len(x)), width, dtype=dtype, device=x.device)
     if pads:
-        weight = F.pad(weight, (0, 0, 0, width - vocab))
+        weight = F.pad(weight, (0, 0, 0, width - vocab)) if width > vocab else weight
         dweight = None if dweight is None else dweight.as_strided(weight.shape, dweight.stride())  # as _outputs made it
     elif not x.is_cuda:  # oneDNN's bfloat16 product on AMX multiplies one number past an odd row by zero: may be NaN
         buffer[:, vocab:].zero_()

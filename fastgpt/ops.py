@@ -228,7 +228,8 @@ def linear_cross_entropy(
 
     x: (…, C), weight: (V, C), targets: (…) int32 or int64 -> a scalar, or (…) for reduction "none", which computes
     logits a second time in the backward. z_loss adds z_loss · logsumexp² a row. Beside the gradients it takes about a
-    twelfth of the memory of the logits (below 768 rows, 256 of them). A target out of range is a ValueError on a CPU;
+    twelfth of the memory of the logits (on Triton's road 256 rows of them at least, and a padded copy of the weight). A
+    target out of range is a ValueError on a CPU;
     elsewhere, where a check would wait for the device, its loss is NaN. The mean over no target is NaN,
     its gradients are 0.
     """

@@ -32,9 +32,9 @@ and what they leave out stand in bench/account.py, and a test holds these number
 At D = 64 exponentials take as long as the products. With all the causal turns at T = 1024, the diagonal's included,
 that allows at most 308 TFLOP/s of useful work at an assumed 1.755 GHz if the tensor core waits for the rest and the
 rest for it, and 366 if all overlap; at D = 128 385 and 385. Measured on an H200, B = 32, 768 channels: 294 at D = 64
-(cuDNN 326, FlashAttention-2 210) and 320 at D = 128 (cuDNN 418, FlashAttention-2 235). Tiles of keys and values then
-come from the L2 cache at 5.2 TB/s, which is what limits it: blocks twice as high read half as much, and lose as much
-again by being fewer.
+(cuDNN 326, FlashAttention-2 210) and, in the search for tiles alone, 320 at D = 128 (cuDNN 418, FlashAttention-2 235).
+Tiles of keys and values then come from the L2 cache at about 5 TB/s, which is what limits it: blocks twice as high read
+half as much, and lose as much again by being fewer.
 
 Each loop stands under an `if` that it has a turn at all: where a loop may be skipped, zeros meet products in flight,
 and ptxas then lets no two wgmma overlap.

@@ -116,7 +116,7 @@ def cross_entropy_rows(
     losses: torch.Tensor,
 ) -> torch.Tensor:
     """logits (N, vocab or more), N at least 1, each row in one piece, and targets (N,): writes losses (N,), and with
-    row_grads (N,) the gradient over the logits, zeros over what lies past vocab. Returns the logits."""
+    row_grads (N,) the gradient over the logits, zeros over the padding, which is less than 64. Returns the logits."""
     block_v, num_warps = _tiles(vocab)
     _cross_entropy_kernel[(logits.shape[0],)](
         logits,
@@ -136,5 +136,6 @@ def cross_entropy_rows(
         ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
         BLOCK_V=block_v,
         num_warps=num_warps,
+        maxnreg=64 if logits.element_size() > 2 else None,  # left alone, ptxas spills float32 on capability 12.0
     )
     return logits

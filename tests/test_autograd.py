@@ -270,7 +270,7 @@ def test_launches_on_the_device_of_the_tensors():
     with mock.patch.object(torch.cuda, "device", Guard), mock.patch.object(torch.library, "custom_op") as register:
         autograd._custom_op(launcher, launcher)
     _, on_its_device = register.call_args.args
-    with mock.patch.object(torch.cuda, "device", Guard):
+    with mock.patch.object(torch.cuda, "device", Guard), mock.patch.object(torch.cuda, "current_device", lambda: 0):
         on_its_device(OnGPU())
     assert guarded == [torch.device("cuda:3"), "launched", "left"]
 

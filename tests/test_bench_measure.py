@@ -102,7 +102,10 @@ def test_a_variant_that_raises_costs_the_others_nothing(machine):
         raise RuntimeError("out of registers\nand more")
 
     rows, _ = rows_of(machine, broken)
-    assert (rows[cases.SUBJECT].status, rows[cases.SUBJECT].note) == ("FAILED", "RuntimeError: out of registers")
+    assert (rows[cases.SUBJECT].status, rows[cases.SUBJECT].note) == (
+        "FAILED",
+        "RuntimeError: out of registers and more",
+    )
     assert rows[cases.EAGER].median == 1e-3
 
 

@@ -444,7 +444,8 @@ def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
             Event.made += 1
             self.number = Event.made
 
-        def record(self):
+        def record(self, stream):
+            assert stream == "of the ids' device"
             log.append(f"record {self.number}")
 
         def synchronize(self):
@@ -456,6 +457,7 @@ def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
             self._asynchronous, self.ahead = True, 2
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "of the ids' device")
     monkeypatch.setattr(Late, "_copy", lambda self, tensor: tensor.clone())
     expected = generate(model, [[3, 1, 4], [7]], 4, seed=1)
     monkeypatch.setattr("fastgpt.generation.Readback", Late)
