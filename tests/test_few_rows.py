@@ -29,7 +29,7 @@ def composed(x, branch, branch_bias, norm_weight, norm_bias, w, b, gelu):
 
 
 @pytest.mark.parametrize("rows", [1, 2, few_rows.MAX_ROWS])
-@pytest.mark.parametrize(("channels", "units"), [(1, 1), (48, 144), (65, 3), (768, 20), (1100, 9)])
+@pytest.mark.parametrize(("channels", "units"), [(1, 1), (48, 144), (65, 3), (768, 20), (2100, 9)])
 def test_a_linear_layer(rows, channels, units, device):
     for dtype in DTYPES:
         x, w = draw(rows, channels, dtype=dtype, device=device), draw(units, channels, dtype=dtype, device=device)

@@ -79,8 +79,7 @@ def test_wide_rows(columns, device):
 
 @pytest.mark.parametrize("rows", [(), (1,), (2, 1), (257,), (3, 50)], ids=str)
 def test_row_counts(rows, device):
-    """257 rows of 20 channels are three blocks of rows, of which the four programs of the backward walk over one each;
-    3 x 50 rows of 100 are ten, so that a program walks over several."""
+    """257 rows are 33 blocks of rows, of which each of the backward's three programs walks over several."""
     for columns in (20, 100):
         check(operands(rows, columns, torch.float32, device))
 
