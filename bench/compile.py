@@ -77,7 +77,7 @@ class Row(NamedTuple):
         """No spill but those above, no more shared memory than the card has, no TF32 (the cases never allow it), and on
         9.0 nothing but wgmma where it is expected: products of half-precision tiles for heads of up to 128."""
         within = self.spilled <= self.may_spill and self.shared <= SHARED_LIMIT[self.capability]
-        wgmma_only = self.capability == 90 and not any(word in self.case for word in ("float32", "D 256", "cache"))
+        wgmma_only = self.capability == 90 and not any(word in self.case for word in ("float32", "D 256", "cache", "few rows"))
         well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and "serialized" not in self.matrix
         return within and "tf32" not in self.matrix and well_multiplied
 
@@ -175,14 +175,19 @@ def _decode(dim: int, dtype: torch.dtype) -> None:
 
 
 def _few_rows(channels: int, dtype: torch.dtype) -> None:
-    """A decoding step's launches for a layer of four rows, and the choice of its tokens."""
+    """A decoding step's launches for a layer of one row and of four: the head's, attention over a cache of one split,
+    and the choice of a token, too."""
     rows, heads = few_rows.MAX_ROWS, channels // 64
-    x, qkv = torch.empty(rows, channels, dtype=dtype), torch.empty(rows, 1, 3 * channels, dtype=dtype)
     w, bias = torch.empty(4 * channels, channels, dtype=dtype), torch.empty(channels, dtype=dtype)
-    few_rows.norm_linear(x, x, bias, bias, bias, 1e-5, w, w[:, 0].contiguous(), "tanh")
-    few_rows.linear(torch.empty(rows, 4 * channels, dtype=dtype), w.view(channels, -1), None)
-    cache, lengths = torch.empty(rows, heads, 1024, 64, dtype=dtype), torch.empty(rows, dtype=torch.int64)
+    for count in (1, rows):
+        x = torch.empty(count, channels, dtype=dtype)
+        few_rows.norm_linear(x, x, bias, bias, bias, 1e-5, w, w[:, 0].contiguous(), "tanh")
+        few_rows.linear(torch.empty(count, 4 * channels, dtype=dtype), w.view(channels, -1), None)
+        few_rows.linear(x, w, None, torch.float32)
+    qkv = torch.empty(rows, 1, 3 * channels, dtype=dtype)
+    cache, lengths = torch.empty(rows, heads, 256, 64, dtype=dtype), torch.empty(rows, dtype=torch.int64)
     decode.append(qkv, cache, cache, lengths)
+    decode.decode_attention_fwd(cache[:, :, :1], cache, cache, lengths, 0.125)
     greedy.greedy(torch.empty(rows, 50257), torch.empty(rows, 1024, dtype=torch.int64), lengths, lengths)
 
 
