@@ -77,7 +77,9 @@ class Row(NamedTuple):
         """No spill but those above, no more shared memory than the card has, no TF32 (the cases never allow it), and on
         9.0 nothing but wgmma where it is expected: products of half-precision tiles for heads of up to 128."""
         within = self.spilled <= self.may_spill and self.shared <= SHARED_LIMIT[self.capability]
-        wgmma_only = self.capability == 90 and not any(word in self.case for word in ("float32", "D 256", "cache", "few rows"))
+        wgmma_only = self.capability == 90 and not any(
+            word in self.case for word in ("float32", "D 256", "cache", "few rows")
+        )
         well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and "serialized" not in self.matrix
         return within and "tf32" not in self.matrix and well_multiplied
 

@@ -199,7 +199,7 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     assert skipped - not_installed <= {"SDPA cuDNN", "SDPA efficient", "flex_attention", "PyTorch, chunked"}
     assert len(timed) + sum(row.status == "skipped" for row in rows) == len(rows)
     tried = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
-    assert len(tried) == 12 and all(record["status"] == "ok" for record in tried)  # one a kernel, two of decoding
+    assert len(tried) == 12 and all(record["status"] == "ok" for record in tried)  # two of decoding
     profile = json.loads((out / "profile.json").read_text())
     launched = {part["part"] for part in profile["parts"] if part["calls"]}
     assert {"attention, forward", "attention, backward", "cross entropy", "matmuls", "AdamW"} <= launched
