@@ -202,7 +202,7 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     assert len(tried) == 12 and all(record["status"] == "ok" for record in tried)  # two of decoding
     profile = json.loads((out / "profile.json").read_text())
     launched = {part["part"] for part in profile["parts"] if part["calls"]}
-    assert {"attention, forward", "attention, backward", "cross entropy", "matmuls", "AdamW"} <= launched
+    assert {"cross entropy", "matmuls", "AdamW"} <= launched  # kernels that are no operators are seen on a GPU alone
     assert "training step B 1" in (out / "sanitize" / "memcheck.log").read_text()
     with tarfile.open(out.with_name("dry.tar.gz")) as tar:
         names = set(tar.getnames())
