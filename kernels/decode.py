@@ -47,7 +47,9 @@ def _tiles(rows: int, head_dim: int, dtype: torch.dtype, slots: int, on_card: bo
     block_m = min(64, max(16, next_power_of_2(rows)))
     if not on_card:  # small, so that few slots make several splits of several tiles
         return Tiles(block_m, 16, 32, 4, 1)
-    split = 256 if slots <= 256 else max(128, next_power_of_2(cdiv(slots, 64)))  # one split needs no merging
+    split = (
+        256 if slots <= 256 else max(128, next_power_of_2(cdiv(slots, 64)))
+    )  # one split needs no merging; its size is not measured
     if dtype == torch.float32:
         return Tiles(min(block_m, 32), 32 if head_dim <= 64 else 16, split, 8, 1)
     return Tiles(block_m, 64 if head_dim <= 128 else 32, split, 4, 3 if head_dim <= 64 else 2)

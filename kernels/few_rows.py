@@ -2,7 +2,7 @@
 
     y = act(n wᵀ + b)        n = x, or LayerNorm(s) of the stream s = x + branch + branch_bias, which is written too
 
-All the time goes to reading w, F K e bytes, so there is nothing for tensor cores to do: a program reads a few of w's
+All the time goes to reading w, N K e bytes, so there is little for tensor cores to do: a program reads a few of w's
 rows in long pieces, while it makes n for itself, which costs less than a launch of its own would. A library's matmul of
 one row takes longer for GPT-2's layers on an H200, and four launches a layer instead of seven leave fewer gaps.
 
@@ -18,7 +18,7 @@ import triton.language as tl
 from .gelu import gelu
 from .launch import accumulator, cdiv, next_power_of_2
 
-MAX_ROWS = 4  # every row costs as many multiplications again; from some eight on tensor cores are faster
+MAX_ROWS = 4  # every row costs as many multiplications again; only one row has been measured
 MAX_NORMED = 4096  # channels under a LayerNorm: a row is held in registers
 
 

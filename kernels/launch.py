@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own can be called in kernels too, and takes longer for it than a small launch."""
+    """a / b, rounded up. Triton's own can be called in kernels too, and takes microseconds for it."""
     return -(-a // b)
 
 

@@ -47,7 +47,7 @@ def _tiles(columns: int, dtype: torch.dtype, backward: bool) -> Tiles:
     """A block of rows of `columns`: 16 elements a thread, 8 in the backward of wide rows that keeps three sums beside
     them. Registers for three to six blocks of 128 threads to a multiprocessor; the widest rows take all of one.
 
-    Measured on an H200 at 768 columns in bfloat16: the forward is as fast with any of seven tiles (87% of a copy's
+    Measured on an H200 at 768 columns in bfloat16: the forward is as fast with six of seven tiles (87% of a copy's
     rate); the backward waits for memory unless rows are loaded two turns ahead (122 µs without, 69 with).
     """
     block_c = max(16, next_power_of_2(columns))
