@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -121,8 +122,14 @@ class Batch:
                 self.seen.scatter_(1, ids, True)
             self.history.scatter_(1, self.lengths[:, None], ids)
             self.lengths += 1
-            finite = torch.stack(logits.aminmax(dim=-1)).isfinite().all(0)  # NaN is the least and the most of its row
-            self.ids.copy_(torch.where(finite, ids[:, 0], -1))
+            if not self._finite_at_a_glance(logits):
+                extremes = logits.amin(-1), logits.amax(-1)  # NaN is both
+                ids = torch.where(torch.stack(extremes).isfinite().all(0)[:, None], ids, -1)
+            self.ids.copy_(ids[:, 0])
+
+    def _finite_at_a_glance(self, logits: Tensor) -> bool:
+        """On a CPU, which need not be waited for: a sum is finite only if all of its terms are."""
+        return logits.device.type == "cpu" and math.isfinite(logits.sum().item())
 
     def _on_a_side_stream(self) -> None:
         stream = torch.cuda.Stream(self.decoder.device)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import ops, reference
+from fastgpt import ops, reference, walks
 from fastgpt.families import occupied, plain
+from fastgpt.linears import BagLinear, Linear
+from fastgpt.mlp import gelu as cpu_gelu
 from fastgpt.model import GPT
-from fastgpt.parts import Linear, Mlp, Norm, Reader, anatomy, unwrapped
+from fastgpt.parts import Mlp, Norm, Reader, anatomy, unwrapped
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
@@ -83,7 +85,9 @@ class Decoder:
         self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
         width: int = found.tokens.embedding_dim  # type: ignore[assignment]
         self.head_dim = width // self.heads
-        self._fused = not self._torch and self._all_plain() and width <= ops.autograd.few_rows.MAX_NORMED
+        plain = self._all_plain()
+        self._fused = plain and not self._torch and width <= ops.autograd.few_rows.MAX_NORMED
+        self._one_row = plain and self._torch and self.device.type == "cpu" and self._as_one_row_needs()
         if self.called and dtype is not None and dtype != embedded:
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")
         if not isinstance(inner, GPT):
@@ -159,8 +163,13 @@ class Decoder:
                 y = self._functions.decode_attention(q, keys, values, lengths, scale=scale, **self._backend)
             return y.transpose(1, 2).reshape(batch, new, -1)
 
-        few = self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears())
-        return self.logits((self._walk_few if few else self._walk)(ids, positions, attend))
+        if even and self._one_row and ids.numel() == 1:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return self.logits(walks.one_row_on_cpu(self, self._embed(ids, positions), reach - 1, cache))
+        if self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears()):
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return self.logits(walks.few_rows_on_kernels(self, self._embed(ids, positions), attend))
+        return self.logits(self._walk(ids, positions, attend))
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
@@ -227,29 +236,21 @@ class Decoder:
             told(self.anatomy.norm, normed)
         return normed
 
-    def _walk_few(self, ids: Tensor, positions: Tensor | None, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """What _walk gives, for so few rows that launches and weights take all the time: four launches a layer beside
-        attention's."""
-        few: Any = ops.autograd
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            x = self._embed(ids, positions).flatten(0, 1)
-            branch: Tensor | None = None
-            bias: Tensor | None = None
-            parts: Any  # all of them plain: see _all_plain
-            for index, parts in enumerate(self.layers):
-                qkv, x = few.few_norm_linear(x, branch, bias, *parts.norm_1, *parts.qkv[0], "")
-                y = attend(index, qkv.view(*ids.shape, -1))
-                branch, bias = few.few_linear(y.flatten(0, 1), parts.out.weight, None), parts.out.bias
-                hidden, x = few.few_norm_linear(x, branch, bias, *parts.norm_2, *parts.mlp.fc, parts.mlp.gelu)
-                branch, bias = few.few_linear(hidden, parts.mlp.proj.weight, None), parts.mlp.proj.bias
-            normed, _ = self._add_norm(self.norm, branch, x, bias)
-        return normed.view(*ids.shape, -1)
-
     def _all_plain(self) -> bool:
         """Whether every part of a layer, and the last norm, is read as weights, and none is called."""
-        norms = (norm for layer in self.layers for norm in (layer.norm_1, layer.norm_2))
         packed = all(len(layer.qkv) == 1 for layer in self.layers)
-        return packed and all(isinstance(part, (Norm, Linear)) for part in (*norms, self.norm, *self._linears()))
+        parts = (*self._norms(), *self._linears())
+        return packed and all(isinstance(part, (Norm, Linear, BagLinear)) for part in parts)
+
+    def _as_one_row_needs(self) -> bool:
+        """Whether the dtypes are those that PyTorch's own norm takes on a CPU, and the stream is of the weights'."""
+        fit = self.dtype, torch.promote_types(self.dtype, torch.float32)
+        return self.stream_dtype == self.dtype and all(norm.weight.dtype in fit for norm in self._norms())
+
+    def _norms(self) -> Iterator[Any]:
+        for layer in self.layers:
+            yield from (layer.norm_1, layer.norm_2)
+        yield self.norm
 
     def _linears(self) -> Iterator[Any]:
         for layer in self.layers:
@@ -273,6 +274,9 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """The norm of x with branch + bias added, in the compute dtype, and that sum."""
         if isinstance(norm, Norm):
+            if self._torch:  # the sum was rounded: to centre it, a twentieth of a token's time, would not make it exact
+                x = x if branch is None else x + branch
+                return reference.uncentred_layer_norm(x, *norm).to(self.dtype), x
             if branch is None:
                 return self._functions.layer_norm(x, *norm, **self._backend).to(self.dtype), x
             return self._functions.add_layer_norm(branch, x, *norm, x_bias=bias, **self._backend)
@@ -280,7 +284,7 @@ class Decoder:
             x = x + (branch if bias is None else branch + bias)
         return norm(x), x
 
-    def _project(self, layer: Linear | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _project(self, layer: Linear | BagLinear | nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The product; on Triton's road without its bias, which whoever adds the product to the stream adds too."""
         if self._torch or not isinstance(layer, Linear):
             return layer(x), None
@@ -290,9 +294,10 @@ class Decoder:
         if not isinstance(mlp, Mlp):
             return mlp(x), None
         fc, gelu, proj = mlp
-        b_out, bias = (proj.bias, None) if self._torch else (None, proj.bias)
-        y = self._functions.gelu_mlp(x, *fc, proj.weight, b_out, approximate=gelu, **self._backend)
-        return y, bias
+        if self._torch:
+            return proj((cpu_gelu if x.is_cpu else F.gelu)(fc(x), approximate=gelu)), None
+        y = self._functions.gelu_mlp(x, fc.weight, fc.bias, proj.weight, approximate=gelu, **self._backend)
+        return y, proj.bias
 
     def _try(self, model: Any) -> None:
         """ValueError unless the model's own forward gives the logits that its parts give."""

@@ -14,7 +14,7 @@ from fastgpt.sampling import Sampling
 from fastgpt.speculative import Speculation, room
 
 Reason = Literal["length", "stop_id", "stop_string"]
-LAY_OUT_FROM = 32  # tokens of a call that make it worth while to lay weights out for one row's pass
+LAY_OUT_FROM = 64  # tokens of a call that make it worth while to lay weights out for one row's pass
 DRAFT_TOKENS = 4
 
 

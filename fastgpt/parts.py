@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgpt import reference
 from fastgpt.families import (
     free_linear,
     gpt2,
@@ -18,15 +17,9 @@ from fastgpt.families import (
     recognise_norm,
 )
 from fastgpt.families.anatomy import Anatomy, Layer
+from fastgpt.linears import BagLinear, Linear, laid_out
+from fastgpt.memory import LargePages
 from fastgpt.model import GPT, MLP, LayerNorm
-
-
-class Linear(NamedTuple):
-    weight: Tensor  # (out, in), in any order in memory
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return reference.linear(x, self.weight, self.bias)
 
 
 class Norm(NamedTuple):
@@ -36,17 +29,17 @@ class Norm(NamedTuple):
 
 
 class Mlp(NamedTuple):
-    fc: Linear
+    fc: Linear | BagLinear
     gelu: Any
-    proj: Linear
+    proj: Linear | BagLinear
 
 
 class Parts(NamedTuple):
     """Of a layer. A module stands where it must be called."""
 
     norm_1: Norm | nn.Module
-    qkv: tuple[Linear | nn.Module, ...]
-    out: Linear | nn.Module
+    qkv: tuple[Linear | BagLinear | nn.Module, ...]
+    out: Linear | BagLinear | nn.Module
     norm_2: Norm | nn.Module
     mlp: Mlp | nn.Module
     scale: float | None
@@ -95,39 +88,28 @@ def anatomy(model: Any) -> Anatomy:
 class Reader:
     """Reads parts, cast to `dtype` unless None; `called` lists those that do more than their class and are kept.
 
-    laid_out: in the order in memory that a single row reads fastest.
+    many_tokens: laid out for one row at a time, see linears.
     """
 
-    def __init__(self, dtype: torch.dtype | None, laid_out: bool):
-        self._cast, self._laid_out = dtype, laid_out
+    def __init__(self, dtype: torch.dtype | None, many_tokens: bool):
+        self._cast = dtype
+        self._pages = LargePages() if many_tokens else None
         self.called: list[nn.Module] = []
 
-    def linear(self, module: Any) -> Linear | nn.Module:
+    def linear(self, module: Any) -> Linear | BagLinear | nn.Module:
         if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
-            return Linear(self._ready(module.weight))
+            return self._linear(module.weight, None)
         if not free_linear(module):
             self.called.append(module)
             return module
-        return Linear(self._ready(linear_weight(module)), self._as(module.bias))
+        return self._linear(linear_weight(module), module.bias)
+
+    def _linear(self, weight: Tensor, bias: Any) -> Linear | BagLinear:
+        weight, bias = self._as(weight.detach()), self._as(bias)
+        return Linear(weight, bias) if self._pages is None else laid_out(weight, bias, self._pages)
 
     def _as(self, tensor: Any) -> Any:
         return tensor if tensor is None or self._cast is None else tensor.detach().to(self._cast)
-
-    def _ready(self, weight: Tensor) -> Tensor:
-        """(out, in), cast, and in the order that a single row reads fastest: on a GPU as (out, in), as the kernels for
-        few rows want it.
-
-        Measured on two busy cores of an AMD EPYC (Zen 3), PyTorch 2.13, in turns: (in, out) in memory takes 0.5 to 0.65
-        of the time of (out, in) where there are more outputs than inputs, 0.8 to 0.9 where there are as many, and as
-        long or longer where there are fewer. bfloat16 is read fastest as (out, in): see reference.linear.
-        """
-        weight = self._as(weight.detach())
-        if self._laid_out and (weight.is_cuda or weight.dtype == torch.bfloat16):
-            return weight.contiguous()
-        wide = weight.shape[0] >= weight.shape[1]
-        if self._laid_out and weight.device.type == "cpu" and wide and weight.stride(0) != 1:
-            return weight.t().contiguous().t()
-        return weight
 
     def norm(self, module: Any) -> Norm | nn.Module:
         names = ("weight", "bias")
@@ -165,12 +147,11 @@ class Reader:
 
     def layer(self, layer: Layer) -> Parts:
         qkv = tuple(layer.qkv)
-        packed: tuple[Linear | nn.Module, ...]
+        packed: tuple[Linear | BagLinear | nn.Module, ...]
         if len(qkv) > 1 and all(free_linear(part) for part in qkv):  # one product for the three
             weight = torch.cat([linear_weight(part) for part in qkv]).detach()
             biases: Any = [part.bias for part in qkv]
-            bias = None if any(b is None for b in biases) else self._as(torch.cat(biases).detach())
-            packed = (Linear(self._ready(weight), bias),)
+            packed = (self._linear(weight, None if any(b is None for b in biases) else torch.cat(biases).detach()),)
         else:
             packed = tuple(self.linear(part) for part in qkv)
         return Parts(

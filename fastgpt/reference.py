@@ -18,17 +18,21 @@ ATTENTION_SITE, RESIDUAL_SITE, EMBEDDING_SITE = 0, 1, 2
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
     """(..., C) -> (..., C) in x's dtype."""
+    if x.dtype in (torch.float32, torch.float64):  # a half has not so many digits
+        # PyTorch's kernels lose |mean| / sigma digits; a constant taken off first changes neither value nor derivative.
+        x = x - x.detach().mean(-1, keepdim=True)
+    return uncentred_layer_norm(x, weight, bias, eps)
+
+
+def uncentred_layer_norm(x, weight, bias=None, eps=1e-5):
+    """layer_norm by PyTorch's kernel alone: off by |mean| / sigma roundings, as far as x is where it was rounded."""
     dtype = x.dtype
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         float32 = weight.dtype == torch.float32 == (weight if bias is None else bias).dtype
         if x.device.type != "cpu" or dtype == torch.float64 or not float32:  # a CPU mixes a half with float32
             dtype = torch.promote_types(dtype, weight.dtype)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    wide = _in(dtype, x)
-    if dtype in (torch.float32, torch.float64):  # a half has not so many digits
-        # PyTorch's kernels lose |mean| / sigma digits; a constant taken off first changes neither value nor derivative.
-        wide = wide - wide.detach().mean(-1, keepdim=True)
-    return _in(x.dtype, F.layer_norm(wide, x.shape[-1:], weight, bias, eps))
+    return _in(x.dtype, F.layer_norm(_in(dtype, x), x.shape[-1:], weight, bias, eps))
 
 
 def _in(dtype, x):

@@ -66,13 +66,15 @@ WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
 CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
-GENERATION, SAMPLED = "test_generation.py::", "test_sampling.py::"
+GENERATION, SAMPLED, BATCHED = "test_generation.py::", "test_sampling.py::", "test_batch.py::"
+ALONE = "test_decoder.py::test_one_row_alone_is_decoded_as_in_a_batch"
 CACHED, DRAWN, STOPS = (
     GENERATION + "test_greedy_with_the_cache_is_greedy_without_it",
     SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
     SAMPLED + "test_each_row_stops_by_itself",
 )
 DECODER, SAMPLING, BATCH = "fastgpt/decoder.py", "fastgpt/sampling.py", "fastgpt/batch.py"
+LINEARS = "fastgpt/linears.py"
 SPECULATIVE = "fastgpt/speculative.py"
 
 MUTANTS = [
@@ -247,13 +249,20 @@ MUTANTS = [
     Mutant("loss ignores -100", "fastgpt/families/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", DECODER, "self._walk)(ids, positions, attend)", "self._walk)(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
+    Mutant("positions one too early", DECODER, "self._walk(ids, positions, attend)", "self._walk(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
     Mutant("a stale cache row", DECODER, "values[cache.row, :, positions] = v.transpose(1, 2)", "pass", CACHED, False),
-    Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", CACHED, False),
+    Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", ALONE, False),
+    Mutant("keys of a lone row a slot early", "fastgpt/walks.py", "place : place + 1] = qkv", "place - 1 : place] = qkv", CACHED, False),
+    Mutant("a lone row that does not see itself", "fastgpt/walks.py", "[:, :, :, : place + 1]", "[:, :, :, :place]", CACHED, False),
+    Mutant("a bag without its bias", LINEARS, "if bias is not None:", "if False:", "test_linears.py::test_bags_are_a_linear_layer", False),
+    Mutant("threads share what x is written to", LINEARS, "class _Scratch(threading.local):", "class _Scratch:", "test_linears.py::test_layers_of_one_shape_keep_out_of_each_others_way", False),
+    Mutant("bags that begin a row early", LINEARS, "len(self._table), inputs + 1,", "len(self._table), inputs,", "test_linears.py::test_bags_are_a_linear_layer", False),
+    Mutant("tensors that overlap", "fastgpt/memory.py", "* _CACHE_LINE :]", "* _CACHE_LINE // 2 :]", "test_linears.py::test_tensors_on_large_pages", False),
+    Mutant("a sum that need not be finite", BATCH, "math.isfinite(logits.sum().item())", "True", BATCHED + "test_finite_logits_whose_sum_is_not", False),
     Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),
     Mutant("the family's scale not read", "fastgpt/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
-    Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", GENERATION + "test_a_model_of_another_form_is_refused", False),
-    Mutant("modes not restored", DECODER, "module.training = training", "pass", GENERATION + "test_the_model_is_left_as_it_was", False),
+    Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", "test_decoder.py::test_a_model_of_another_form_is_refused", False),
+    Mutant("modes not restored", DECODER, "module.training = training", "pass", "test_decoder.py::test_the_model_is_left_as_it_was", False),
     Mutant("top_p one token short", SAMPLING, "F.pad(weights.cumsum(-1)[:, :-1], (1, 0))", "weights.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
     Mutant("top_p's boundary", SAMPLING, "before >= self.top_p", "before > self.top_p", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
     Mutant("min_p of all, not of the likeliest", SAMPLING, "self.min_p * weights.amax(-1, keepdim=True)", "self.min_p", DRAWN, False),
@@ -314,7 +323,7 @@ MUTANTS = [
     Mutant("accumulation adds up", "fastgpt/step.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
     Mutant("a cut between a space and its word", "fastgpt/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
     Mutant("a call that looks ahead is not heard", GPT2, 'return asked or call.get("is_causal") is False', "return asked", "test_families_huggingface.py::test_a_call_of_attention_that_asks_for_more_is_left_to_itself", False),
-    Mutant("the last steps of a GPU are not read", "fastgpt/generation.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", GENERATION + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
+    Mutant("the last steps of a GPU are not read", "fastgpt/generation.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
     Mutant("a GPU's generator is not put back", "fastgpt/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_resume.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
     Mutant("every process takes the GPU of its rank", "fastgpt/distributed.py", "os.environ['LOCAL_RANK']", "os.environ['RANK']", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
     Mutant("compiled before it is sharded", "fastgpt/run.py", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),

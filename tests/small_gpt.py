@@ -3,6 +3,7 @@
 import torch
 
 from fastgpt import GPT, GPTConfig
+from tests import models
 
 VOCABULARY, CONTEXT = 13, 8
 PROMPT = torch.tensor([[3, 1, 4]])
@@ -18,6 +19,31 @@ def gpt(context=CONTEXT, **changes):
                 parameter.normal_(std=2.0)
         model.ln_f.weight.fill_(0.2)
     return model.eval()
+
+
+def varied(model):
+    """The model with weights under which greedy tokens vary, so that a wrong one shows."""
+    last = next(parameter for name, parameter in model.named_parameters() if "ln_f." in name or "final_norm." in name)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=2.0)
+            else:
+                norm_weight = name.endswith(("ln_1.weight", "ln_2.weight", "scale", "norm1.weight", "norm2.weight"))
+                parameter.normal_(mean=float(norm_weight), std=0.1)
+        last.fill_(0.2)
+    return model
+
+
+FAMILIES = {
+    "fastgpt": lambda: gpt(128),
+    "fastgpt, float32 stream, untied, no bias": lambda: gpt(128, residual="float32", tie=False, bias=False),
+    "hugging face": lambda: models.hugging_face(n_positions=128, scale_attn_by_inverse_layer_idx=True),
+    "nanogpt": lambda: models.nanogpt(block_size=128, bias=False),
+    "book": lambda: models.book(context_length=128, drop_rate=0.1, qkv_bias=False),
+    "book, fast": lambda: models.book("GPTModelFast", context_length=128),
+    "book, cache": lambda: models.book(module="kv_cache.gpt2", context_length=128),
+}
 
 
 def logits(model, ids):

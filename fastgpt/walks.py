@@ -1,0 +1,58 @@
+"""A decoder's walks over so few rows that calls and weights take all the time, of models whose parts are all plain.
+
+What Decoder's own walk gives, in as few calls as there can be. `B` batch, `T` time, `C` channels.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops
+
+if TYPE_CHECKING:
+    from fastgpt.decoder import Cache, Decoder
+
+
+def few_rows_on_kernels(decoder: "Decoder", x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Embedded tokens (B, T, C) -> what the head sees, (B, T, C): four launches a layer beside attention's.
+
+    attend(layer, qkv) turns (B, T, 3C) into (B, T, C).
+    """
+    few: Any = ops.autograd
+    shape, x = x.shape, x.flatten(0, 1)
+    branch: Any = None
+    bias: Any = None
+    parts: Any  # all of them plain
+    for index, parts in enumerate(decoder.layers):
+        qkv, x = few.few_norm_linear(x, branch, bias, *parts.norm_1, *parts.qkv[0], "")
+        y = attend(index, qkv.view(*shape[:2], -1))
+        branch, bias = few.few_linear(y.flatten(0, 1), parts.out.weight, None), parts.out.bias
+        hidden, x = few.few_norm_linear(x, branch, bias, *parts.norm_2, *parts.mlp.fc, parts.mlp.gelu)
+        branch, bias = few.few_linear(hidden, parts.mlp.proj.weight, None), parts.mlp.proj.bias
+    norm: Any = decoder.norm
+    normed, _ = ops.add_layer_norm(branch, x, *norm, x_bias=bias, backend="triton")
+    return normed.view(shape)
+
+
+def one_row_on_cpu(decoder: "Decoder", x: Tensor, place: int, cache: "Cache") -> Tensor:
+    """An embedded token (1, 1, C), the only row's at `place` -> what the head sees, (1, 1, C). x is overwritten.
+
+    Each product sweeps the caches of the processor with its weights, so the calls between two of them begin cold: one
+    takes 10 to 20 µs, three to ten times what it takes in a loop of its own. Hence the plain calls.
+    """
+    width, row = (x.shape[-1],), x.view(1, -1)
+    parts: Any
+    for index, parts in enumerate(decoder.layers):
+        qkv = parts.qkv[0](F.layer_norm(row, width, *parts.norm_1))
+        qkv = qkv.view(3, 1, decoder.heads, 1, decoder.head_dim)
+        cached = cache.whole[:, index]
+        cached[:, :, :, place : place + 1] = qkv[1:]
+        cached = cached[:, :, :, : place + 1]
+        y = F.scaled_dot_product_attention(qkv[0], cached[0], cached[1], scale=parts.scale)
+        row += parts.out(y.view(1, -1))
+        hidden = parts.mlp.fc(F.layer_norm(row, width, *parts.norm_2))
+        row += parts.mlp.proj(F.gelu(hidden, approximate=parts.mlp.gelu))
+    norm: Any = decoder.norm
+    return F.layer_norm(x, width, *norm)

@@ -1,0 +1,207 @@
+"""A live model made ready: layouts and dtypes, parts that must be called, and models that can't be served."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastgpt import GPT, autograd, generate, walks
+from fastgpt.decoder import Cache, Decoder
+from fastgpt.generation import stream
+from tests import models
+from tests.small_gpt import FAMILIES, PROMPT, gpt, recomputed, varied
+
+
+@pytest.fixture
+def model():
+    return gpt()
+
+
+def test_one_decoder_serves_many_calls(model):
+    decoder = Decoder(model, many_tokens=True)
+    for prompt in (PROMPT, PROMPT[:, :1]):
+        assert generate(decoder, prompt, 5, temperature=0) == generate(model, prompt, 5, temperature=0)
+
+
+def test_bfloat16_weights(model):
+    """The model's own bfloat16 copy gives the same tokens; the model stays as it is."""
+    expected = generate(gpt_like(model).bfloat16(), PROMPT, 6, temperature=0)
+    assert generate(model, PROMPT, 6, temperature=0, dtype=torch.bfloat16).tokens == expected.tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, PROMPT, 6, temperature=0).tokens == expected.tokens
+    assert model.wte.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_weights_laid_out_for_rows(name):
+    """Also where they lie transposed, as Hugging Face's."""
+    model = FAMILIES[name]()
+    ids = PROMPT[:1]
+    kept, laid_out = (Decoder(model, dtype=torch.bfloat16, many_tokens=many) for many in (False, True))
+    logits, expected = (decoder.logits(decoder.features(ids)) for decoder in (laid_out, kept))
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("many", [False, True])
+def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, many, monkeypatch):
+    """It has a walk of its own; a batch of two equal rows goes the long way."""
+    model = FAMILIES[name]() if dtype == torch.float16 else varied(FAMILIES[name]())  # whose numbers it does not hold
+    decoder = Decoder(model.to(dtype), many_tokens=many)
+    entered = []
+    monkeypatch.setattr(walks, "one_row_on_cpu", lambda *a, walk=walks.one_row_on_cpu: entered.append(1) or walk(*a))
+    logits = []
+    for rows in (1, 2):
+        cache, ids = Cache(decoder, rows, 9), PROMPT[:1].repeat(rows, 1)
+        decoder.prefill(ids, torch.full((rows,), ids.shape[1]), cache)
+        for new in range(3):
+            length = ids.shape[1] + new + 1
+            ids_now, lengths = torch.full((rows, 1), 5 + new), torch.full((rows,), length)
+            logits.append(decoder.decode(ids_now, lengths, cache, length, True)[:1])
+    assert len(entered) == 3 * (decoder.stream_dtype == decoder.dtype)
+    tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    for alone, among in zip(logits[:3], logits[3:], strict=True):
+        torch.testing.assert_close(alone, among, rtol=0, atol=tolerance * among.abs().max().item())
+
+
+def test_covers_are_taken_off(model):
+    """torch.compile's, DistributedDataParallel's, and PEFT's, which hands its model on."""
+
+    class Adapter(nn.Module):
+        def get_base_model(self):
+            return model
+
+    expected = generate(model, PROMPT, 4, temperature=0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for covered in (torch.compile(model), nn.parallel.DistributedDataParallel(model), Adapter()):
+            assert generate(covered, PROMPT, 4, temperature=0) == expected
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_part_that_must_be_called_keeps_its_dtype():
+    model = FAMILIES["nanogpt"]()
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"dtype is torch\.bfloat16, but .*mlp.* must be called as it is"):
+        generate(model, PROMPT, 4, dtype=torch.bfloat16)
+
+
+def gpt_like(model):
+    twin = GPT(model.config)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("family", ["fastgpt", "hugging face", "nanogpt", "book"])
+def test_the_model_is_left_as_it_was(family):
+    model = FAMILIES[family]().train()
+    part = next(module for name, module in model.named_modules() if name.endswith("1.attn") or name.endswith("1.att"))
+    part.eval()
+    modes = [module.training for module in model.modules()]
+    states = [(set(module.__dict__), set(module._buffers)) for module in model.modules()]
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    steps = stream(model, PROMPT, 6, seed=1)
+    next(steps)
+    assert [module.training for module in model.modules()] == modes, "while it runs, too"
+    del steps
+    assert generate(model, PROMPT, 6, seed=1).tokens == generate(model.eval(), PROMPT, 6, seed=1).tokens, "no dropout"
+    assert [(set(module.__dict__), set(module._buffers)) for module in model.modules()] == states
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+# Parts that must be called, and models that can't be served.
+
+
+def test_a_part_with_a_hook_is_called():
+    model, calls = models.hugging_face(), []
+    plain = generate(model, PROMPT, 4, temperature=0).tokens
+
+    def louder(module, inputs, output):
+        calls.append(module)
+        return output * 1.5
+
+    parts = [model.transformer.h[0].attn.c_attn, model.transformer.h[0].mlp, model.transformer.h[1].ln_1]
+    parts += [model.transformer.h[1].attn.c_proj, model.lm_head, model.transformer.wte]
+    for part in parts:
+        part.register_forward_hook(louder)
+    assert generate(model, PROMPT, 4, temperature=0).tokens == [recomputed(model, PROMPT[0].tolist(), 4, 32)] != plain
+    assert set(calls) == set(parts)
+
+
+def test_parts_of_ones_own_are_called():
+    """A norm and an MLP of classes that nothing knows."""
+
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x / x.norm(dim=-1, keepdim=True)
+
+    class Squared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.proj = nn.Linear(48, 8), nn.Linear(8, 48)
+
+        def forward(self, x):
+            return self.proj(self.fc(x).relu().square())
+
+    model = models.nanogpt()
+    model.transformer.h[0].ln_1, model.transformer.h[1].mlp = Scaled(), models.randomised(Squared())
+    assert generate(model, PROMPT, 6, temperature=0).tokens == [recomputed(model, PROMPT[0].tolist(), 6, 32)]
+
+
+def test_a_dropout_of_ones_own_would_be_passed_by():
+    model = models.nanogpt()
+    model.transformer.h[1].mlp.dropout = nn.ReLU()
+    model.transformer.h[1].attn.resid_dropout = nn.ReLU()
+    with pytest.raises(ValueError, match=r"h\.1\.attn\.resid_dropout would be passed by, and it is no dropout"):
+        generate(model, PROMPT, 4)
+
+
+def test_a_hook_that_would_be_passed_by():
+    model = models.nanogpt()
+    model.transformer.h[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"transformer\.h\.1 would be passed by, and it has hooks"):
+        generate(model, PROMPT, 4)
+
+
+def test_a_model_of_another_form_is_refused():
+    model = models.nanogpt()
+
+    class Parallel(type(model.transformer.h[0])):
+        def forward(self, x):
+            return x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x))
+
+    model.transformer.h[1].__class__ = Parallel
+    with pytest.raises(ValueError, match="this NanoGPT computes something else than its parts say: its logits are off"):
+        generate(model, PROMPT, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(3, 3), ValueError, "Linear is not known"),
+        ("gpt2", TypeError, "model is a str, not an nn.Module"),
+    ],
+)
+def test_no_model(model, error, message):
+    with pytest.raises(error, match=message):
+        generate(model, PROMPT, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("residual", ["compute", "float32"])
+def test_few_rows_take_the_kernels_made_for_them(rows, residual, device, monkeypatch):
+    """And give the steps' tokens all the same; more rows take the others."""
+    pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+
+    calls = []
+    few = autograd.few_norm_linear
+    monkeypatch.setattr(autograd, "few_norm_linear", lambda *args: calls.append(1) or few(*args))
+    model = gpt(32, backend="triton", residual=residual).to(device)
+    fallback = gpt(32, backend="torch", residual=residual)
+    fallback.load_state_dict({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    prompts = [[3, 1, 4], [7], [1, 2], [5, 6, 7, 8], [9]][:rows]
+    assert generate(model, prompts, 6, temperature=0).tokens == generate(fallback, prompts, 6, temperature=0).tokens
+    assert len(calls) == (2 * 2 * 5 if rows == 1 else 0)  # of two layers, each token but the prompt's

@@ -1,0 +1,126 @@
+"""A decoder's linear layers in every layout against float64, and the pages that they lie on."""
+
+import mmap
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt import linears
+from fastgpt.linears import BagLinear, Linear, laid_out
+from fastgpt.memory import LargePages
+from fastgpt.testing import assert_accurate
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def layer(outputs, inputs, dtype, bias=True):
+    weight = torch.randn(outputs, inputs, dtype=dtype) / inputs**0.5
+    return weight, torch.randn(outputs, dtype=dtype) if bias else None
+
+
+def assert_linear(linear, x, weight, bias):
+    wide = [None if t is None else t.double() for t in (x, weight, bias)]
+    size = wide[0].abs() @ wide[1].abs().T + (0 if bias is None else wide[2].abs())
+    assert_accurate(linear(x), F.linear(*wide), F.linear(x, weight, bias), size)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (48, 20), (384, 65), (385, 16), (2304, 768), (1000, 3)])
+def test_bags_are_a_linear_layer(outputs, inputs, bias, dtype):
+    weight, bias = layer(outputs, inputs, dtype, bias)
+    linear = BagLinear(weight, bias, LargePages())
+    for shape in [(inputs,), (1, inputs), (1, 1, inputs), (2, inputs), (3, 2, inputs)]:
+        assert_linear(linear, torch.randn(shape).to(dtype), weight, bias)
+    assert_linear(linear, torch.randn(1, inputs, 2).to(dtype)[..., 1], weight, bias)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_bag_is_rounded_once(dtype):
+    weight, bias = layer(500, 3000, dtype)
+    x = torch.randn(1, 3000).to(dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    got = BagLinear(weight, bias, LargePages())(x)
+    assert (got == exact.to(dtype)).double().mean() > 0.98  # but for what falls on the middle of two
+
+
+def test_layers_of_one_shape_keep_out_of_each_others_way():
+    """They, and threads that decode at once, would share what x is written to."""
+    layers = [layer(500, 300, torch.bfloat16) for _ in range(2)]
+    bags = [BagLinear(*each, LargePages()) for each in layers]
+    inputs = [torch.randn(1, 300).bfloat16() for _ in range(2)]
+    expected = [bag(x) for bag, x in zip(bags, inputs, strict=True)]
+    wrong = []
+
+    def work(index):
+        for _ in range(300):
+            if not torch.equal(bags[index](inputs[index]), expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and not torch.equal(*expected)
+    assert torch.equal(bags[0](inputs[0]), expected[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize(("outputs", "inputs"), [(300, 40), (40, 40), (40, 300)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_layout_keeps_the_numbers(dtype, outputs, inputs, transposed):
+    weight, bias = layer(outputs, inputs, dtype)
+    given = weight.t().contiguous().t() if transposed else weight.clone()  # as Hugging Face keeps it
+    linear = laid_out(given, bias, LargePages())
+    assert torch.equal(linear.weight, weight)
+    for rows in (1, 3):
+        x = torch.randn(rows, inputs).to(dtype)
+        if dtype != torch.float64:
+            assert_linear(linear, x, weight, bias)
+    if dtype not in HALVES:
+        given.zero_()
+        assert torch.equal(linear.weight, weight)
+
+
+def test_which_layout():
+    pages = LargePages()
+    assert laid_out(*layer(300, 40, torch.float32), pages).weight.t().is_contiguous()
+    assert laid_out(*layer(40, 300, torch.float32), pages).weight.is_contiguous()
+    half = layer(300, 40, torch.bfloat16)
+    assert isinstance(laid_out(*half, pages), BagLinear if linears._FAST_BAGS else Linear)
+
+
+def test_without_fbgemm_halves_are_read_by_rows(monkeypatch):
+    monkeypatch.setattr(linears, "_FAST_BAGS", False)
+    weight, bias = layer(300, 40, torch.bfloat16)
+    linear = laid_out(weight.t().contiguous().t(), bias, LargePages())
+    assert isinstance(linear, Linear) and linear.weight.is_contiguous() and torch.equal(linear.weight, weight)
+    assert_linear(linear, torch.randn(1, 40).bfloat16(), weight, bias)
+
+
+# Pages.
+
+
+@pytest.mark.parametrize("system", ["this one", "without large pages", "that refuses them"])
+def test_tensors_on_large_pages(system, monkeypatch):
+    if system == "without large pages":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    elif system == "that refuses them" and hasattr(mmap, "MADV_HUGEPAGE"):
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)
+    monkeypatch.setattr("fastgpt.memory._CHUNK", 2**16)
+    pages = LargePages()
+    shapes = [(3, 5), (1,), (100, 70), (), (7, 1), (300, 300)]  # the last one is larger than a chunk
+    dtypes = [torch.bfloat16, torch.float32, torch.float64]
+    tensors = [pages.empty(shape, dtype) for shape in shapes for dtype in dtypes]
+    for number, tensor in enumerate(tensors):
+        tensor.fill_(number)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert tensors[0].data_ptr() % 2**21 == 0
+    del pages
+    for number, tensor in enumerate(tensors):
+        assert tensor.shape == shapes[number // 3] and tensor.dtype == dtypes[number % 3]
+        assert tensor.is_contiguous() and (tensor == number).all()
+    assert len({tensor.data_ptr() % 64 for tensor in tensors}) == 1
