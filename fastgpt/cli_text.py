@@ -16,7 +16,7 @@ from fastgpt.decoder import Decoder
 from fastgpt.distributed import device_named
 from fastgpt.evaluation import evaluate
 from fastgpt.files import CONFIG, holds_weights, read_json
-from fastgpt.generation import LAY_OUT_FROM, generate, stream
+from fastgpt.generation import generate, stream
 from fastgpt.model import GPT
 from fastgpt.tokenizer import END_OF_TEXT, encoding
 from fastgpt.weights import HUB, from_pretrained, load_model
@@ -95,7 +95,7 @@ def _model(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
 def _generate(options: argparse.Namespace) -> None:
     model, tokens = _model(options)
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    decoder = Decoder(model, dtype=dtype, many_tokens=options.max_new_tokens >= LAY_OUT_FROM)
+    decoder = Decoder(model, dtype=dtype, tokens=options.max_new_tokens)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples", "seed", "overflow")
     how: dict = {name: getattr(options, name) for name in names}
     how["stop_strings"] = options.stop

@@ -45,14 +45,15 @@ class Cache:
 class Decoder:
     """A live model, made ready to be decoded from.
 
-    dtype: of the weights, activations and cache; autocast's or the model's own if None. `many_tokens` lays the weights
-    out anew where that makes a row's pass faster: it costs their memory once more, and on a CPU about as long as ten
-    tokens. Weights that are neither laid out nor cast are the model's own, at every call as they are then.
+    dtype: of the weights, activations and cache; autocast's or the model's own if None.
+    tokens: about how many it will write, in all calls together. From some number on the weights are laid out anew, so
+    that a row's pass reads them faster: that costs their memory once more, and on a CPU the time of some ten tokens.
+    Weights that are neither laid out nor cast are the model's own, at every call as they are then.
     TypeError and ValueError for a model that can't be served; one whose logits differ from what its parts say is tried
     and refused.
     """
 
-    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, many_tokens: bool = False):
+    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokens: int = 0):
         inner = unwrapped(model)
         self.anatomy = found = anatomy(inner)
         self._names = {id(module): name for name, module in inner.named_modules()}
@@ -65,7 +66,7 @@ class Decoder:
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
         self._modules = list(inner.modules())
-        reader = Reader(dtype, many_tokens)
+        reader = Reader(dtype, tokens)
         embedded = found.tokens.weight.dtype
         self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
         self.stream_dtype = self.dtype

@@ -14,7 +14,6 @@ from fastgpt.sampling import Sampling
 from fastgpt.speculative import Speculation, room
 
 Reason = Literal["length", "stop_id", "stop_string"]
-LAY_OUT_FROM = 64  # tokens of a call that make it worth while to lay weights out for one row's pass
 DRAFT_TOKENS = 4
 
 
@@ -85,8 +84,8 @@ def stream(
     attention_mask: (B, T), 0 where ids (B, T) is padding, on either side. logprobs: of each token that was chosen.
     overflow: past the context, "error" raises before the first token; "slide" forgets the oldest, and reads the window
     anew for each token, since no position stays the same.
-    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU without AVX-512
-    bfloat16 is slower than float32.
+    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU that is faster than
+    float32, but for fewer than 32 tokens without AVX-512.
     draft: a smaller GPT of the same vocabulary that proposes draft_tokens (up to 15) at a time, for the model to judge:
     the distribution stays the model's.
 
@@ -170,7 +169,7 @@ def _prompts(ids: Any, mask: Tensor | None) -> list[list[int]]:
 def _ready(model: Any, dtype: torch.dtype | None, max_new_tokens: int) -> Decoder | None:
     if model is None or isinstance(model, Decoder):
         return model
-    return Decoder(model, dtype=dtype, many_tokens=max_new_tokens >= LAY_OUT_FROM)
+    return Decoder(model, dtype=dtype, tokens=max_new_tokens)
 
 
 def _vocabulary(decoder: Decoder, helper: Decoder | None, asked: int | None, encoding: Any) -> int:

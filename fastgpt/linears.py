@@ -5,6 +5,7 @@ the weights are read, and the pages that they lie on. `N` outputs, `K` inputs.
 """
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ _FAST_BAGS = "fbgemm" in torch.backends.quantized.supported_engines and (
     torch.backends.cpu.get_cpu_capability().startswith("AVX")
 )
 _TILE = 128  # outputs; rows of weights that are transposed while a core's cache holds them
+# Tokens that make a layout worth while. On a CPU it takes as long as 5 to 10 tokens of float32, as 10 to 20 of 16 bits,
+# and saves an eighth of the time of each, or of 16 bits without AVX-512 more than a third. Large pages take up to 25
+# tokens more, where the system must ask for them: a virtual machine that reports its free pages to its host.
+_FROM, _HALVES_FROM, _LARGE_PAGES_FROM = 64, 256 if reference.AVX512 else 32, 1000
 
 
 class Linear(NamedTuple):
@@ -37,18 +42,17 @@ class BagLinear:
 
     An embedding bag is a sum of a table's rows, each times a factor. With the K weights of some outputs as its rows and
     x as the factors it is a product that is summed in float32 and rounded once, over weights that lie in the order in
-    which they are read: 31 GB/s on a machine whose memory gives 32, where PyTorch's product of matrix and vector gives
-    22 (bfloat16, Xeon with AMX, 2 cores, PyTorch 2.13). The bias is one more row, of factor one. More rows are
-    multiplied as always.
+    which they are read. It takes 0.75 to 0.9 of the time of PyTorch's product of matrix and vector (bfloat16, Xeon with
+    AMX, 2 cores, PyTorch 2.13). The bias is one more row, of factor one. More rows are multiplied as always.
     """
 
-    BLOCK = 384  # outputs of a bag, which a core's registers hold: 24 registers of AVX-512
+    BLOCK = 192  # outputs of a bag: 384 were faster on an idle machine and slower on a busy one, 96 the other way round
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pages: LargePages):
+    def __init__(self, weight: Tensor, bias: Tensor | None, empty: Callable[..., Tensor] = torch.empty):
         outputs, inputs = weight.shape
         self.weight, self.bias = weight, bias
         self._bags = -(-outputs // self.BLOCK)
-        table = pages.empty((self._bags, inputs + 1, self.BLOCK), weight.dtype)
+        table = empty((self._bags, inputs + 1, self.BLOCK), dtype=weight.dtype)
         for rows, part in zip(table, weight.split(self.BLOCK), strict=True):
             _transpose(part, rows[:inputs, : len(part)])
             rows[:inputs, len(part) :] = 0
@@ -88,24 +92,34 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def laid_out(weight: Tensor, bias: Tensor | None, pages: LargePages) -> Linear | BagLinear:
-    """The layer with its weight (N, K) in the order in memory in which a single row reads it fastest.
+class Layout:
+    """How the layers of a decoder lie that is to write about so many tokens, one row at a time."""
 
-    On a GPU that is (N, K), as the kernels for few rows want it. On a CPU float32 goes to large pages, as (K, N) where
-    there are at least as many outputs as inputs: on two busy cores of an AMD EPYC (Zen 3), PyTorch 2.13, that takes 0.5
-    to 0.65 of the time of (N, K) where there are more, 0.8 to 0.9 where there are as many; on a Xeon with AMX 0.77 for
-    the head's 50257 outputs, 0.92 to 0.96 for less.
-    """
-    if weight.device.type != "cpu":
-        return Linear(weight.contiguous(), bias)
-    if weight.dtype in _HALVES:
-        return BagLinear(weight.contiguous(), bias, pages) if _FAST_BAGS else Linear(weight.contiguous(), bias)
-    outputs, inputs = weight.shape
-    if outputs >= inputs:
-        lying = pages.empty((inputs, outputs), weight.dtype)
-        _transpose(weight, lying)
-        return Linear(lying.t(), bias)
-    return Linear(pages.empty(weight.shape, weight.dtype).copy_(weight), bias)
+    def __init__(self, tokens: int):
+        self._tokens = tokens
+        self._empty: Callable[..., Tensor] = LargePages().empty if tokens >= _LARGE_PAGES_FROM else torch.empty
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear | BagLinear:
+        """The layer with its weight (N, K) in the order in memory in which a single row reads it fastest.
+
+        On a GPU that is (N, K), as the kernels for few rows want it. On a CPU it is (K, N) in float32 where there are
+        at least as many outputs as inputs: on two busy cores of an AMD EPYC (Zen 3), PyTorch 2.13, that takes 0.5 to
+        0.65 of the time of (N, K) where there are more, 0.8 to 0.9 where there are as many; on a Xeon with AMX 0.77
+        for the head's 50257 outputs, 0.92 to 0.96 for less.
+        """
+        halves = weight.device.type == "cpu" and weight.dtype in _HALVES
+        if self._tokens < (_HALVES_FROM if halves else _FROM):
+            return Linear(weight, bias)
+        if weight.device.type != "cpu" or (halves and not _FAST_BAGS):
+            return Linear(weight.contiguous(), bias)
+        if halves:
+            return BagLinear(weight.contiguous(), bias, self._empty)
+        outputs, inputs = weight.shape
+        if outputs >= inputs:
+            lying = self._empty((inputs, outputs), dtype=weight.dtype)
+            _transpose(weight, lying)
+            return Linear(lying.t(), bias)
+        return Linear(self._empty(weight.shape, dtype=weight.dtype).copy_(weight), bias)
 
 
 def _transpose(weight: Tensor, out: Tensor) -> None:

@@ -17,8 +17,7 @@ from fastgpt.families import (
     recognise_norm,
 )
 from fastgpt.families.anatomy import Anatomy, Layer
-from fastgpt.linears import BagLinear, Linear, laid_out
-from fastgpt.memory import LargePages
+from fastgpt.linears import BagLinear, Layout, Linear
 from fastgpt.model import GPT, MLP, LayerNorm
 
 
@@ -88,12 +87,11 @@ def anatomy(model: Any) -> Anatomy:
 class Reader:
     """Reads parts, cast to `dtype` unless None; `called` lists those that do more than their class and are kept.
 
-    many_tokens: laid out for one row at a time, see linears.
+    tokens: about how many are to be written, which decides how the weights lie in memory.
     """
 
-    def __init__(self, dtype: torch.dtype | None, many_tokens: bool):
-        self._cast = dtype
-        self._pages = LargePages() if many_tokens else None
+    def __init__(self, dtype: torch.dtype | None, tokens: int):
+        self._cast, self._layout = dtype, Layout(tokens)
         self.called: list[nn.Module] = []
 
     def linear(self, module: Any) -> Linear | BagLinear | nn.Module:
@@ -105,8 +103,7 @@ class Reader:
         return self._linear(linear_weight(module), module.bias)
 
     def _linear(self, weight: Tensor, bias: Any) -> Linear | BagLinear:
-        weight, bias = self._as(weight.detach()), self._as(bias)
-        return Linear(weight, bias) if self._pages is None else laid_out(weight, bias, self._pages)
+        return self._layout.linear(self._as(weight.detach()), self._as(bias))
 
     def _as(self, tensor: Any) -> Any:
         return tensor if tensor is None or self._cast is None else tensor.detach().to(self._cast)

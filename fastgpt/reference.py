@@ -162,13 +162,13 @@ def linear(x, weight, bias=None):
     product of matrices at 17 (Xeon with AMX, 2 cores, PyTorch 2.13; without AVX-512 it would be 2 to 12).
     """
     one_row = x.numel() == x.shape[-1] and x.dtype == torch.bfloat16
-    if one_row and _AVX512 and x.is_cpu and weight.dtype == x.dtype and weight.stride(0) == x.shape[-1]:
+    if one_row and AVX512 and x.is_cpu and weight.dtype == x.dtype and weight.stride(0) == x.shape[-1]:
         y = torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
 
-_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None, dtype=None):

@@ -328,7 +328,7 @@ MUTANTS = [
     Mutant("every process takes the GPU of its rank", "fastgpt/distributed.py", "os.environ['LOCAL_RANK']", "os.environ['RANK']", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
     Mutant("compiled before it is sharded", "fastgpt/run.py", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
     # what README promises, where nothing above breaks it
-    Mutant("the fallback does not centre", "fastgpt/reference.py", "wide = wide - wide.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
+    Mutant("the fallback does not centre", "fastgpt/reference.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
     Mutant("a run that sets no seed", "fastgpt/train.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
     Mutant("the next token is seen", TILES, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
     Mutant("offsets of 32 bits", TILES, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),

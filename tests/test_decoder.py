@@ -18,7 +18,7 @@ def model():
 
 
 def test_one_decoder_serves_many_calls(model):
-    decoder = Decoder(model, many_tokens=True)
+    decoder = Decoder(model, tokens=10_000)
     for prompt in (PROMPT, PROMPT[:, :1]):
         assert generate(decoder, prompt, 5, temperature=0) == generate(model, prompt, 5, temperature=0)
 
@@ -37,18 +37,18 @@ def test_bfloat16_weights_laid_out_for_rows(name):
     """Also where they lie transposed, as Hugging Face's."""
     model = FAMILIES[name]()
     ids = PROMPT[:1]
-    kept, laid_out = (Decoder(model, dtype=torch.bfloat16, many_tokens=many) for many in (False, True))
+    kept, laid_out = (Decoder(model, dtype=torch.bfloat16, tokens=tokens) for tokens in (0, 10_000))
     logits, expected = (decoder.logits(decoder.features(ids)) for decoder in (laid_out, kept))
     torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("many", [False, True])
-def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, many, monkeypatch):
+@pytest.mark.parametrize("tokens", [0, 300, 10_000])
+def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens, monkeypatch):
     """It has a walk of its own; a batch of two equal rows goes the long way."""
     model = FAMILIES[name]() if dtype == torch.float16 else varied(FAMILIES[name]())  # whose numbers it does not hold
-    decoder = Decoder(model.to(dtype), many_tokens=many)
+    decoder = Decoder(model.to(dtype), tokens=tokens)
     entered = []
     monkeypatch.setattr(walks, "one_row_on_cpu", lambda *a, walk=walks.one_row_on_cpu: entered.append(1) or walk(*a))
     logits = []

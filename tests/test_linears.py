@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import linears
-from fastgpt.linears import BagLinear, Linear, laid_out
+from fastgpt.linears import BagLinear, Layout, Linear
 from fastgpt.memory import LargePages
 from fastgpt.testing import assert_accurate
 
@@ -31,7 +31,7 @@ def assert_linear(linear, x, weight, bias):
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (48, 20), (384, 65), (385, 16), (2304, 768), (1000, 3)])
 def test_bags_are_a_linear_layer(outputs, inputs, bias, dtype):
     weight, bias = layer(outputs, inputs, dtype, bias)
-    linear = BagLinear(weight, bias, LargePages())
+    linear = BagLinear(weight, bias)
     for shape in [(inputs,), (1, inputs), (1, 1, inputs), (2, inputs), (3, 2, inputs)]:
         assert_linear(linear, torch.randn(shape).to(dtype), weight, bias)
     assert_linear(linear, torch.randn(1, inputs, 2).to(dtype)[..., 1], weight, bias)
@@ -42,14 +42,14 @@ def test_a_bag_is_rounded_once(dtype):
     weight, bias = layer(500, 3000, dtype)
     x = torch.randn(1, 3000).to(dtype)
     exact = F.linear(x.double(), weight.double(), bias.double())
-    got = BagLinear(weight, bias, LargePages())(x)
+    got = BagLinear(weight, bias)(x)
     assert (got == exact.to(dtype)).double().mean() > 0.98  # but for what falls on the middle of two
 
 
 def test_layers_of_one_shape_keep_out_of_each_others_way():
     """They, and threads that decode at once, would share what x is written to."""
     layers = [layer(500, 300, torch.bfloat16) for _ in range(2)]
-    bags = [BagLinear(*each, LargePages()) for each in layers]
+    bags = [BagLinear(*each) for each in layers]
     inputs = [torch.randn(1, 300).bfloat16() for _ in range(2)]
     expected = [bag(x) for bag, x in zip(bags, inputs, strict=True)]
     wrong = []
@@ -71,32 +71,34 @@ def test_layers_of_one_shape_keep_out_of_each_others_way():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize(("outputs", "inputs"), [(300, 40), (40, 40), (40, 300)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_layout_keeps_the_numbers(dtype, outputs, inputs, transposed):
+@pytest.mark.parametrize("tokens", [0, 300, 10_000])
+def test_a_layout_keeps_the_numbers(dtype, outputs, inputs, transposed, tokens):
     weight, bias = layer(outputs, inputs, dtype)
     given = weight.t().contiguous().t() if transposed else weight.clone()  # as Hugging Face keeps it
-    linear = laid_out(given, bias, LargePages())
+    linear = Layout(tokens).linear(given, bias)
     assert torch.equal(linear.weight, weight)
     for rows in (1, 3):
         x = torch.randn(rows, inputs).to(dtype)
         if dtype != torch.float64:
             assert_linear(linear, x, weight, bias)
-    if dtype not in HALVES:
+    if dtype not in HALVES and tokens:
         given.zero_()
         assert torch.equal(linear.weight, weight)
 
 
 def test_which_layout():
-    pages = LargePages()
-    assert laid_out(*layer(300, 40, torch.float32), pages).weight.t().is_contiguous()
-    assert laid_out(*layer(40, 300, torch.float32), pages).weight.is_contiguous()
-    half = layer(300, 40, torch.bfloat16)
-    assert isinstance(laid_out(*half, pages), BagLinear if linears._FAST_BAGS else Linear)
+    wide, narrow, half = layer(300, 40, torch.float32), layer(40, 300, torch.float32), layer(300, 40, torch.bfloat16)
+    assert Layout(10).linear(*wide).weight is wide[0] and Layout(10).linear(*half).weight is half[0]
+    for tokens in (300, 10_000):
+        assert Layout(tokens).linear(*wide).weight.t().is_contiguous()
+        assert Layout(tokens).linear(*narrow).weight.is_contiguous()
+        assert isinstance(Layout(tokens).linear(*half), BagLinear if linears._FAST_BAGS else Linear)
 
 
 def test_without_fbgemm_halves_are_read_by_rows(monkeypatch):
     monkeypatch.setattr(linears, "_FAST_BAGS", False)
     weight, bias = layer(300, 40, torch.bfloat16)
-    linear = laid_out(weight.t().contiguous().t(), bias, LargePages())
+    linear = Layout(300).linear(weight.t().contiguous().t(), bias)
     assert isinstance(linear, Linear) and linear.weight.is_contiguous() and torch.equal(linear.weight, weight)
     assert_linear(linear, torch.randn(1, 40).bfloat16(), weight, bias)
 
