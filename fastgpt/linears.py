@@ -42,11 +42,12 @@ class BagLinear:
 
     An embedding bag is a sum of a table's rows, each times a factor. With the K weights of some outputs as its rows and
     x as the factors it is a product that is summed in float32 and rounded once, over weights that lie in the order in
-    which they are read. It takes 0.75 to 0.9 of the time of PyTorch's product of matrix and vector (bfloat16, Xeon with
-    AMX, 2 cores, PyTorch 2.13). The bias is one more row, of factor one. More rows are multiplied as always.
+    which they are read: in turns from STREAMS places of a bag, for a processor fetches several streams ahead at once.
+    All of GPT-2 124M takes 0.65 of the time of PyTorch's products of matrix and vector, with one stream 0.73 (bfloat16,
+    Xeon with AMX, 2 cores, PyTorch 2.13). The bias is one more row, of factor 1. More rows are multiplied as always.
     """
 
-    BLOCK = 192  # outputs of a bag: 384 were faster on an idle machine and slower on a busy one, 96 the other way round
+    BLOCK, STREAMS = 384, 4  # outputs of a bag; places of its table that are read in turns
 
     def __init__(self, weight: Tensor, bias: Tensor | None, empty: Callable[..., Tensor] = torch.empty):
         outputs, inputs = weight.shape
@@ -60,15 +61,18 @@ class BagLinear:
         if bias is not None:
             table[:, inputs] = F.pad(bias, (0, self._bags * self.BLOCK - outputs)).view(self._bags, self.BLOCK)
         self._table = table.view(-1, self.BLOCK)
-        self._rows = torch.arange(len(self._table), dtype=torch.int32)
+        self._streams = next(streams for streams in (self.STREAMS, 2, 1) if inputs % streams == 0)
+        order = torch.arange(inputs, dtype=torch.int32).view(self._streams, -1).t().flatten()
+        order = torch.cat([order, order.new_tensor([inputs])])  # the bias
         self._starts = torch.arange(0, len(self._table), inputs + 1, dtype=torch.int32)
+        self._rows = (self._starts[:, None] + order).view(-1)
 
     def __call__(self, x: Tensor) -> Tensor:
         outputs, inputs = self.weight.shape
         if x.numel() != inputs:
             return reference.linear(x, self.weight, self.bias)
-        factors, without_last = _scratch.factors(self._bags, inputs, x.dtype)
-        without_last.copy_(x.reshape(inputs))
+        factors, by_stream = _scratch.factors(self._bags, inputs, self._streams, x.dtype)
+        by_stream.copy_(x.reshape(self._streams, -1))
         y = torch.embedding_bag(self._table, self._rows, self._starts, False, 0, False, factors)[0]
         y = y.view(*x.shape[:-1], -1)
         return y if y.shape[-1] == outputs else y[..., :outputs]
@@ -78,14 +82,14 @@ class _Scratch(threading.local):
     """Each thread's own."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def factors(self, bags: int, inputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(bags * (inputs + 1),), whose every last one of a bag is 1, and a view (bags, inputs) of the others."""
-        kind = bags, inputs, dtype
+    def factors(self, bags: int, inputs: int, streams: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(bags * (inputs + 1),), a bag's last 1, and of the others a view (bags, streams, inputs / streams)."""
+        kind = bags, inputs, streams, dtype
         if kind not in self._kept:
             ones = torch.ones(bags, inputs + 1, dtype=dtype)
-            self._kept[kind] = ones.view(-1), ones[:, :inputs]
+            self._kept[kind] = ones.view(-1), ones[:, :inputs].unflatten(1, (-1, streams)).mT
         return self._kept[kind]
 
 

@@ -1,11 +1,13 @@
 """A decoder's walks over so few rows that calls and weights take all the time, of models whose parts are all plain.
 
-What Decoder's own walk gives, in as few calls as there can be. `B` batch, `T` time, `C` channels.
+What Decoder's own walk gives, in as few calls as there can be. `B` batch, `T` time, `C` channels, `H` heads,
+`D` head dim.
 """
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,16 +45,18 @@ def one_row_on_cpu(decoder: "Decoder", x: Tensor, place: int, cache: "Cache") ->
     takes 10 to 20 µs, three to ten times what it takes in a loop of its own. Hence the plain calls.
     """
     width, row = (x.shape[-1],), x.view(1, -1)
+    slots = cache.whole[..., place : place + 1, :].unbind(1)  # of each layer's keys and values, (2, 1, H, 1, D)
+    keys, values = (half.unbind() for half in cache.whole[..., : place + 1, :])
     parts: Any
     for index, parts in enumerate(decoder.layers):
-        qkv = parts.qkv[0](F.layer_norm(row, width, *parts.norm_1))
+        weight, bias, eps = parts.norm_1
+        qkv = parts.qkv[0](torch.layer_norm(row, width, weight, bias, eps))
         qkv = qkv.view(3, 1, decoder.heads, 1, decoder.head_dim)
-        cached = cache.whole[:, index]
-        cached[:, :, :, place : place + 1] = qkv[1:]
-        cached = cached[:, :, :, : place + 1]
-        y = F.scaled_dot_product_attention(qkv[0], cached[0], cached[1], scale=parts.scale)
+        slots[index].copy_(qkv[1:])
+        y = F.scaled_dot_product_attention(qkv[0], keys[index], values[index], scale=parts.scale)
         row += parts.out(y.view(1, -1))
-        hidden = parts.mlp.fc(F.layer_norm(row, width, *parts.norm_2))
+        weight, bias, eps = parts.norm_2
+        hidden = parts.mlp.fc(torch.layer_norm(row, width, weight, bias, eps))
         row += parts.mlp.proj(F.gelu(hidden, approximate=parts.mlp.gelu))
     norm: Any = decoder.norm
     return F.layer_norm(x, width, *norm)
