@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from fastgpt import ops, reference, walks
 from fastgpt.families import occupied, plain
-from fastgpt.linears import BagLinear, Linear
+from fastgpt.linears import BagLinear, Layout, Linear
 from fastgpt.mlp import gelu as cpu_gelu
 from fastgpt.model import GPT
-from fastgpt.parts import Mlp, Norm, Reader, anatomy, unwrapped
+from fastgpt.parts import Mlp, Norm, Reader, anatomy, unwrapped, version
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
@@ -46,14 +46,16 @@ class Decoder:
     """A live model, made ready to be decoded from.
 
     dtype: of the weights, activations and cache; autocast's or the model's own if None.
-    tokens: about how many it will write, in all calls together. From some number on the weights are laid out anew, so
-    that a row's pass reads them faster: that costs their memory once more, and on a CPU the time of some ten tokens.
-    Weights that are neither laid out nor cast are the model's own, at every call as they are then.
+    tokens, rows: about how many it will write, in all calls together, and how many at a time. From some number on the
+    weights are laid out anew, so that few rows read them faster, or one alone on a CPU: that costs their memory up to
+    twice more, and on a CPU the time of ten to fifty tokens.
+    Weights that are neither laid out nor cast are the model's own, at every call as they are then. Where others are
+    copies, a model that has been trained since is an error.
     TypeError and ValueError for a model that can't be served; one whose logits differ from what its parts say is tried
     and refused.
     """
 
-    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokens: int = 0):
+    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokens: int = 0, rows: int = 1):
         inner = unwrapped(model)
         self.anatomy = found = anatomy(inner)
         self._names = {id(module): name for name, module in inner.named_modules()}
@@ -66,7 +68,6 @@ class Decoder:
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
         self._modules = list(inner.modules())
-        reader = Reader(dtype, tokens)
         embedded = found.tokens.weight.dtype
         self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
         self.stream_dtype = self.dtype
@@ -77,6 +78,7 @@ class Decoder:
         self._torch = ops.road("layer_norm", found.backend, head.weight) is reference
         self._backend = {} if self._torch else {"backend": found.backend}
         self._functions: Any = reference if self._torch else ops
+        reader = Reader(dtype, Layout(tokens, rows, on_kernels=not self._torch))
         self.layers = [reader.layer(layer) for layer in found.layers]
         self.norm = reader.norm(found.norm)
         self.head = reader.linear(found.head)
@@ -86,13 +88,19 @@ class Decoder:
         self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
         width: int = found.tokens.embedding_dim  # type: ignore[assignment]
         self.head_dim = width // self.heads
-        plain = self._all_plain()
-        self._fused = plain and not self._torch and width <= ops.autograd.few_rows.MAX_NORMED
-        self._one_row = plain and self._torch and self.device.type == "cpu" and self._as_one_row_needs()
+        short = self._all_plain()
+        self._fused = short and not self._torch and width <= ops.autograd.few_rows.MAX_NORMED
+        self._one_row = short and self._torch and self.device.type == "cpu" and self._as_one_row_needs()
+        self._copied = reader.copied
         if self.called and dtype is not None and dtype != embedded:
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")
         if not isinstance(inner, GPT):
             self._try(model)
+
+    def check_unchanged(self) -> None:
+        """ValueError where the model's weights have been written to, and this Decoder has copies of them."""
+        if any(version(tensor) != at for tensor, at in self._copied):
+            raise ValueError("generate: the model has changed since this Decoder copied its weights; make a new one")
 
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
@@ -164,13 +172,12 @@ class Decoder:
                 y = self._functions.decode_attention(q, keys, values, lengths, scale=scale, **self._backend)
             return y.transpose(1, 2).reshape(batch, new, -1)
 
-        if even and self._one_row and ids.numel() == 1:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                return self.logits(walks.one_row_on_cpu(self, self._embed(ids, positions), reach - 1, cache))
-        if self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears()):
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                return self.logits(walks.few_rows_on_kernels(self, self._embed(ids, positions), attend))
-        return self.logits(self._walk(ids, positions, attend))
+        with self._inference():
+            if even and self._one_row and ids.numel() == 1:
+                return self._logits(walks.one_row_on_cpu(self, self._embed(ids, positions), reach - 1, cache))
+            if self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears()):
+                return self._logits(walks.few_rows_on_kernels(self, self._embed(ids, positions), attend))
+            return self._logits(self._walk(ids, positions, attend))
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
@@ -200,13 +207,16 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, C) -> (…, V), in float32 whatever the weights are, or float64."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            few = self._fused and isinstance(self.head, Linear) and x.dim() == 3
-            if few and ops.autograd.fits_few(x.shape[0] * x.shape[1], self.head.weight):
-                wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-                linear: Any = self.head
-                return ops.autograd.few_linear(x.flatten(0, 1), *linear, wide).view(*x.shape[:2], -1)
-            logits = self.head(x)
+        with self._inference():
+            return self._logits(x)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        few = self._fused and isinstance(self.head, Linear) and x.dim() == 3
+        if few and ops.autograd.fits_few(x.shape[0] * x.shape[1], self.head.weight):
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            linear: Any = self.head
+            return ops.autograd.few_linear(x.flatten(0, 1), *linear, wide).view(*x.shape[:2], -1)
+        logits = self.head(x)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _walk(
@@ -218,22 +228,22 @@ class Decoder:
     ) -> Tensor:
         """ids (B, T) -> what the head sees (B, T, C). attend(layer, qkv) turns (B, T, 3C) into (B, T, C)."""
         told = trace or (lambda module, x: None)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), self._maybe_evaluating():
+        with self._inference():
             x = self._embed(ids, positions)
             branch: Tensor | None = None
             bias: Tensor | None = None
             for index, (parts, layer) in enumerate(zip(self.layers, self.anatomy.layers, strict=True)):
-                normed, x = self._add_norm(parts.norm_1, branch, x, bias)
+                normed, x = self.add_norm(parts.norm_1, branch, x, bias)
                 told(layer.norm_1, normed)
                 qkv = [linear(normed) for linear in parts.qkv]
                 y = attend(index, qkv[0] if len(qkv) == 1 else torch.cat(qkv, dim=-1))
                 branch, bias = self._project(parts.out, y)
                 told(layer.attn, branch)
-                normed, x = self._add_norm(parts.norm_2, branch, x, bias)
+                normed, x = self.add_norm(parts.norm_2, branch, x, bias)
                 told(layer.norm_2, normed)
                 branch, bias = self._feed(parts.mlp, normed)
                 told(layer.mlp, branch)
-            normed, _ = self._add_norm(self.norm, branch, x, bias)
+            normed, _ = self.add_norm(self.norm, branch, x, bias)
             told(self.anatomy.norm, normed)
         return normed
 
@@ -246,7 +256,8 @@ class Decoder:
     def _as_one_row_needs(self) -> bool:
         """Whether the dtypes are those that PyTorch's own norm takes on a CPU, and the stream is of the weights'."""
         fit = self.dtype, torch.promote_types(self.dtype, torch.float32)
-        return self.stream_dtype == self.dtype and all(norm.weight.dtype in fit for norm in self._norms())
+        alike = all(norm.bias is None or norm.bias.dtype == norm.weight.dtype for norm in self._norms())
+        return self.stream_dtype == self.dtype and alike and all(norm.weight.dtype in fit for norm in self._norms())
 
     def _norms(self) -> Iterator[Any]:
         for layer in self.layers:
@@ -258,8 +269,13 @@ class Decoder:
             yield from (*layer.qkv, layer.out)
             yield from ([layer.mlp.fc, layer.mlp.proj] if isinstance(layer.mlp, Mlp) else [layer.mlp])
 
-    def _maybe_evaluating(self):
-        return self._evaluating() if self.called else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """No gradients, no autocast, and whatever is called in eval mode."""
+        calls = self.called or occupied(self.anatomy.tokens) or occupied(self.anatomy.positions)
+        modes = self._evaluating() if calls else contextlib.nullcontext()
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), modes:
+            yield
 
     def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         tokens, places = self.anatomy.tokens, self.anatomy.positions
@@ -270,7 +286,7 @@ class Decoder:
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
         return self._functions.embedding(ids, *weights, positions, dtype=self.stream_dtype, **self._backend)
 
-    def _add_norm(
+    def add_norm(
         self, norm: Norm | nn.Module, branch: Tensor | None, x: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The norm of x with branch + bias added, in the compute dtype, and that sum."""

@@ -84,8 +84,8 @@ def stream(
     attention_mask: (B, T), 0 where ids (B, T) is padding, on either side. logprobs: of each token that was chosen.
     overflow: past the context, "error" raises before the first token; "slide" forgets the oldest, and reads the window
     anew for each token, since no position stays the same.
-    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU that is faster than
-    float32, but for fewer than 32 tokens without AVX-512.
+    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU one
+    row alone is faster so, but without AVX-512 not for fewer than 32 tokens; more rows may be slower.
     draft: a smaller GPT of the same vocabulary that proposes draft_tokens (up to 15) at a time, for the model to judge:
     the distribution stays the model's.
 
@@ -107,8 +107,9 @@ def stream(
         raise ValueError("generate: overflow='slide' has no road with a draft")
     prompts = _prompts(ids, attention_mask)
     stops = _Stops(_ids(stop_ids), [stop_strings] if isinstance(stop_strings, str) else list(stop_strings), encoding)
-    decoder, helper = (_ready(m, dtype, max_new_tokens) for m in (model, draft))
-    assert decoder is not None
+    rows = len(prompts) * num_samples
+    decoder = _ready(model, dtype, max_new_tokens, rows if draft is None else rows * (draft_tokens + 1))
+    helper = None if draft is None else _ready(draft, dtype, max_new_tokens, rows)
     vocab_size = _vocabulary(decoder, helper, vocab_size, encoding)
     _check_tokens(prompts, decoder)
     _check_room(decoder, prompts, max_new_tokens, num_samples, overflow)
@@ -166,10 +167,11 @@ def _prompts(ids: Any, mask: Tensor | None) -> list[list[int]]:
     return rows
 
 
-def _ready(model: Any, dtype: torch.dtype | None, max_new_tokens: int) -> Decoder | None:
-    if model is None or isinstance(model, Decoder):
-        return model
-    return Decoder(model, dtype=dtype, tokens=max_new_tokens)
+def _ready(model: Any, dtype: torch.dtype | None, tokens: int, rows: int) -> Decoder:
+    if not isinstance(model, Decoder):
+        return Decoder(model, dtype=dtype, tokens=tokens, rows=rows)
+    model.check_unchanged()
+    return model
 
 
 def _vocabulary(decoder: Decoder, helper: Decoder | None, asked: int | None, encoding: Any) -> int:

@@ -5,7 +5,7 @@ the weights are read, and the pages that they lie on. `N` outputs, `K` inputs.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,17 @@ _FAST_BAGS = "fbgemm" in torch.backends.quantized.supported_engines and (
     torch.backends.cpu.get_cpu_capability().startswith("AVX")
 )
 _TILE = 128  # outputs; rows of weights that are transposed while a core's cache holds them
-# Tokens that make a layout worth while. On a CPU it takes as long as 5 to 10 tokens of float32, as 10 to 20 of 16 bits,
-# and saves an eighth of the time of each, or of 16 bits without AVX-512 more than a third. Large pages take up to 25
-# tokens more, where the system must ask for them: a virtual machine that reports its free pages to its host.
-_FROM, _HALVES_FROM, _LARGE_PAGES_FROM = 64, 256 if reference.AVX512 else 32, 1000
+# Tokens that make a layout worth while. On a CPU it takes the time of 5 to 10 tokens of float32, and saves a tenth of the
+# time of each later one with AVX-512, on an EPYC with AVX2 alone up to a third; of 16 bits a quarter and more. Large
+# pages save some more, and may take the time of 40 tokens to get, where a virtual machine gave its free ones back.
+_FROM, _FLOAT32_FROM, _LARGE_PAGES_FROM = 32, 96 if reference.AVX512 else 32, 1000
+
+
+Empty = Callable[[Sequence[int], torch.dtype], Tensor]
+
+
+def _ordinary(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 class Linear(NamedTuple):
@@ -47,24 +54,27 @@ class BagLinear:
     Xeon with AMX, 2 cores, PyTorch 2.13). The bias is one more row, of factor 1. More rows are multiplied as always.
     """
 
-    BLOCK, STREAMS = 384, 4  # outputs of a bag; places of its table that are read in turns
+    STREAMS = 4
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, empty: Callable[..., Tensor] = torch.empty):
+    def __init__(self, weight: Tensor, bias: Tensor | None, empty: Empty):
         outputs, inputs = weight.shape
         self.weight, self.bias = weight, bias
-        self._bags = -(-outputs // self.BLOCK)
-        table = empty((self._bags, inputs + 1, self.BLOCK), dtype=weight.dtype)
-        for rows, part in zip(table, weight.split(self.BLOCK), strict=True):
+        # A bag is summed by one thread, in registers: 24 of AVX-512, or fewer where there would not be a bag for each.
+        threads = torch.get_num_threads()
+        block = next((block for block in (384, 192) if outputs >= threads * block), 96)
+        self._bags = -(-outputs // block)
+        table = empty((self._bags, inputs + 1, block), weight.dtype)
+        for rows, part in zip(table, weight.split(block), strict=True):
             _transpose(part, rows[:inputs, : len(part)])
             rows[:inputs, len(part) :] = 0
         table[:, inputs] = 0
         if bias is not None:
-            table[:, inputs] = F.pad(bias, (0, self._bags * self.BLOCK - outputs)).view(self._bags, self.BLOCK)
-        self._table = table.view(-1, self.BLOCK)
+            table[:, inputs] = F.pad(bias, (0, self._bags * block - outputs)).view(self._bags, block)
+        self._table = table.view(-1, block)
         self._streams = next(streams for streams in (self.STREAMS, 2, 1) if inputs % streams == 0)
-        order = torch.arange(inputs, dtype=torch.int32).view(self._streams, -1).t().flatten()
+        order = torch.arange(inputs, dtype=torch.int32, device="cpu").view(self._streams, -1).t().flatten()
         order = torch.cat([order, order.new_tensor([inputs])])  # the bias
-        self._starts = torch.arange(0, len(self._table), inputs + 1, dtype=torch.int32)
+        self._starts = torch.arange(0, len(self._table), inputs + 1, dtype=torch.int32, device="cpu")
         self._rows = (self._starts[:, None] + order).view(-1)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,7 +98,8 @@ class _Scratch(threading.local):
         """(bags * (inputs + 1),), a bag's last 1, and of the others a view (bags, streams, inputs / streams)."""
         kind = bags, inputs, streams, dtype
         if kind not in self._kept:
-            ones = torch.ones(bags, inputs + 1, dtype=dtype)
+            with torch.inference_mode(False):  # where it would stay a tensor that later calls may not write to
+                ones = torch.ones(bags, inputs + 1, dtype=dtype, device="cpu")
             self._kept[kind] = ones.view(-1), ones[:, :inputs].unflatten(1, (-1, streams)).mT
         return self._kept[kind]
 
@@ -97,33 +108,40 @@ _scratch = _Scratch()
 
 
 class Layout:
-    """How the layers of a decoder lie that is to write about so many tokens, one row at a time."""
+    """How a decoder's layers lie that is to write about so many tokens, `rows` at a time, on kernels or on PyTorch."""
 
-    def __init__(self, tokens: int):
-        self._tokens = tokens
-        self._empty: Callable[..., Tensor] = LargePages().empty if tokens >= _LARGE_PAGES_FROM else torch.empty
+    def __init__(self, tokens: int, rows: int = 1, on_kernels: bool = False):
+        self._tokens, self._alone, self._on_kernels = tokens, rows == 1, on_kernels
+        self._large_pages = tokens >= _LARGE_PAGES_FROM
+        self._empty: Empty = LargePages().empty if self._large_pages else _ordinary
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear | BagLinear:
-        """The layer with its weight (N, K) in the order in memory in which a single row reads it fastest.
-
-        On a GPU that is (N, K), as the kernels for few rows want it. On a CPU it is (K, N) in float32 where there are
-        at least as many outputs as inputs: on two busy cores of an AMD EPYC (Zen 3), PyTorch 2.13, that takes 0.5 to
-        0.65 of the time of (N, K) where there are more, 0.8 to 0.9 where there are as many; on a Xeon with AMX 0.77
-        for the head's 50257 outputs, 0.92 to 0.96 for less.
-        """
-        halves = weight.device.type == "cpu" and weight.dtype in _HALVES
-        if self._tokens < (_HALVES_FROM if halves else _FROM):
+        """The layer with its weight (N, K) in the order in memory in which it is read fastest."""
+        if self._on_kernels or weight.is_cuda:  # (N, K), as the kernels for few rows want it
+            return Linear(weight.contiguous() if self._tokens >= _FROM else weight, bias)
+        halves = weight.dtype in _HALVES
+        pays = self._alone and self._tokens >= (_FROM if halves else _FLOAT32_FROM)
+        if not (pays and weight.is_cpu and (bias is None or bias.dtype == weight.dtype)):
             return Linear(weight, bias)
-        if weight.device.type != "cpu" or (halves and not _FAST_BAGS):
-            return Linear(weight.contiguous(), bias)
-        if halves:
+        if halves and _FAST_BAGS:
             return BagLinear(weight.contiguous(), bias, self._empty)
+        return Linear(weight.contiguous() if halves else self._wide(weight), bias)
+
+    def _wide(self, weight: Tensor) -> Tensor:
+        """(K, N) in memory where there are at least as many outputs as inputs. On two busy cores of an AMD EPYC (Zen
+        3), PyTorch 2.13, that takes 0.5 to 0.65 of the time of (N, K) where there are more, 0.8 to 0.9 where there are
+        as many; on a Xeon with AMX 0.77 for the head's 50257 outputs, 0.92 to 0.96 for less.
+        """
         outputs, inputs = weight.shape
-        if outputs >= inputs:
-            lying = self._empty((inputs, outputs), dtype=weight.dtype)
-            _transpose(weight, lying)
-            return Linear(lying.t(), bias)
-        return Linear(self._empty(weight.shape, dtype=weight.dtype).copy_(weight), bias)
+        turned = outputs >= inputs
+        if weight.stride(0 if turned else 1) == 1 and not self._large_pages:
+            return weight
+        shape = (inputs, outputs) if turned else (outputs, inputs)
+        lying = self._empty(shape, weight.dtype)
+        if not turned:
+            return lying.copy_(weight)
+        _transpose(weight, lying)
+        return lying.t()
 
 
 def _transpose(weight: Tensor, out: Tensor) -> None:

@@ -84,29 +84,38 @@ def anatomy(model: Any) -> Anatomy:
     )
 
 
+def version(tensor: Tensor) -> int:
+    """Counts what was written to it in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Reader:
     """Reads parts, cast to `dtype` unless None; `called` lists those that do more than their class and are kept.
 
-    tokens: about how many are to be written, which decides how the weights lie in memory.
+    layout: how their weights lie in memory.
     """
 
-    def __init__(self, dtype: torch.dtype | None, tokens: int):
-        self._cast, self._layout = dtype, Layout(tokens)
+    def __init__(self, dtype: torch.dtype | None, layout: Layout):
+        self._cast, self._layout = dtype, layout
+        self.copied: list[tuple[Tensor, int]] = []  # the model's tensors, at which version
         self.called: list[nn.Module] = []
 
     def linear(self, module: Any) -> Linear | BagLinear | nn.Module:
         if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
-            return self._linear(module.weight, None)
+            return self._linear(module.weight, None, module.weight)
         if not free_linear(module):
             self.called.append(module)
             return module
-        return self._linear(linear_weight(module), module.bias)
+        return self._linear(linear_weight(module), module.bias, module.weight)
 
-    def _linear(self, weight: Tensor, bias: Any) -> Linear | BagLinear:
-        return self._layout.linear(self._as(weight.detach()), self._as(bias))
+    def _linear(self, weight: Tensor, bias: Tensor | None, *sources: Tensor) -> Linear | BagLinear:
+        linear = self._layout.linear(self._as(weight), None if bias is None else self._as(bias))
+        if isinstance(linear, BagLinear) or linear.weight.data_ptr() != sources[0].data_ptr():
+            self.copied += [(source, version(source)) for source in sources]
+        return linear
 
-    def _as(self, tensor: Any) -> Any:
-        return tensor if tensor is None or self._cast is None else tensor.detach().to(self._cast)
+    def _as(self, tensor: Tensor) -> Tensor:
+        return tensor.detach() if self._cast is None else tensor.detach().to(self._cast)
 
     def norm(self, module: Any) -> Norm | nn.Module:
         names = ("weight", "bias")
@@ -146,9 +155,11 @@ class Reader:
         qkv = tuple(layer.qkv)
         packed: tuple[Linear | BagLinear | nn.Module, ...]
         if len(qkv) > 1 and all(free_linear(part) for part in qkv):  # one product for the three
-            weight = torch.cat([linear_weight(part) for part in qkv]).detach()
+            weight = torch.cat([linear_weight(part) for part in qkv])
             biases: Any = [part.bias for part in qkv]
-            packed = (self._linear(weight, None if any(b is None for b in biases) else torch.cat(biases).detach()),)
+            bias = None if any(b is None for b in biases) else torch.cat(biases)
+            sources: Any = [part.weight for part in qkv]
+            packed = (self._linear(weight, bias, *sources),)
         else:
             packed = tuple(self.linear(part) for part in qkv)
         return Parts(

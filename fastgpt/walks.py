@@ -33,8 +33,7 @@ def few_rows_on_kernels(decoder: "Decoder", x: Tensor, attend: Callable[[int, Te
         branch, bias = few.few_linear(y.flatten(0, 1), parts.out.weight, None), parts.out.bias
         hidden, x = few.few_norm_linear(x, branch, bias, *parts.norm_2, *parts.mlp.fc, parts.mlp.gelu)
         branch, bias = few.few_linear(hidden, parts.mlp.proj.weight, None), parts.mlp.proj.bias
-    norm: Any = decoder.norm
-    normed, _ = ops.add_layer_norm(branch, x, *norm, x_bias=bias, backend="triton")
+    normed, _ = decoder.add_norm(decoder.norm, branch, x, bias)
     return normed.view(shape)
 
 

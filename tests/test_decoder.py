@@ -33,16 +33,6 @@ def test_bfloat16_weights(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bfloat16_weights_laid_out_for_rows(name):
-    """Also where they lie transposed, as Hugging Face's."""
-    model = FAMILIES[name]()
-    ids = PROMPT[:1]
-    kept, laid_out = (Decoder(model, dtype=torch.bfloat16, tokens=tokens) for tokens in (0, 10_000))
-    logits, expected = (decoder.logits(decoder.features(ids)) for decoder in (laid_out, kept))
-    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 300, 10_000])
 def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens, monkeypatch):
@@ -63,6 +53,56 @@ def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens, monkeypatch
     tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
     for alone, among in zip(logits[:3], logits[3:], strict=True):
         torch.testing.assert_close(alone, among, rtol=0, atol=tolerance * among.abs().max().item())
+
+
+def test_norms_of_two_dtypes_go_the_long_way(model):
+    norm = model.bfloat16().ln_f
+    norm.weight.data = norm.weight.data.float()
+    assert len(generate(model, PROMPT, 4, temperature=0).tokens[0]) == 4
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("family", ["fastgpt", "hugging face", "book"])
+def test_a_decoder_is_no_longer_that_of_a_model_that_was_trained(family, optimizer):
+    model = FAMILIES[family]()
+    for options in (dict(tokens=10_000), dict(dtype=torch.bfloat16)):
+        decoder = Decoder(model, **options)
+        generate(decoder, PROMPT, 2)
+        model(PROMPT).sum().backward() if isinstance(model, GPT) else models.logits_and_loss(model, PROMPT, PROMPT)[
+            1
+        ].backward()
+        optimizer(model.parameters(), lr=0.1).step()
+        with pytest.raises(ValueError, match="has changed since"):
+            generate(decoder, PROMPT, 2)
+    decoder = Decoder(gpt())
+    with torch.no_grad():
+        decoder.anatomy.head.weight.zero_()
+    assert generate(decoder, PROMPT, 2, temperature=0).tokens == [[0, 0]]  # the model's own, as it is now
+
+
+@pytest.mark.parametrize("places", [("lm_head",), ("wte",), ("wpe",), ("lm_head", "wte")])
+def test_what_is_called_is_called_in_eval_mode(places):
+    model, modes = models.hugging_face().train(), []
+    for place in places:
+        module = model.lm_head if place == "lm_head" else getattr(model.transformer, place)
+        module.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    generate(model, PROMPT, 5, temperature=0)
+    assert len(modes) >= 6 and not any(modes) and model.training
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "rows"), [(1, {}, [1]), (2, dict(num_samples=3), [6]), (1, dict(draft=1), [5, 1])]
+)
+def test_a_call_says_how_many_tokens_and_rows_it_writes(prompts, options, rows, model, monkeypatch):
+    told = []
+    plain = Decoder.__init__
+    monkeypatch.setattr(
+        Decoder, "__init__", lambda self, *a, **k: told.append((k["tokens"], k["rows"])) or plain(self, *a, **k)
+    )
+    if options.get("draft"):
+        options = dict(draft=model)
+    generate(model, PROMPT.repeat(prompts, 1), 5, **options)
+    assert told == [(5, number) for number in rows]
 
 
 def test_covers_are_taken_off(model):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import linears
-from fastgpt.linears import BagLinear, Layout, Linear
+from fastgpt.linears import BagLinear, Layout
 from fastgpt.memory import LargePages
 from fastgpt.testing import assert_accurate
 
@@ -31,7 +31,7 @@ def assert_linear(linear, x, weight, bias):
 @pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (48, 20), (384, 65), (385, 16), (2304, 768), (1000, 3)])
 def test_bags_are_a_linear_layer(outputs, inputs, bias, dtype):
     weight, bias = layer(outputs, inputs, dtype, bias)
-    linear = BagLinear(weight, bias)
+    linear = BagLinear(weight, bias, linears._ordinary)
     for shape in [(inputs,), (1, inputs), (1, 1, inputs), (2, inputs), (3, 2, inputs)]:
         assert_linear(linear, torch.randn(shape).to(dtype), weight, bias)
     assert_linear(linear, torch.randn(1, inputs, 2).to(dtype)[..., 1], weight, bias)
@@ -42,14 +42,14 @@ def test_a_bag_is_rounded_once(dtype):
     weight, bias = layer(500, 3000, dtype)
     x = torch.randn(1, 3000).to(dtype)
     exact = F.linear(x.double(), weight.double(), bias.double())
-    got = BagLinear(weight, bias)(x)
+    got = BagLinear(weight, bias, linears._ordinary)(x)
     assert (got == exact.to(dtype)).double().mean() > 0.98  # but for what falls on the middle of two
 
 
 def test_layers_of_one_shape_keep_out_of_each_others_way():
     """They, and threads that decode at once, would share what x is written to."""
     layers = [layer(500, 300, torch.bfloat16) for _ in range(2)]
-    bags = [BagLinear(*each) for each in layers]
+    bags = [BagLinear(*each, LargePages().empty) for each in layers]
     inputs = [torch.randn(1, 300).bfloat16() for _ in range(2)]
     expected = [bag(x) for bag, x in zip(bags, inputs, strict=True)]
     wrong = []
@@ -81,26 +81,84 @@ def test_a_layout_keeps_the_numbers(dtype, outputs, inputs, transposed, tokens):
         x = torch.randn(rows, inputs).to(dtype)
         if dtype != torch.float64:
             assert_linear(linear, x, weight, bias)
-    if dtype not in HALVES and tokens:
-        given.zero_()
-        assert torch.equal(linear.weight, weight)
 
 
-def test_which_layout():
-    wide, narrow, half = layer(300, 40, torch.float32), layer(40, 300, torch.float32), layer(300, 40, torch.bfloat16)
-    assert Layout(10).linear(*wide).weight is wide[0] and Layout(10).linear(*half).weight is half[0]
-    for tokens in (300, 10_000):
-        assert Layout(tokens).linear(*wide).weight.t().is_contiguous()
-        assert Layout(tokens).linear(*narrow).weight.is_contiguous()
-        assert isinstance(Layout(tokens).linear(*half), BagLinear if linears._FAST_BAGS else Linear)
+WIDE, NARROW, HALF = (300, 40, torch.float32), (40, 300, torch.float32), (300, 40, torch.bfloat16)
+
+
+def laid_out(shape, tokens, transposed=False, **options):
+    """What becomes of such a layer: 'as it is', 'copied', 'turned' or 'bags'."""
+    weight, bias = layer(*shape)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    linear = Layout(tokens, **options).linear(weight, bias)
+    if isinstance(linear, BagLinear):
+        return "bags"
+    turned = linear.weight.stride(0) == 1
+    return "as it is" if linear.weight.data_ptr() == weight.data_ptr() else "turned" if turned else "copied"
+
+
+def test_which_layout(monkeypatch):
+    monkeypatch.setattr(linears, "_FAST_BAGS", True)
+    monkeypatch.setattr(linears, "_FLOAT32_FROM", 64)
+    for tokens, wide, half in [
+        (0, "as it is", "as it is"),
+        (31, "as it is", "as it is"),
+        (63, "as it is", "bags"),
+        (64, "turned", "bags"),
+    ]:
+        assert (laid_out(WIDE, tokens), laid_out(HALF, tokens)) == (wide, half)
+        assert laid_out(NARROW, tokens) == "as it is" and laid_out(WIDE, tokens, transposed=True) == "as it is"
+        assert laid_out(WIDE, tokens, rows=2) == laid_out(HALF, tokens, rows=2) == "as it is"
+    assert laid_out(NARROW, 64, transposed=True) == "copied" and laid_out(NARROW, 63, transposed=True) == "as it is"
+    for shape in (WIDE, HALF):  # kernels for few rows, as many as they are
+        for rows in (1, 4):
+            assert laid_out(shape, 10_000, rows=rows, on_kernels=True) == "as it is"
+            assert laid_out(shape, 31, transposed=True, rows=rows, on_kernels=True) == "as it is"
+            assert laid_out(shape, 32, transposed=True, rows=rows, on_kernels=True) == "copied"
+
+
+def test_large_pages_are_for_many_tokens(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        LargePages, "empty", lambda self, shape, dtype: asked.append(1) or torch.empty(*shape, dtype=dtype)
+    )
+    assert laid_out(WIDE, 999) == "turned" and not asked
+    assert laid_out(WIDE, 1000) == "turned" and laid_out(NARROW, 1000) == "copied" and len(asked) == 2
+    assert laid_out(WIDE, 1000, transposed=True) == "turned" and len(asked) == 3
 
 
 def test_without_fbgemm_halves_are_read_by_rows(monkeypatch):
     monkeypatch.setattr(linears, "_FAST_BAGS", False)
-    weight, bias = layer(300, 40, torch.bfloat16)
-    linear = Layout(300).linear(weight.t().contiguous().t(), bias)
-    assert isinstance(linear, Linear) and linear.weight.is_contiguous() and torch.equal(linear.weight, weight)
-    assert_linear(linear, torch.randn(1, 40).bfloat16(), weight, bias)
+    assert laid_out(HALF, 300) == "as it is" and laid_out(HALF, 32, transposed=True) == "copied"
+    assert laid_out(HALF, 31, transposed=True) == "as it is"
+
+
+@pytest.mark.parametrize("outputs", [1, 100, 800])
+@pytest.mark.parametrize("threads", [1, 2, 8])
+def test_bags_for_any_number_of_threads(outputs, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight, bias = layer(outputs, 30, torch.bfloat16)
+    assert_linear(BagLinear(weight, bias, linears._ordinary), torch.randn(1, 30).bfloat16(), weight, bias)
+
+
+def test_another_default_device_changes_nothing():
+    weight, bias = layer(300, 42, torch.bfloat16)
+    wide, x = layer(300, 42, torch.float32)[0], torch.randn(1, 42)
+    for tokens in (64, 10_000):
+        with torch.device("meta"):
+            bags, turned = Layout(tokens).linear(weight, bias), Layout(tokens).linear(wide, None)
+            bags(x.bfloat16())
+        assert_linear(bags, x.bfloat16(), weight, bias)
+        assert_linear(turned, x, wide, None)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    weight, bias = layer(300, 43, torch.bfloat16)
+    linear, x = BagLinear(weight, bias, linears._ordinary), torch.randn(1, 43).bfloat16()
+    with torch.inference_mode():
+        linear(x)
+    assert_linear(linear, x, weight, bias)
 
 
 # Pages.
