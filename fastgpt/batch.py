@@ -175,8 +175,9 @@ class Readback:
         self._queue.append((event, *copies))
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._asynchronous)
-        return host.copy_(tensor, non_blocking=self._asynchronous)
+        if not self._asynchronous:  # it is taken before the next step
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def take(self) -> Told:
         """The oldest step's."""

@@ -150,6 +150,10 @@ class Decoder:
         longest: the largest of lengths, if the host knows it; the cache is read no further. even: all are the longest.
         """
         batch, new = ids.shape
+        if even and longest is not None and self._one_row and ids.numel() == 1:
+            with self._inference():
+                row = self._embed(ids, None, longest - 1).view(1, -1)
+                return self._logits(walks.one_row_on_cpu(self, row, longest - 1, cache)).view(1, 1, -1)
         positions = (lengths[:, None] - new) + torch.arange(new, device=ids.device)
         reach = cache.slots if longest is None else longest
 
@@ -173,8 +177,6 @@ class Decoder:
             return y.transpose(1, 2).reshape(batch, new, -1)
 
         with self._inference():
-            if even and self._one_row and ids.numel() == 1:
-                return self._logits(walks.one_row_on_cpu(self, self._embed(ids, positions), reach - 1, cache))
             if self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears()):
                 return self._logits(walks.few_rows_on_kernels(self, self._embed(ids, positions), attend))
             return self._logits(self._walk(ids, positions, attend))
@@ -277,14 +279,17 @@ class Decoder:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), modes:
             yield
 
-    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+    def _embed(self, ids: Tensor, positions: Tensor | None, start: int = 0) -> Tensor:
+        """positions (B, T), or None for those from `start` on."""
         tokens, places = self.anatomy.tokens, self.anatomy.positions
-        weights = tokens.weight, places.weight
-        if occupied(tokens) or occupied(places) or not plain(*weights):
+        token_weight, weight = tokens.weight, places.weight
+        if occupied(tokens) or occupied(places) or not plain(token_weight, weight):
             if positions is None:
-                positions = torch.arange(ids.shape[1], device=ids.device)[None]
+                positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
-        return self._functions.embedding(ids, *weights, positions, dtype=self.stream_dtype, **self._backend)
+        if start:
+            weight = weight[start:]  # type: ignore[index]
+        return self._functions.embedding(ids, token_weight, weight, positions, dtype=self.stream_dtype, **self._backend)
 
     def add_norm(
         self, norm: Norm | nn.Module, branch: Tensor | None, x: Tensor, bias: Tensor | None

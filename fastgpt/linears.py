@@ -21,9 +21,9 @@ _FAST_BAGS = "fbgemm" in torch.backends.quantized.supported_engines and (
     torch.backends.cpu.get_cpu_capability().startswith("AVX")
 )
 _TILE = 128  # outputs; rows of weights that are transposed while a core's cache holds them
-# Tokens that make a layout worth while. On a CPU it takes the time of 5 to 10 tokens of float32, and saves a tenth of the
-# time of each later one with AVX-512, on an EPYC with AVX2 alone up to a third; of 16 bits a quarter and more. Large
-# pages save some more, and may take the time of 40 tokens to get, where a virtual machine gave its free ones back.
+# Tokens that make a layout worth while. On a CPU it takes the time of 5 to 10 tokens of float32, and saves a tenth of
+# the time of each later one with AVX-512, on an EPYC with AVX2 alone up to a third; of 16 bits a quarter and more.
+# Large pages save some more, and may take the time of 40 tokens to get, where a virtual machine gave its free ones back.
 _FROM, _FLOAT32_FROM, _LARGE_PAGES_FROM = 32, 96 if reference.AVX512 else 32, 1000
 
 
@@ -62,42 +62,52 @@ class BagLinear:
         # A bag is summed by one thread, in registers: 24 of AVX-512, or fewer where there would not be a bag for each.
         threads = torch.get_num_threads()
         block = next((block for block in (384, 192) if outputs >= threads * block), 96)
-        self._bags = -(-outputs // block)
-        table = empty((self._bags, inputs + 1, block), weight.dtype)
+        bags = -(-outputs // block)
+        table = empty((bags, inputs + 1, block), weight.dtype)
         for rows, part in zip(table, weight.split(block), strict=True):
             _transpose(part, rows[:inputs, : len(part)])
             rows[:inputs, len(part) :] = 0
         table[:, inputs] = 0
         if bias is not None:
-            table[:, inputs] = F.pad(bias, (0, self._bags * block - outputs)).view(self._bags, block)
+            table[:, inputs] = F.pad(bias, (0, bags * block - outputs)).view(bags, block)
         self._table = table.view(-1, block)
-        self._streams = next(streams for streams in (self.STREAMS, 2, 1) if inputs % streams == 0)
-        order = torch.arange(inputs, dtype=torch.int32, device="cpu").view(self._streams, -1).t().flatten()
+        streams = next(streams for streams in (self.STREAMS, 2, 1) if inputs % streams == 0)
+        order = torch.arange(inputs, dtype=torch.int32, device="cpu").view(streams, -1).t().flatten()
         order = torch.cat([order, order.new_tensor([inputs])])  # the bias
         self._starts = torch.arange(0, len(self._table), inputs + 1, dtype=torch.int32, device="cpu")
         self._rows = (self._starts[:, None] + order).view(-1)
+        self._inputs, self._whole = inputs, outputs == bags * block
+        self._factors = _Factors(bags, inputs, streams, weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        outputs, inputs = self.weight.shape
-        if x.numel() != inputs:
+        if x.numel() != self._inputs:
             return reference.linear(x, self.weight, self.bias)
-        factors, by_stream = _scratch.factors(self._bags, inputs, self._streams, x.dtype)
-        by_stream.copy_(x.reshape(self._streams, -1))
+        factors, by_stream = _scratch.factors(self._factors)
+        by_stream.copy_(x.reshape(by_stream.shape[1:]))
         y = torch.embedding_bag(self._table, self._rows, self._starts, False, 0, False, factors)[0]
-        y = y.view(*x.shape[:-1], -1)
-        return y if y.shape[-1] == outputs else y[..., :outputs]
+        y = y.view(1, -1) if self._whole else y.view(1, -1)[:, : len(self.weight)]
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+
+class _Factors(NamedTuple):
+    """The shape of what x is written to."""
+
+    bags: int
+    inputs: int
+    streams: int
+    dtype: torch.dtype
 
 
 class _Scratch(threading.local):
     """Each thread's own."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, int, int, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[_Factors, tuple[Tensor, Tensor]] = {}
 
-    def factors(self, bags: int, inputs: int, streams: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def factors(self, kind: _Factors) -> tuple[Tensor, Tensor]:
         """(bags * (inputs + 1),), a bag's last 1, and of the others a view (bags, streams, inputs / streams)."""
-        kind = bags, inputs, streams, dtype
         if kind not in self._kept:
+            bags, inputs, streams, dtype = kind
             with torch.inference_mode(False):  # where it would stay a tensor that later calls may not write to
                 ones = torch.ones(bags, inputs + 1, dtype=dtype, device="cpu")
             self._kept[kind] = ones.view(-1), ones[:, :inputs].unflatten(1, (-1, streams)).mT

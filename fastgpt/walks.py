@@ -37,13 +37,13 @@ def few_rows_on_kernels(decoder: "Decoder", x: Tensor, attend: Callable[[int, Te
     return normed.view(shape)
 
 
-def one_row_on_cpu(decoder: "Decoder", x: Tensor, place: int, cache: "Cache") -> Tensor:
-    """An embedded token (1, 1, C), the only row's at `place` -> what the head sees, (1, 1, C). x is overwritten.
+def one_row_on_cpu(decoder: "Decoder", row: Tensor, place: int, cache: "Cache") -> Tensor:
+    """The only row's token at `place`, embedded (1, C), -> what the head sees, (1, C). `row` is overwritten.
 
     Each product sweeps the caches of the processor with its weights, so the calls between two of them begin cold: one
     takes 10 to 20 µs, three to ten times what it takes in a loop of its own. Hence the plain calls.
     """
-    width, row = (x.shape[-1],), x.view(1, -1)
+    width = row.shape[1:]
     slots = cache.whole[..., place : place + 1, :].unbind(1)  # of each layer's keys and values, (2, 1, H, 1, D)
     keys, values = (half.unbind() for half in cache.whole[..., : place + 1, :])
     parts: Any
@@ -58,4 +58,4 @@ def one_row_on_cpu(decoder: "Decoder", x: Tensor, place: int, cache: "Cache") ->
         hidden = parts.mlp.fc(torch.layer_norm(row, width, weight, bias, eps))
         row += parts.mlp.proj(F.gelu(hidden, approximate=parts.mlp.gelu))
     norm: Any = decoder.norm
-    return F.layer_norm(x, width, *norm)
+    return F.layer_norm(row, width, *norm)
