@@ -77,13 +77,13 @@ class BagLinear:
         self._starts = torch.arange(0, len(self._table), inputs + 1, dtype=torch.int32, device="cpu")
         self._rows = (self._starts[:, None] + order).view(-1)
         self._inputs, self._whole = inputs, outputs == bags * block
-        self._factors = _Factors(bags, inputs, streams, weight.dtype)
+        self._factors, self._by_stream = _Factors(bags, inputs, streams, weight.dtype), (streams, inputs // streams)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() != self._inputs:
             return reference.linear(x, self.weight, self.bias)
         factors, by_stream = _scratch.factors(self._factors)
-        by_stream.copy_(x.reshape(by_stream.shape[1:]))
+        by_stream.copy_(x.reshape(self._by_stream))
         y = torch.embedding_bag(self._table, self._rows, self._starts, False, 0, False, factors)[0]
         y = y.view(1, -1) if self._whole else y.view(1, -1)[:, : len(self.weight)]
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)

@@ -65,7 +65,7 @@ RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
 WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/checkpoint.py"
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
-CHILD, PART = "test_swap.py::test_a_changed_child_is_called", "test_swap.py::test_a_changed_part_is_called"
+CHILD, PART = "test_swap_parts.py::test_a_changed_child_is_called", "test_swap_parts.py::test_a_changed_part_is_called"
 GENERATION, SAMPLED, BATCHED = "test_generation.py::", "test_sampling.py::", "test_batch.py::"
 ALONE = "test_decoder.py::test_one_row_alone_is_decoded_as_in_a_batch"
 CACHED, DRAWN, STOPS = (
@@ -232,14 +232,14 @@ MUTANTS = [
     # the swap
     Mutant("hooks not looked for", PARTS, 'state["_forward_hooks"] or state', "state", PART, False),
     Mutant("hooks before not looked for", PARTS, 'or state["_forward_pre_hooks"] or', "or", CHILD, False),
-    Mutant("parametrizations bypassed", PARTS, 'if "parametrizations" in', 'if "nothing" in', "test_swap.py::test_what_must_be_called", False),
+    Mutant("parametrizations bypassed", PARTS, 'if "parametrizations" in', 'if "nothing" in', "test_swap_parts.py::test_what_must_be_called", False),
     Mutant("a stranger's subclass bypassed", PARTS, "type(module).forward is nn.Linear.forward or", "isinstance(module, nn.Linear) or", CHILD, False),
     Mutant("a forward of its own bypassed", PARTS, 'if "forward" in state and not is_ours(state["forward"]):', "if False:", CHILD, False),
-    Mutant("a replaced activation bypassed", PARTS, "if act is not swap.act or occupied", "if occupied", "test_swap.py::test_a_replaced_activation_is_called", False),
+    Mutant("a replaced activation bypassed", PARTS, "if act is not swap.act or occupied", "if occupied", "test_swap_parts.py::test_a_replaced_activation_is_called", False),
     Mutant("the dropout module's own mode", PARTS, "float(module.p) if module.training else 0.0", "float(module.p)", "test_swap.py::test_nanogpts_dropout_stays_where_it_is", False),
-    Mutant("no trial", SWAP, "if swap.width == 0:", "if True:", "test_swap.py::test_a_part_of_another_form_is_left", False),
-    Mutant("no trial in training mode", SWAP, "for training in (False, True):", "for training in (False,):", "test_swap.py::test_a_part_of_another_form_is_left", False),
-    Mutant("a lenient trial", SWAP, "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial", SWAP, "if swap.width == 0:", "if True:", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial in training mode", SWAP, "for training in (False, True):", "for training in (False,):", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
+    Mutant("a lenient trial", SWAP, "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
     Mutant("restore leaves the swap", SWAP, 'module.__dict__.pop("fastgpt_swap", None)', "pass", "test_swap.py::test_restore_undoes_all_of_it", False),
     Mutant("scale not read", GPT2, 'scale=getattr(attn, "scaling", None)', "scale=None", "test_families_huggingface.py::test_scale_flags", False),
     Mutant("padding not handed on", GPT2, "return padding is not None and padding.shape == (mask.shape[0], keys), padding", "return padding is not None, None", "test_families_huggingface.py::test_padding", False),
@@ -285,10 +285,10 @@ MUTANTS = [
     Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
     Mutant("an untied head lost", "fastgpt/weights.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
     Mutant("nanoGPT's GELU taken for GPT-2's", "fastgpt/families/nanogpt.py", '{"gelu": "none", **fields}', '{"gelu": "tanh", **fields}', "test_convert.py::test_nanogpts_model_gives_its_own_logits", False),
-    Mutant("sizes of storages unchecked", FILES, "if tensor.numel() * tensor.element_size() >", "if 0 >", "test_convert.py::test_a_claim_of_more_than_is_stored", False),
-    Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert.py::test_an_index_never_leaves_its_folder", False),
+    Mutant("sizes of storages unchecked", FILES, "if tensor.numel() * tensor.element_size() >", "if 0 >", "test_convert_files.py::test_a_claim_of_more_than_is_stored", False),
+    Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
     Mutant("old mask buffers kept", FILES, "if _MASK.search(plain):", "if False:", "test_convert.py::test_mask_buffers_say_nothing", False),
-    Mutant("files of weights that may run code", "fastgpt/files.py", "weights_only=True", "weights_only=False", "test_convert.py::test_nothing_is_unpickled_or_unpacked", False),
+    Mutant("files of weights that may run code", "fastgpt/files.py", "weights_only=True", "weights_only=False", "test_convert_files.py::test_nothing_is_unpickled_or_unpacked", False),
     Mutant("padding with copies", "fastgpt/weights.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
     # training
     Mutant("resume without RNG", "fastgpt/run.py", "if not state.restore_generators(saved, self.world):", "if False:", RESUMED, False),
@@ -332,7 +332,7 @@ MUTANTS = [
     Mutant("a run that sets no seed", "fastgpt/train.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
     Mutant("the next token is seen", TILES, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
     Mutant("offsets of 32 bits", TILES, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),
-    Mutant("an index that leaves its folder", "fastgpt/files.py", "if Path(part).name != part or", "if", "test_convert.py::test_an_index_never_leaves_its_folder", False),
+    Mutant("an index that leaves its folder", "fastgpt/files.py", "if Path(part).name != part or", "if", "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
     Mutant("an id past the vocabulary passes", "fastgpt/checks.py", "outside = (values < 0) | (values >= limit)", "outside = values < 0", "test_ops.py::test_a_bad_argument_is_named", False),
     Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),
     Mutant("doctor: problems without an exit code", "fastgpt/cli.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),

@@ -1,0 +1,48 @@
+"""What the tests of the swap hold a model to: its own logits, loss and gradients of before."""
+
+import copy
+
+import torch
+
+from fastgpt import accelerate
+from fastgpt.testing import assert_accurate
+from tests.models import CONTEXT, VOCAB, logits_and_loss
+
+
+def batch(time=CONTEXT, device="cpu"):
+    idx = torch.randint(0, VOCAB, (2, time), device=device)
+    targets = torch.randint(0, VOCAB, (2, time), device=device)
+    targets[0, 1] = -100
+    return idx, targets
+
+
+def results(model, idx, targets):
+    """Logits, loss and every gradient, by name."""
+    model.zero_grad()
+    logits, loss = logits_and_loss(model, idx, targets)
+    loss.backward()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+
+
+def assert_as_before(model, idx, targets, **options):
+    """Accelerate `model` and hold all that comes out to float64, by its own error before.
+
+    A gradient is judged as one row: rounding upstream reaches all of it, and rows that nearly cancel show it most. The
+    model's own error is the larger one of two orders of the batch: a sum of few rows can be right by luck in one.
+    """
+    oracle = results(copy.deepcopy(model).double(), idx, targets)
+    before, turned = results(model, idx, targets), results(model, idx.flip(0), targets.flip(0))
+    turned["logits"] = turned["logits"].flip(0)
+    for name, expected in oracle.items():
+        before[name] = max(before[name], turned[name], key=lambda found: (found - expected).norm().item())
+    report = accelerate(model, **options)
+    after = results(model, idx, targets)
+    doubt = 38 if idx.is_cuda else 8  # a GPU's exponentials and quotients are good to two units, not to half of one
+    for name, expected in oracle.items():
+        size = None
+        if name.endswith("W_key.bias"):  # zero but for rounding: softmax does not see it
+            size = torch.full_like(expected, oracle[name.replace("key", "query")].abs().max()).flatten()
+        rows = (tensor.flatten() for tensor in (after[name], expected, before[name]))
+        assert_accurate(*rows, size, logit_max=doubt, name=name)
+    return report
