@@ -17,6 +17,7 @@ from fastgpt.generation import generate
 from fastgpt.model import GPT, GPTConfig
 
 KEPT, BOOK_CACHED = f"{SUBJECT}, a Decoder kept", "the book, its cached file"
+HUGGING_FACE_FLOAT32 = f"{HUGGING_FACE}, float32"
 _TO_BE_WRITTEN = 10_000  # by a decoder that is kept
 _RECOMPUTED = 16  # tokens at most, on a CPU, of a loop that computes all of it anew a token
 
@@ -71,6 +72,8 @@ def generation(
     variants = {name: build for name, build in variants.items() if not only or name in (*only, EAGER)}  # the judge
     if dtype is not None:
         variants = {name: functools.partial(cast, build) for name, build in variants.items()}
+        if new > 1 and machine.kind == "cpu":  # what a cast is held against, in the same turns
+            variants[HUGGING_FACE_FLOAT32] = lambda p: _hugging_face(*p, new)
     floor = work.generation(shape, B, prompt, new, (dtype or machine.dtype).itemsize)
     if dtype is not None:  # the roof that was measured is not this dtype's
         floor = work.Work(0, floor.bytes)
