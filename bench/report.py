@@ -220,9 +220,13 @@ def runs(device: Path) -> list[tuple[Path, Report]]:
 
 
 def committed(results: Path = RESULTS) -> list[tuple[Path, Report]]:
-    """The newest committed run of each device."""
+    """The newest committed run of each device, of one that chose among the cases only if there is no other."""
     devices = sorted(folder for folder in results.iterdir() if folder.is_dir()) if results.exists() else []
-    return [found[-1] for found in map(runs, devices) if found]
+    return [([run for run in found if not _chose(run[1])] or found)[-1] for found in map(runs, devices) if found]
+
+
+def _chose(report: Report) -> bool:
+    return " -k " in report.machine.get("command", "")
 
 
 def readme_block(results: Path = RESULTS) -> str:
@@ -235,6 +239,10 @@ def readme_block(results: Path = RESULTS) -> str:
         lines += [report.conditions(), "", report.summary(most=3), ""]
         page_too = ", and the same as one page, report.html" if (file.parent / "report.html").exists() else ""
         lines += [f"All rows, and plots: [{place}]({place}/report.md){page_too}.", ""]
+        every = [other for other, _ in runs(file.parent.parent)]
+        for later in every[every.index(file) + 1 :]:
+            part = later.parent.relative_to(results.parent.parent).as_posix()
+            lines += [f"Some cases again, later: [{part}]({part}/report.md).", ""]
         if (file.parent / "bars.png").exists():
             lines += [f"![fastgpt and what else could be run]({place}/bars.png)", ""]
     return "\n".join([*lines, END])

@@ -222,6 +222,12 @@ def test_keeping_writes_by_device_day_and_commit(tmp_path, monkeypatch, capsys):
     block = report.readme_block(results)
     assert "fffffff" in block and "abcdef123" not in block and report.NO_GPU not in block
 
+    some = {**MACHINE, "kind": "cuda", "commit": "eeeeeee", "command": "pytest bench/ -k loss", "measured": "3000"}
+    report.Report(some, ROWS).write(kept.parent.with_name("3000-01-01-eeeeeee"))
+    block = report.readme_block(results)
+    assert "commit fffffff" in block and "commit eeeeeee" not in block
+    assert "Some cases again, later: [bench/results/" in block and "3000-01-01-eeeeeee/report.md)" in block
+
     folder.start({**MACHINE, "kind": "dry"}, resume=True)
     assert main(["report", str(folder.path), "--keep"]) == 2
     assert "mean nothing" in capsys.readouterr().err
