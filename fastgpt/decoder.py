@@ -90,7 +90,8 @@ class Decoder:
         self.head_dim = width // self.heads
         short = self._all_plain()
         self._fused = short and not self._torch and width <= ops.autograd.few_rows.MAX_NORMED
-        self._one_row = short and self._torch and self.device.type == "cpu" and self._as_one_row_needs()
+        on_cpu = self._torch and self.device.type == "cpu" and not self.called
+        self._one_row = short and on_cpu and self._as_one_row_needs()
         self._copied = reader.copied
         if self.called and dtype is not None and dtype != embedded:
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")

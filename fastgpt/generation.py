@@ -84,8 +84,8 @@ def stream(
     attention_mask: (B, T), 0 where ids (B, T) is padding, on either side. logprobs: of each token that was chosen.
     overflow: past the context, "error" raises before the first token; "slide" forgets the oldest, and reads the window
     anew for each token, since no position stays the same.
-    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU one
-    row alone is faster so, but without AVX-512 not for fewer than 32 tokens; more rows may be slower.
+    dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU one row alone is faster
+    so, but without AVX-512 not for fewer than 32 tokens; more rows may be slower.
     draft: a smaller GPT of the same vocabulary that proposes draft_tokens (up to 15) at a time, for the model to judge:
     the distribution stays the model's.
 

@@ -25,7 +25,8 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
 
 
 def uncentred_layer_norm(x, weight, bias=None, eps=1e-5):
-    """layer_norm by PyTorch's kernel alone: off by |mean| / sigma roundings, as far as x is where it was rounded."""
+    """layer_norm by PyTorch's kernel alone: off by |mean| / sigma roundings, which is what x is off by itself where it
+    is a rounded sum."""
     dtype = x.dtype
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         float32 = weight.dtype == torch.float32 == (weight if bias is None else bias).dtype
