@@ -115,8 +115,9 @@ def _outputs(x, weight, dtype, needs_x, needs_weight, pads):
     statistics = _statistics_dtype(dtype)
     losses = torch.empty(x.shape[0], dtype=statistics, device=x.device)
     dx = torch.empty(x.shape if needs_x else (0,), dtype=x.dtype, device=x.device)
-    rows = 0 if not needs_weight else padded(len(weight)) if pads else len(weight)
-    dweight = torch.empty((rows, weight.shape[1]), dtype=statistics, device=x.device)[: len(weight)]
+    rows, channels = weight.shape if needs_weight else (0, weight.shape[1])
+    dweight = torch.empty(padded(rows) if pads else rows, channels, dtype=statistics, device=x.device)
+    dweight.resize_(rows, channels)  # and no view, which would be held beside its sum with another gradient
     return losses, dx, dweight if len(x) else dweight.zero_()
 
 

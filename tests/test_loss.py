@@ -20,6 +20,15 @@ def head(rows, channels, vocab, dtype, ignored=7, scale=1.0, device="cpu"):
     return x, weight, targets.to(device)
 
 
+@pytest.mark.parametrize("pads", [False, True])
+def test_dweight_is_no_view(pads):
+    """Only then does autograd add a tied embedding's gradient to it in place, and not hold both beside their sum."""
+    x, weight = torch.randn(5, 4), torch.randn(70, 4)
+    dweight = loss._outputs(x, weight, torch.float32, True, True, pads)[2]
+    assert dweight.shape == (70, 4) and dweight.is_contiguous() and not dweight._is_view()
+    assert dweight.untyped_storage().nbytes() == (128 if pads else 70) * 4 * 4
+
+
 def plain(x, weight, targets, reduction, label_smoothing=0.0, z_loss=0.0):
     logits = F.linear(x, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
