@@ -22,7 +22,7 @@ _FAST_BAGS = "fbgemm" in torch.backends.quantized.supported_engines and (
 )
 _TILE = 128  # outputs; rows of weights that are transposed while a core's cache holds them
 # Tokens that make a layout worth while. On a CPU it takes the time of 5 to 10 tokens of float32, and saves a tenth of
-# the time of each later one with AVX-512, on an EPYC with AVX2 alone up to a third; of 16 bits a quarter and more.
+# the time of each later one with AVX-512, more on an EPYC with AVX2 (see _wide); of 16 bits a quarter and more.
 # Large pages save some more, and may take 40 tokens' time to get, where a virtual machine gave its free ones back.
 _FROM, _FLOAT32_FROM, _LARGE_PAGES_FROM = 32, 96 if reference.AVX512 else 32, 1000
 
