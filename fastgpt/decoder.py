@@ -69,7 +69,7 @@ class Decoder:
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
         self._modules = list(inner.modules())
         embedded = found.tokens.weight.dtype
-        self.dtype: torch.dtype = dtype or embedded  # type: ignore[assignment]
+        self.dtype: torch.dtype = dtype or embedded
         self.stream_dtype = self.dtype
         if isinstance(inner, GPT) and inner.config.residual == "float32":
             self.stream_dtype = torch.float32
@@ -83,10 +83,10 @@ class Decoder:
         self.norm = reader.norm(found.norm)
         self.head = reader.linear(found.head)
         self.called = reader.called
-        self.vocabulary: int = found.tokens.num_embeddings  # type: ignore[assignment]
+        self.vocabulary = found.tokens.num_embeddings
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
-        self.context: int = found.positions.num_embeddings  # type: ignore[assignment]
-        width: int = found.tokens.embedding_dim  # type: ignore[assignment]
+        self.context = found.positions.num_embeddings
+        width = found.tokens.embedding_dim
         self.head_dim = width // self.heads
         short = self._all_plain()
         self._fused = short and not self._torch and width <= ops.autograd.few_rows.MAX_NORMED
@@ -194,8 +194,8 @@ class Decoder:
             if not found and not x.isfinite().all():
                 found.append(self.name(module))
 
-        trace(self.anatomy.tokens, self.anatomy.tokens.weight[ids])  # type: ignore[index]
-        trace(self.anatomy.positions, self.anatomy.positions.weight[: len(ids)])  # type: ignore[index]
+        trace(self.anatomy.tokens, self.anatomy.tokens.weight[ids])
+        trace(self.anatomy.positions, self.anatomy.positions.weight[: len(ids)])
         self._walk(ids[None], None, self._attend_prompt, trace)
         return found[0] if found else None
 
@@ -289,7 +289,7 @@ class Decoder:
                 positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
         if start:
-            weight = weight[start:]  # type: ignore[index]
+            weight = weight[start:]
         return self._functions.embedding(ids, token_weight, weight, positions, dtype=self.stream_dtype, **self._backend)
 
     def add_norm(

@@ -102,16 +102,20 @@ class Reader:
 
     def linear(self, module: Any) -> Linear | BagLinear | nn.Module:
         if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
-            return self._linear(module.weight, None, module.weight)
+            return self._laid_out(module.weight, None, [module])
         if not free_linear(module):
             self.called.append(module)
             return module
-        return self._linear(linear_weight(module), module.bias, module.weight)
+        return self._linear(module)
 
-    def _linear(self, weight: Tensor, bias: Tensor | None, *sources: Tensor) -> Linear | BagLinear:
+    def _linear(self, module: Any) -> Linear | BagLinear:
+        return self._laid_out(linear_weight(module), module.bias, [module])
+
+    def _laid_out(self, weight: Tensor, bias: Tensor | None, modules: list[Any]) -> Linear | BagLinear:
         linear = self._layout.linear(self._as(weight), None if bias is None else self._as(bias))
-        if isinstance(linear, BagLinear) or linear.weight.data_ptr() != sources[0].data_ptr():
-            self.copied += [(source, version(source)) for source in sources]
+        if isinstance(linear, BagLinear) or linear.weight.data_ptr() != modules[0].weight.data_ptr():
+            sources = [tensor for module in modules for tensor in (module.weight, getattr(module, "bias", None))]
+            self.copied += [(source, version(source)) for source in sources if source is not None]
         return linear
 
     def _as(self, tensor: Tensor) -> Tensor:
@@ -148,18 +152,16 @@ class Reader:
         if any(occupied(part) for part in others) or not all(free_linear(linear) for linear in linears):
             self.called.append(module)
             return module
-        fc, proj = (self.linear(linear) for linear in linears)
-        return Mlp(fc, gelu, proj)  # type: ignore[arg-type]
+        fc, proj = (self._linear(linear) for linear in linears)
+        return Mlp(fc, gelu, proj)
 
     def layer(self, layer: Layer) -> Parts:
-        qkv = tuple(layer.qkv)
+        qkv: list[Any] = list(layer.qkv)
         packed: tuple[Linear | BagLinear | nn.Module, ...]
-        if len(qkv) > 1 and all(free_linear(part) for part in qkv):  # one product for the three
-            weight = torch.cat([linear_weight(part) for part in qkv])
-            biases: Any = [part.bias for part in qkv]
-            bias = None if any(b is None for b in biases) else torch.cat(biases)
-            sources: Any = [part.weight for part in qkv]
-            packed = (self._linear(weight, bias, *sources),)
+        if len(qkv) > 1 and all(map(free_linear, qkv)) and len({part.bias is None for part in qkv}) == 1:
+            weight = torch.cat([linear_weight(part) for part in qkv])  # one product for the three
+            bias = None if qkv[0].bias is None else torch.cat([part.bias for part in qkv])
+            packed = (self._laid_out(weight, bias, qkv),)
         else:
             packed = tuple(self.linear(part) for part in qkv)
         return Parts(

@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -33,7 +34,7 @@ class Signals:
 
     def __init__(self):
         self.got = 0
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # only there can Python set handlers
@@ -43,7 +44,7 @@ class Signals:
 
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
         if self.got:

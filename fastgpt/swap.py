@@ -83,12 +83,13 @@ def accelerate(
     rows, losses = [], 0
     for name, module in reversed(list(model.named_modules())):  # children first: a block's trial asks for them
         found = next((found for recognise in _RECOGNISE if (found := recognise(module)) is not None), None)
-        if found is None or (isinstance(found, Swap) and not flags[found.flag]):
-            continue
-        losses += isinstance(found, Swap) and found.flag == "loss"
         kind = families.own_type(module).__name__
-        why = found if isinstance(found, str) else _install(module, found._replace(backend=backend), tried)
-        rows.append(Row(name, kind, None if why else found.what, why))  # type: ignore[union-attr]
+        if isinstance(found, str):
+            rows.append(Row(name, kind, None, found))
+        elif found is not None and flags[found.flag]:
+            losses += found.flag == "loss"
+            why = _install(module, found._replace(backend=backend), tried)
+            rows.append(Row(name, kind, None if why else found.what, why))
     if loss and not losses:
         why = "loss=True was asked for, and it holds no model that computes its own loss"
         rows.append(Row("", families.own_type(model).__name__, None, why))

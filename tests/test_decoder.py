@@ -68,9 +68,8 @@ def test_a_decoder_is_no_longer_that_of_a_model_that_was_trained(family, optimiz
     for options in (dict(tokens=10_000), dict(dtype=torch.bfloat16)):
         decoder = Decoder(model, **options)
         generate(decoder, PROMPT, 2)
-        model(PROMPT).sum().backward() if isinstance(model, GPT) else models.logits_and_loss(model, PROMPT, PROMPT)[
-            1
-        ].backward()
+        loss = model(PROMPT).sum() if isinstance(model, GPT) else models.logits_and_loss(model, PROMPT, PROMPT)[1]
+        loss.backward()
         optimizer(model.parameters(), lr=0.1).step()
         with pytest.raises(ValueError, match="has changed since"):
             generate(decoder, PROMPT, 2)
@@ -78,6 +77,24 @@ def test_a_decoder_is_no_longer_that_of_a_model_that_was_trained(family, optimiz
     with torch.no_grad():
         decoder.anatomy.head.weight.zero_()
     assert generate(decoder, PROMPT, 2, temperature=0).tokens == [[0, 0]]  # the model's own, as it is now
+
+
+@pytest.mark.parametrize("family", ["fastgpt", "hugging face", "nanogpt"])
+def test_a_bias_alone_that_was_written_to(family):
+    model = varied(FAMILIES[family]() if family != "nanogpt" else models.nanogpt(block_size=128))
+    decoder = Decoder(model, dtype=torch.bfloat16)
+    bias = next(p for name, p in model.named_parameters() if name.endswith("c_proj.bias"))
+    torch.nn.init.zeros_(bias)
+    with pytest.raises(ValueError, match="has changed since"):
+        generate(decoder, PROMPT, 2)
+
+
+def test_queries_with_a_bias_and_keys_without():
+    model = models.book(context_length=128, qkv_bias=True)
+    for block in model.trf_blocks:
+        block.att.W_key.bias = None
+    model = varied(model)
+    assert generate(model, PROMPT, 6, temperature=0).tokens == [recomputed(model, PROMPT[0].tolist(), 6, 128)]
 
 
 @pytest.mark.parametrize("places", [("lm_head",), ("wte",), ("wpe",), ("lm_head", "wte")])

@@ -27,8 +27,8 @@ class Layer(NamedTuple):
 
 
 class Anatomy(NamedTuple):
-    tokens: nn.Module
-    positions: nn.Module
+    tokens: nn.Embedding
+    positions: nn.Embedding
     layers: tuple[Layer, ...]
     norm: nn.Module
     head: nn.Module

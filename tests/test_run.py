@@ -1,0 +1,171 @@
+"""What may befall a run: a disk that fails, numbers that are not finite, another trainer, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastgpt import GPT, checkpoint, monitor, train
+from fastgpt.checkpoint import Checkpoints
+from fastgpt.run import Run
+from fastgpt.weights import load_model
+from tests.runs import Runs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    return Runs(tmp_path, monkeypatch)
+
+
+def test_a_disk_that_fails_under_the_report_costs_no_training(run, monkeypatch, capsys):
+    def fails(self, rows):
+        raise OSError(28, "No space left on device", "losses.png")
+
+    monkeypatch.setattr(monitor.Monitor, "evaluated", fails)
+    run(eval_interval=6)
+    assert "step 6: [Errno 28] No space left on device: 'losses.png'; training goes on" in capsys.readouterr().out
+
+
+def test_a_full_disk_between_keeps_training_and_at_the_end_is_an_error(run, monkeypatch, capsys):
+    """The disk is full from step 2 to 4, then to the end; what was saved before stays."""
+    full = [2, 3, 4]
+    usage = checkpoint.shutil.disk_usage
+    step_of = {}
+
+    def disk_usage(path):
+        return usage(path)._replace(free=0) if step_of["run"].steps_done in full else usage(path)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", disk_usage)
+    save = Run.save
+    monkeypatch.setattr(Run, "save", lambda self, needed: (step_of.update(run=self), save(self, needed))[1])
+    run(max_iters=5)
+    told = capsys.readouterr().out
+    assert "step 3 could not be saved: [Errno 28] no space left" in told
+    assert "the newest checkpoint is of step 1; training goes on" in told
+    assert [each.step for each in Checkpoints(run.out / "checkpoints").all()] == [1, 5]
+    full += [6]
+    with pytest.raises(
+        OSError, match=r"step 6 could not be saved: .*no space left.*the newest checkpoint is of step 5"
+    ):
+        run(resume=True)
+    assert load_model(run.out)[1]["step"] == 5
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limits on the size of files")
+def test_a_disk_that_fails_while_writing(run):
+    """A real failure of write(), by a limit on the size of files: told in one line, and the old checkpoint is whole."""
+    run(max_iters=1)
+    script = f"""
+import resource, signal, sys
+sys.argv[0] = "fastgpt"
+from fastgpt import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(cli.main(["train", "--resume", "--max_iters", "2", "--out", {str(run.out)!r}]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 2, result.stderr
+    assert "step 2 could not be saved" in result.stderr and "File too large" in result.stderr
+    assert [each.step for each in Checkpoints(run.out / "checkpoints").all()] == [1]
+    assert os.listdir(run.out / "checkpoints") == ["step-00000001"]
+    assert load_model(run.out)[1]["step"] == 1
+
+
+def test_the_first_bad_tensor_is_named(run, monkeypatch):
+    """An output, once the weights are looked at; with the rank and the step."""
+
+    class Diverging(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.h[1].attn.register_forward_hook(self.spoil)
+
+        def spoil(self, module, inputs, output):
+            self.forwards = getattr(self, "forwards", 0) + 1
+            return output * torch.nan if self.forwards > 4 and self.training else None  # from step 3 on
+
+    monkeypatch.setattr(train, "GPT", Diverging)
+    message = r"loss of step 3 is nan on rank 0; the first bad tensor is the output of h.1.attn"
+    with pytest.raises(FloatingPointError, match=message):
+        run(checkpoint_interval=2)
+    assert [each.step for each in Checkpoints(run.out / "checkpoints").all()] == [2]
+    with torch.no_grad():
+        assert all(p.isfinite().all() for p in load_model(run.out)[0].parameters())
+
+
+def test_a_gradient_that_is_not_finite_is_named(run, monkeypatch):
+    class Diverging(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.h[0].mlp.c_fc.weight.register_hook(lambda grad: grad * torch.inf)
+
+    monkeypatch.setattr(train, "GPT", Diverging)
+    message = r"gradients of step 1 have the norm (nan|inf) on rank 0; .* is the gradient of h.0.mlp.c_fc.weight"
+    with pytest.raises(FloatingPointError, match=message):
+        run()
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allowed):
+    """Two of them, of which one is too many where one is allowed; the count goes on after a resume."""
+
+    class Diverging(GPT):
+        forwards = 0
+
+        def forward(self, idx, targets=None, documents=None):
+            loss = super().forward(idx, targets, documents)
+            Diverging.forwards += self.training
+            return loss * torch.nan if self.training and Diverging.forwards in (2, 5) else loss
+
+    monkeypatch.setattr(train, "GPT", Diverging)
+    options = dict(gradient_accumulation_steps=1, log_interval=1, eval_interval=3, skip_nonfinite=allowed)
+    run(max_iters=3, **options)
+    assert (
+        f"step 2 was skipped: its loss is nan, its gradients' norm nan; 1 of skip_nonfinite = {allowed}"
+        in capsys.readouterr().out
+    )
+    assert json.loads((run.out / "checkpoints/step-00000003/state.json").read_text())["skipped"] == 1
+    second, third = (load_file(run.out / f"checkpoints/step-0000000{n}/model/model.safetensors") for n in (2, 3))
+    assert any(not torch.equal(second[name], third[name]) for name in second), "the step after it counts"
+    if allowed == 1:
+        with pytest.raises(FloatingPointError, match="the loss of step 5 is nan"):
+            run(resume=True, max_iters=6, **options)
+    else:
+        model = run(resume=True, max_iters=6, **options)
+        assert all(p.isfinite().all() for p in model.parameters())
+        (row,) = json.loads((run.out / "checkpoints/step-00000006/state.json").read_text())["rows"][-1:]
+        assert 0 < row["train_loss"] < 10
+
+
+def test_two_trainers_on_one_folder(run):
+    run(max_iters=1)
+    with checkpoint.locked(run.out), pytest.raises(BlockingIOError, match=f"process {os.getpid()} on "):
+        run(resume=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_what_the_first_could_not(number):
+    """As where a step hangs, and never comes to look."""
+    code = "import time; from fastgpt.run import Signals\nwith Signals():\n    print('in', flush=True); time.sleep(60)"
+    command = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code], **command) as process:
+        assert process.stdout.readline() == "in\n"
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
