@@ -71,7 +71,7 @@ def measure(case: Case, machine: Machine, roofs: dict[str, float]) -> tuple[list
     except DeviceLost:
         raise
     except RuntimeError as error:
-        if _device_is_lost(error):
+        if device_is_lost(error):
             raise DeviceLost(f"{case.name}: {error}") from error
         raise
     gc.collect()
@@ -146,14 +146,18 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         return Row(**facts, variant=name, status=status, note=f"out of memory: {str(error)[:200]}"), None, None
     except Exception as error:  # one variant's failure must not cost the others their time
         message = f"{type(error).__name__}: {' '.join(str(error).split()[:60])}"
-        if _device_is_lost(error):
+        if device_is_lost(error):
             raise DeviceLost(f"{case.name}: {name}: {message}") from error
-        theirs = type(error).__name__ == "BackendCompilerFailed" and name != SUBJECT  # a compiler's crash is its own
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        theirs = "BackendCompilerFailed" in kinds and name != SUBJECT  # a compiler's crash is its own
         return Row(**facts, variant=name, status="skipped" if theirs else "FAILED", note=message[:300]), None, None
 
 
-def _device_is_lost(error: Exception) -> bool:
-    return "CUDA error" in str(error) or "Triton Error [CUDA]" in str(error)
+def device_is_lost(error: Exception) -> bool:
+    """Whether every later call would fail too, as after an illegal access; one that asked for too much does no harm."""
+    text = str(error)
+    too_much = "Triton Error [CUDA]: out of memory" in text or "Triton Error [CUDA]: invalid argument" in text
+    return "CUDA error" in text or ("Triton Error [CUDA]" in text and not too_much)
 
 
 def _poison(machine: Machine) -> None:
@@ -195,8 +199,8 @@ class Folder:
     def start(self, facts: dict, resume: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self.machine_file.write_text(json.dumps(facts, indent=2) + "\n")
-        if not resume:
-            self.rows_file.write_text("")
+        lines = self.rows_file.read_text().splitlines(keepends=True) if resume and self.rows_file.exists() else []
+        self.rows_file.write_text("".join(line for line in lines if line.endswith("\n")))  # but one cut short
 
     def add(self, rows: list[Row]) -> None:
         with self.rows_file.open("a") as file:

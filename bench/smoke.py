@@ -7,7 +7,7 @@ from bench.catalogue import small
 from bench.machine import Machine
 
 # What ends so launches no kernel that the others do not; the last two are other families' models.
-_REPEATS = ("block fwd+bwd", "linear + GELU", "dgrad + dGELU", ": forward", ": training step")
+_REPEATS = ("block fwd+bwd", ": forward", ": training step")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

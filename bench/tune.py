@@ -22,6 +22,7 @@ from bench.cases import SUBJECT, Case, Subject
 from bench.catalogue import catalogue
 from bench.check import judge
 from bench.machine import Machine
+from bench.measure import device_is_lost
 from bench.timing import interleaved
 from fastgpt.kernels import attention_tiles, cross_entropy, decode, layernorm, linear_gelu, mlp
 
@@ -261,7 +262,7 @@ def search(target: Target, machine: Machine, deadline: float, most: int, known: 
                 record |= _try(target, machine, subject, oracle, expected, current, trial)
             except Exception as error:  # too much shared memory, a compiler's crash: a trial's right
                 record |= {"status": "failed", "note": f"{type(error).__name__}: {str(error).strip()[:200]}"}
-                if "CUDA error" in str(error):
+                if device_is_lost(error):
                     yield record
                     raise
             yield record

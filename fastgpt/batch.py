@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.decoder import Cache, Decoder
+from fastgpt.graphs import captured, warmed
 from fastgpt.sampling import Sampling
 
 AHEAD = 4  # steps that a GPU is given before the host waits for the first of them
@@ -65,7 +66,7 @@ class Batch:
         plain = sampling.greedy and self.seen is None and self.logprobs is None and decoder.dtype != torch.float64
         self._likeliest = plain and decoder.on_kernels  # by one kernel
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graphs = device.type == "cuda" and not decoder.called and new_tokens >= GRAPH_FROM
+        self._graphs = device.type == "cuda" and not decoder.calls and new_tokens >= GRAPH_FROM
 
     def advance(self) -> None:
         """One token more for every row."""
@@ -82,11 +83,10 @@ class Batch:
         elif not self._graphs:
             self._step(self.longest)
         elif self._graph is None and self.steps == 1:
-            self._on_a_side_stream()  # what a capture can't do: compile kernels and create handles
+            warmed(self.decoder.device, lambda: self._step(None))
         else:
             if self._graph is None:
-                self._capture()
-            assert self._graph is not None
+                self._graph, _ = captured(self.decoder.device, lambda: self._step(None), self.generator)
             self._graph.replay()
 
     def first_logits(self) -> Tensor:
@@ -130,20 +130,6 @@ class Batch:
     def _finite_at_a_glance(self, logits: Tensor) -> bool:
         """On a CPU, which need not be waited for: a sum is finite only if all of its terms are."""
         return logits.device.type == "cpu" and math.isfinite(logits.sum().item())
-
-    def _on_a_side_stream(self) -> None:
-        stream = torch.cuda.Stream(self.decoder.device)
-        stream.wait_stream(torch.cuda.current_stream(self.decoder.device))
-        with torch.cuda.stream(stream):
-            self._step(None)
-        torch.cuda.current_stream(self.decoder.device).wait_stream(stream)
-
-    def _capture(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        if self.generator is not None:
-            self._graph.register_generator_state(self.generator)
-        with torch.cuda.graph(self._graph):
-            self._step(None)
 
 
 def device_of(decoder: Decoder):

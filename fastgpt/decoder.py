@@ -19,7 +19,7 @@ from fastgpt.families import occupied, plain
 from fastgpt.linears import BagLinear, Layout, Linear
 from fastgpt.mlp import gelu as cpu_gelu
 from fastgpt.model import GPT
-from fastgpt.parts import Mlp, Norm, Reader, anatomy, unwrapped, version
+from fastgpt.parts import Mlp, Norm, Reader, anatomy, unwrapped
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
@@ -89,19 +89,26 @@ class Decoder:
         width = found.tokens.embedding_dim
         self.head_dim = width // self.heads
         short = self._all_plain()
-        self._fused = short and not self._torch and width <= ops.autograd.few_rows.MAX_NORMED
+        narrow = width <= ops.autograd.few_rows.MAX_NORMED and self.dtype != torch.float64
+        self._fused = short and not self._torch and narrow
         on_cpu = self._torch and self.device.type == "cpu" and not self.called
         self._one_row = short and on_cpu and self._as_one_row_needs()
-        self._copied = reader.copied
+        self._sources = reader.sources
+        self._sources.seal()
         if self.called and dtype is not None and dtype != embedded:
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")
         if not isinstance(inner, GPT):
             self._try(model)
 
     def check_unchanged(self) -> None:
-        """ValueError where the model's weights have been written to, and this Decoder has copies of them."""
-        if any(version(tensor) != at for tensor, at in self._copied):
-            raise ValueError("generate: the model has changed since this Decoder copied its weights; make a new one")
+        """ValueError where the model has other weights than this Decoder, which has copies or those of before."""
+        if self._sources.changed():
+            raise ValueError("generate: the model has changed since this Decoder read its weights; make a new one")
+
+    @property
+    def calls(self) -> bool:
+        """Whether a step calls modules, which may do anything."""
+        return bool(self.called or occupied(self.anatomy.tokens) or occupied(self.anatomy.positions))
 
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
@@ -275,8 +282,7 @@ class Decoder:
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
         """No gradients, no autocast, and whatever is called in eval mode."""
-        calls = self.called or occupied(self.anatomy.tokens) or occupied(self.anatomy.positions)
-        modes = self._evaluating() if calls else contextlib.nullcontext()
+        modes = self._evaluating() if self.calls else contextlib.nullcontext()
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), modes:
             yield
 

@@ -39,6 +39,7 @@ def evaluate(
     ValueError for tokens that are too few or outside the vocabulary, and for a loss that is not finite.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model, dtype=dtype)
+    decoder.check_unchanged()
     window = decoder.context if window is None else window
     if not 1 <= window <= decoder.context:
         raise ValueError(f"eval: window is {window}, not from 1 to the context of {decoder.context}")

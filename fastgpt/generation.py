@@ -203,8 +203,7 @@ def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: i
         )
     rows, each = len(prompts) * samples, slots(decoder, longest, new)
     needed = Cache.size(decoder, rows, each) + rows * (longest + new) * 8 + rows * decoder.outputs * 4
-    on_a_card = decoder.device.type == "cuda"
-    there = torch.cuda.mem_get_info(decoder.device)[0] if on_a_card else memory.physical_bytes()
+    there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
         raise ValueError(
             f"generate: {rows} rows of {each} tokens need about {needed / 2**30:,.1f} GiB, "

@@ -33,6 +33,15 @@ def physical_bytes() -> int | None:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """What new tensors there may take: what a GPU has free and what PyTorch keeps of it for itself, or all of the main
+    memory; None where the system does not say."""
+    if device.type != "cuda":
+        return physical_bytes()
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 class LargePages:
     """Tensors in main memory, close together on the system's large pages where it has them: Linux, whose setting
     transparent_hugepage is madvise or always. Weights that are read once a token come 4 to 19% faster from pages of

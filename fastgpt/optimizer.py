@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastgpt.graphs import captured, warmed
+
 
 def adamw(
     model: nn.Module,
@@ -105,9 +107,9 @@ class TrainingStep:
     def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not self.graph:
             return self._step(idx, targets)
-        if self._calls < 2:  # what a capture can't do: compile kernels, create handles and the optimizer's state
+        if self._calls < 2:
             self._calls += 1
-            return self._on_a_side_stream(idx, targets)
+            return warmed(self.device, lambda: self._step(idx, targets))
         if self._captured is None:
             self._capture(idx, targets)
         for static, given in zip(self._inputs, (idx, targets), strict=True):
@@ -133,17 +135,7 @@ class TrainingStep:
         self.optimizer.step()
         return total, torch.full((), torch.nan, device=self.device)
 
-    def _on_a_side_stream(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            outputs = self._step(idx, targets)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        return outputs
-
     def _capture(self, idx: Tensor, targets: Tensor) -> None:
         self._inputs = idx.clone(), targets.clone()
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own memory is to hold the gradients
-        self._captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._captured):
-            self._outputs = self._step(*self._inputs)
+        self._captured, self._outputs = captured(self.device, lambda: self._step(*self._inputs))

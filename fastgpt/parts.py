@@ -84,8 +84,48 @@ def anatomy(model: Any) -> Anatomy:
     )
 
 
-def version(tensor: Tensor) -> int:
-    """Counts what was written to it in place."""
+class Sources:
+    """The tensors of a live model that were read, and whether a reader still has what the model has now.
+
+    PyTorch counts what is written to a tensor in place, but not by its fused optimizers, a CUDA graph's replay or
+    through `.data`: of tensors that were copied, a few numbers each are compared too. Those of others are looked up.
+    """
+
+    def __init__(self) -> None:
+        self._copied: list[tuple[Any, str, int]] = []  # module, name, version
+        self._shared: list[tuple[Any, str, int]] = []  # module, name, address
+        self._sample: Tensor | None = None
+
+    def add(self, module: Any, copied: bool, names: tuple[str, ...] = ("weight", "bias")) -> None:
+        for name in names:
+            tensor = getattr(module, name, None)
+            if tensor is not None and copied:
+                self._copied.append((module, name, _version(tensor)))
+            elif tensor is not None:
+                self._shared.append((module, name, tensor.data_ptr()))
+
+    def seal(self) -> None:
+        """All are read."""
+        self._sample = self._numbers()
+
+    def changed(self) -> bool:
+        if any(getattr(module, name).data_ptr() != address for module, name, address in self._shared):
+            return True
+        if any(_version(getattr(module, name)) != at for module, name, at in self._copied):
+            return True
+        now = self._numbers()
+        if now is None or self._sample is None:
+            return now is not self._sample
+        return now.device != self._sample.device or not torch.equal(now, self._sample)
+
+    def _numbers(self) -> Tensor | None:
+        """Bits of each copied tensor from all over it, which training changes."""
+        tensors = [getattr(module, name).detach() for module, name, _ in self._copied]
+        some = [(t.diagonal() if t.dim() == 2 else t.reshape(-1))[::16] for t in tensors]
+        return torch.cat(some).view(torch.uint8) if some else None
+
+
+def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -97,7 +137,7 @@ class Reader:
 
     def __init__(self, dtype: torch.dtype | None, layout: Layout):
         self._cast, self._layout = dtype, layout
-        self.copied: list[tuple[Tensor, int]] = []  # the model's tensors, at which version
+        self.sources = Sources()
         self.called: list[nn.Module] = []
 
     def linear(self, module: Any) -> Linear | BagLinear | nn.Module:
@@ -113,9 +153,9 @@ class Reader:
 
     def _laid_out(self, weight: Tensor, bias: Tensor | None, modules: list[Any]) -> Linear | BagLinear:
         linear = self._layout.linear(self._as(weight), None if bias is None else self._as(bias))
-        if isinstance(linear, BagLinear) or linear.weight.data_ptr() != modules[0].weight.data_ptr():
-            sources = [tensor for module in modules for tensor in (module.weight, getattr(module, "bias", None))]
-            self.copied += [(source, version(source)) for source in sources if source is not None]
+        copied = isinstance(linear, BagLinear) or linear.weight.data_ptr() != modules[0].weight.data_ptr()
+        for module in modules:
+            self.sources.add(module, copied)
         return linear
 
     def _as(self, tensor: Tensor) -> Tensor:
@@ -133,6 +173,7 @@ class Reader:
         if occupied(module) or not plain(weight, bias):
             self.called.append(module)
             return module
+        self.sources.add(module, copied=False, names=names)
         return Norm(weight.detach(), None if bias is None else bias.detach(), getattr(module, "eps", 1e-5))
 
     def _mlp(self, module: Any) -> Mlp | nn.Module:

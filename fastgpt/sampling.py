@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_ONE = 2**40  # a probability of 1, where probabilities are counted
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -75,9 +77,10 @@ class Sampling:
         elif self.top_p < 1:
             logits, ids = logits.sort(descending=True)
         weights = logits.softmax(-1)
-        if self.top_p < 1:
-            before = F.pad(weights.cumsum(-1)[:, :-1], (1, 0))  # of the likelier ones
-            weights = weights.masked_fill(before >= self.top_p, 0.0)
+        if self.top_p < 1:  # counted in whole numbers: a GPU may add floating-point ones up in another order each time
+            counts = (weights * _ONE).to(torch.int64)
+            before = F.pad(counts.cumsum(-1)[:, :-1], (1, 0))  # of the likelier ones
+            weights = weights.masked_fill(before >= int(self.top_p * _ONE), 0.0)
         if self.min_p > 0:
             weights = weights.masked_fill(weights < self.min_p * weights.amax(-1, keepdim=True), 0.0)
         return weights, ids

@@ -20,6 +20,7 @@ from fastgpt import families, ops
 from fastgpt.families import Swap, gpt2, nanogpt, raschka
 
 _TOKENS = 16  # the vocabulary and context of a whole model's trial
+_DROPOUT = 0.25  # of a trial in training, so that its place shows
 _RECOGNISE = (gpt2.recognise, nanogpt.recognise, raschka.recognise, families.recognise_mlp, families.recognise_norm)
 
 
@@ -78,11 +79,11 @@ def accelerate(
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"accelerate: {name} is {value!r}, not True or False")
+    all_found = [(name, module, _recognised(module)) for name, module in model.named_modules()]
     restore(model)
     tried: dict[Any, str | None] = {}
     rows, losses = [], 0
-    for name, module in reversed(list(model.named_modules())):  # children first: a block's trial asks for them
-        found = next((found for recognise in _RECOGNISE if (found := recognise(module)) is not None), None)
+    for name, module, found in reversed(all_found):  # children first: a block's trial asks for them
         kind = families.own_type(module).__name__
         if isinstance(found, str):
             rows.append(Row(name, kind, None, found))
@@ -94,6 +95,10 @@ def accelerate(
         why = "loss=True was asked for, and it holds no model that computes its own loss"
         rows.append(Row("", families.own_type(model).__name__, None, why))
     return Report(tuple(reversed(rows)))
+
+
+def _recognised(module: nn.Module) -> Swap | str | None:
+    return next((found for recognise in _RECOGNISE if (found := recognise(module)) is not None), None)
 
 
 def restore(model: nn.Module) -> None:
@@ -109,8 +114,8 @@ def accelerated(model: nn.Module, **options) -> Iterator[nn.Module]:
         module: {name: module.__dict__[name] for name in ("forward", "fastgpt_swap") if name in module.__dict__}
         for module in model.modules()
     }
-    accelerate(model, **options)
     try:
+        accelerate(model, **options)
         yield model
     finally:
         for module in model.modules():
@@ -133,16 +138,17 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
     if "forward" in state:
         return "it has a forward of its own"
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    buffers = tuple((name, _bytes(buffer)) for name, buffer in module.named_buffers())
     parts = tuple(
         (families.own_type(part), "fastgpt_swap" in part.__dict__, *_settings(part)) for part in module.modules()
     )
-    key = (shapes, parts, swap.function, swap.names, swap.gelu)
+    key = (shapes, buffers, parts, swap.function, swap.names, swap.gelu)
     if key not in tried:
         tried[key] = _trial(module, swap)
     if tried[key] is None:
         state["fastgpt_swap"] = swap
         state["forward"] = forward = functools.partial(families.run, module)
-        forward.__signature__ = _signature(module)  # type: ignore[attr-defined]
+        forward.__dict__["__signature__"] = _signature(module)
     return tried[key]
 
 
@@ -160,8 +166,21 @@ def _signature(module: nn.Module) -> inspect.Signature:
 
 
 def _settings(module: nn.Module) -> list[tuple]:
-    """The numbers and words that may change what the module computes, but for its place among its like."""
-    return [(n, v) for n, v in module.__dict__.items() if isinstance(v, int | float | str) and n != "layer_idx"]
+    """The numbers and words that may change what the module computes; transformers' own classes do not ask for their
+    place among their like."""
+    place = "layer_idx" if families.own_type(module).__module__.startswith("transformers.") else None
+    return [(name, value) for name, value in module.__dict__.items() if name != place and _is_setting(value)]
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, int | float | str) or (isinstance(value, tuple) and all(map(_is_setting, value)))
+
+
+def _bytes(buffer: Tensor) -> int | None:
+    """What a buffer holds, as a number; None for one without memory."""
+    if buffer.is_meta or not buffer.numel():
+        return None
+    return hash(buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _trial(module: nn.Module, swap: Swap) -> str | None:
@@ -169,6 +188,7 @@ def _trial(module: nn.Module, swap: Swap) -> str | None:
     if swap.width == 0:
         return None
     kind = families.own_type(module).__name__
+    whose = "its own forward"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             torch.manual_seed(0)
@@ -176,16 +196,18 @@ def _trial(module: nn.Module, swap: Swap) -> str | None:
                 twin, inputs = _twin(module, swap), _inputs(swap)
                 for training in (False, True):
                     twin.train(training)
-                    torch.manual_seed(1)  # a stranger's part may be random; it must be called at the same time
-                    expected = families.class_forward(twin, *inputs)
+                    torch.manual_seed(1)  # dropout, or a stranger's part, must draw the same at the same time
+                    whose, expected = "its own forward", families.class_forward(twin, *inputs)
                     torch.manual_seed(1)
+                    whose = "fastgpt's"
                     actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
                     if swap.flag == "loss" and training:  # without its logits
                         expected, actual = expected[-1], actual[-1]
                     if not _agree(actual, expected):
                         return f"this {kind} computes something else"
     except Exception as error:  # a stranger's code: whatever it raises, it is left alone
-        return f"a trial of it failed with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        said = str(error).splitlines()[0] if str(error) else ""
+        return f"a trial of {whose} failed with {type(error).__name__}: {said}"
     return None
 
 
@@ -196,6 +218,7 @@ def _inputs(swap: Swap) -> tuple[Tensor, ...]:
         return ids, targets
     x = torch.randn(2, 5, swap.width, dtype=torch.float64)
     x[:, 1:3] *= 1e-2  # where eps counts
+    x[1, 4] *= 30  # where a bound would
     return (x,)
 
 
@@ -215,7 +238,8 @@ def _agree(actual, expected) -> bool:
 
 
 def _twin(module: nn.Module, swap: Swap) -> Any:
-    """A copy with random float64 weights on the CPU, without hooks and dropout, its children swapped as the module's.
+    """A copy with random float64 weights on the CPU, without hooks and with dropout everywhere, its children swapped as
+    the module's.
 
     copy.deepcopy would do, but for hooks that hold half a process group, classes that forbid it (fully_shard's), and
     weights that are on another device, distributed or large.
@@ -249,9 +273,9 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
         if "fastgpt_swap" in twin.__dict__:
             twin.fastgpt_swap = twin.fastgpt_swap._replace(backend="torch")
         if isinstance(twin, nn.Dropout):
-            twin.p = 0.0
+            twin.p = _DROPOUT
         elif isinstance(twin.__dict__.get("dropout"), float):  # nanoGPT's attention and the book's fast one
-            twin.dropout = 0.0
+            twin.dropout = _DROPOUT
         if hasattr(twin.__dict__.get("config"), "_attn_implementation"):
             twin.config._attn_implementation = "sdpa"
     twin = memo[id(module)]

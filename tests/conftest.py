@@ -42,6 +42,8 @@ def _deterministic():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+    if HAS_GPU:  # many processes share it
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import batch, generate, reference
+from fastgpt import batch, generate, graphs, reference
 from fastgpt.batch import Batch, Readback
 from fastgpt.decoder import Decoder
 from fastgpt.sampling import Sampling
@@ -77,7 +77,8 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
             made[0]._step(None)
 
     @contextlib.contextmanager
-    def graph(captured):
+    def graph(captured, stream, capture_error_mode):
+        assert stream.device == made[0].decoder.device and capture_error_mode == "thread_local"
         held = [t for t in (*vars(made[0]).values(), *vars(made[0].cache).values()) if isinstance(t, torch.Tensor)]
         kept, state = [tensor.clone() for tensor in held], made[0].generator.get_state()
         yield log.append("capture")
@@ -93,8 +94,9 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            self.wait_stream = lambda other: log.append("waits")
+            self.device, self.wait_stream = device, lambda other: log.append("waits")
 
+    graphs._stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -142,8 +144,14 @@ def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
 def test_the_graph_gives_the_steps_tokens(dtype, monkeypatch):
     """On a GPU: a captured step against the same steps one launch at a time, greedy and drawn."""
     model = gpt(128, n_embd=64).to("cuda", dtype)
-    for options in (dict(temperature=0), dict(seed=3, top_p=0.9, repetition_penalty=1.1), dict(stop_ids=[2, 5])):
-        captured = generate(model, [[3, 1, 4], [7]], 100, **{"temperature": 0, **options})
+    drawn = dict(seed=3, temperature=0.8)
+    for options in (
+        dict(temperature=0, stop_ids=[2, 5]),
+        dict(**drawn),
+        dict(**drawn, top_k=5, min_p=0.01),
+        dict(**drawn, top_p=0.9, repetition_penalty=1.1, logprobs=True),
+    ):
+        captured = generate(model, [[3, 1, 4], [7]], 100, **options)
         monkeypatch.setattr(batch, "GRAPH_FROM", 10**9)
-        assert generate(model, [[3, 1, 4], [7]], 100, **{"temperature": 0, **options}).tokens == captured.tokens
+        assert generate(model, [[3, 1, 4], [7]], 100, **options).tokens == captured.tokens
         monkeypatch.undo()

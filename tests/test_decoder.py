@@ -7,6 +7,7 @@ from torch import nn
 
 from fastgpt import GPT, autograd, generate, walks
 from fastgpt.decoder import Cache, Decoder
+from fastgpt.evaluation import evaluate
 from fastgpt.generation import stream
 from tests import models
 from tests.small_gpt import FAMILIES, PROMPT, gpt, recomputed, varied
@@ -61,7 +62,11 @@ def test_norms_of_two_dtypes_go_the_long_way(model):
     assert len(generate(model, PROMPT, 4, temperature=0).tokens[0]) == 4
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def fused(parameters, lr):  # it counts nothing in the parameters' versions
+    return torch.optim.AdamW(parameters, lr, fused=True)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, fused])
 @pytest.mark.parametrize("family", ["fastgpt", "hugging face", "book"])
 def test_a_decoder_is_no_longer_that_of_a_model_that_was_trained(family, optimizer):
     model = FAMILIES[family]()
@@ -73,10 +78,43 @@ def test_a_decoder_is_no_longer_that_of_a_model_that_was_trained(family, optimiz
         optimizer(model.parameters(), lr=0.1).step()
         with pytest.raises(ValueError, match="has changed since"):
             generate(decoder, PROMPT, 2)
+        with pytest.raises(ValueError, match="has changed since"):
+            evaluate(decoder, PROMPT[0].numpy())
     decoder = Decoder(gpt())
     with torch.no_grad():
         decoder.anatomy.head.weight.zero_()
     assert generate(decoder, PROMPT, 2, temperature=0).tokens == [[0, 0]]  # the model's own, as it is now
+
+
+def assign(model, other):
+    model.load_state_dict(other, assign=True)
+
+
+def copy_through_data(model, other):
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(other[name])
+
+
+def halve(model, other):
+    model.half()
+
+
+def replace_a_norms_weight(model, other):
+    model.h[0].ln_1.weight = nn.Parameter(other["h.0.ln_1.weight"])
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("change", [assign, copy_through_data, halve, replace_a_norms_weight])
+def test_a_decoder_of_weights_that_were_replaced(dtype, change):
+    model = gpt(128)
+    decoder = Decoder(model, dtype=dtype)
+    generate(decoder, PROMPT, 2)
+    change(model, gpt(128).state_dict())
+    if dtype is None and change is copy_through_data:  # the tensors are the same, and so are the tokens
+        assert generate(decoder, PROMPT, 4, temperature=0) == generate(model, PROMPT, 4, temperature=0)
+        return
+    with pytest.raises(ValueError, match="has changed since"):
+        generate(decoder, PROMPT, 2)
 
 
 @pytest.mark.parametrize("family", ["fastgpt", "hugging face", "nanogpt"])

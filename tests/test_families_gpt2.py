@@ -331,3 +331,67 @@ def test_a_call_of_attention_that_asks_for_more_is_left_to_itself(asked, monkeyp
 def test_generation_needs_no_encoder():
     with pytest.raises(ValueError, match="this GPT2LMHeadModel has cross-attention, and no encoder is given"):
         fastgpt.generate(hugging_face(add_cross_attention=True), IDX, 3)
+
+
+# A subclass that asks for more
+
+
+def test_what_a_subclass_is_told_beside_the_known_arguments():
+    model = hugging_face(n_layer=1).double().eval()
+    block = model.transformer.h[0]
+
+    class Block(type(block)):
+        def forward(self, hidden_states, *args, task_scale=1.0, **kwargs):
+            return super().forward(hidden_states * task_scale, *args, **kwargs)
+
+    class Attention(type(block.attn)):
+        def forward(self, hidden_states, *args, shift=0.0, **kwargs):
+            return super().forward(hidden_states + shift, *args, **kwargs)
+
+    block.__class__, block.attn.__class__ = Block, Attention
+    idx, mask = padded("left")
+    calls = [
+        lambda: block(torch.ones(1, 3, 48, dtype=torch.float64), task_scale=2.0),
+        lambda: block.attn(torch.ones(1, 3, 48, dtype=torch.float64), shift=0.5)[0],
+        lambda: block.attn(hidden_states=torch.ones(1, 3, 48, dtype=torch.float64))[0],
+        lambda: block(hidden_states=torch.ones(1, 3, 48, dtype=torch.float64)),
+        lambda: model(idx, attention_mask=mask).logits * mask[..., None],
+    ]
+    before = [call() for call in calls]
+    assert all(row.now for row in accelerate(model).rows)
+    for call, expected in zip(calls, before, strict=True):
+        torch.testing.assert_close(call(), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_subclass_without_room_for_our_mask():
+    model = hugging_face(n_layer=1).double()
+    attn = model.transformer.h[0].attn
+
+    class Attention(type(attn)):
+        def forward(
+            self, hidden_states, past_key_values=None, cache_position=None, attention_mask=None, use_cache=None,
+            encoder_hidden_states=None, encoder_attention_mask=None, output_attentions=None, position_ids=None,
+        ):  # fmt: skip
+            y, weights = super().forward(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask)
+            return 2 * y, weights  # so that it is left
+
+    attn.__class__ = Attention
+    idx, mask = padded("left")
+    assert_as_before(model, idx, attention_mask=mask, use_cache=False)
+
+
+def test_a_mask_for_all_rows_alike(generators):
+    idx = IDX[:, :5]
+    found = []
+    for model in generators:
+        past = model(idx[:, :4], use_cache=True).past_key_values
+        seen = torch.tensor([True, False, True, True, True])[None, None, None]
+        found.append(model(idx[:, 4:], attention_mask=seen, past_key_values=past).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+def test_a_mask_that_is_not_as_wide_as_the_cache(generators):
+    for model in generators:
+        past = model(IDX[:, :4], use_cache=True).past_key_values
+        with pytest.raises((ValueError, RuntimeError)):
+            model(IDX[:, 4:5], attention_mask=torch.ones(2, 1, 1, 3, dtype=torch.bool), past_key_values=past)

@@ -126,3 +126,9 @@ def test_an_old_transformers_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "fastgpt.families.huggingface")
     with pytest.raises(ImportError, match=r"needs transformers 4\.53 or newer"):
         importlib.import_module("fastgpt.families.huggingface")
+
+
+def test_attention_sinks_are_refused():
+    q = torch.randn(2, 4, 7, 8)
+    with pytest.raises(ValueError, match="no attention sinks"):
+        fastgpt.families.huggingface.attention_function(nn.Module(), q, q, q, None, s_aux=torch.ones(4))

@@ -138,7 +138,7 @@ def test_a_step_is_captured_once_and_replayed(monkeypatch):
                 static.copy_(new)
 
     @contextlib.contextmanager
-    def graph(_):
+    def graph(_, stream, capture_error_mode):
         before = copy.deepcopy((captured.state_dict(), step.optimizer.state_dict()))
         yield log.append("capture")
         captured.load_state_dict(before[0])

@@ -46,6 +46,18 @@ def class_forward(module: nn.Module, *args, **kwargs):
     return type(module).forward(module, *args, **kwargs)
 
 
+def of_one_input(function: Callable) -> Callable:
+    """`function`(module, swap, x) for a class that may take more: a call of anything but x is the class's own."""
+
+    @functools.wraps(function)
+    def call(module: nn.Module, swap: Swap, /, *args, **kwargs):
+        if kwargs or len(args) != 1:
+            return class_forward(module, *args, **kwargs)
+        return function(module, swap, *args)
+
+    return call
+
+
 def swap_of(module) -> Swap | None:
     """The module's Swap, where its forward is still ours and calling it would do nothing more."""
     if not isinstance(module, nn.Module) or occupied(module):
@@ -88,6 +100,12 @@ def own_type(module: nn.Module) -> Any:
     return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
 
 
+def width_of(norm: Any) -> int | None:
+    """Channels of a norm, by its first parameter; None where it has none."""
+    parameter = next(norm.parameters(), None)
+    return None if parameter is None or parameter.dim() != 1 else parameter.shape[0]
+
+
 def is_linear(module) -> bool:
     """An nn.Linear, or a Conv1D, Hugging Face's linear layer with a weight of (in, out); not a subclass's forward."""
     if not isinstance(module, nn.Module):
@@ -112,14 +130,15 @@ def dropout_p(module) -> float | None:
     """The probability that an nn.Dropout applies now, 0 for an nn.Identity; None where it must be called."""
     if not isinstance(module, nn.Module) or occupied(module):
         return None
-    if type(module).forward is nn.Dropout.forward:
-        return float(module.p) if module.training else 0.0  # type: ignore[arg-type]
+    if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
+        return float(module.p) if module.training else 0.0
     return 0.0 if type(module).forward is nn.Identity.forward else None
 
 
 # LayerNorm, and the residual add before it.
 
 
+@of_one_input
 def layer_norm(norm: Any, swap: Swap, x: Tensor) -> Tensor:
     weight, bias = _affine(norm, swap)
     if not plain(x, weight, bias):
@@ -169,6 +188,7 @@ def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: 
 # Linear, GELU, Linear, and perhaps a dropout.
 
 
+@of_one_input
 def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
     parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
     linear_in, linear_out, act, dropout = parts

@@ -22,6 +22,7 @@ from fastgpt.families import (
     own_type,
     plain,
     swap_of,
+    width_of,
 )
 from fastgpt.families.anatomy import Anatomy, transformer_anatomy
 
@@ -31,6 +32,13 @@ _SPECIAL = (
     *("encoder_hidden_states", "head_mask", "position_bias", "cache", "softcap", "output_attentions"),
     *("layer_past", "past_key_value"),  # names of the cache in older versions
 )
+
+
+# Of a subclass that has a forward of its own, calls with nothing but these are understood.
+_KNOWN = {
+    *("past_key_values", "cache_position", "attention_mask", "use_cache", "position_ids", "is_causal"),
+    *("encoder_attention_mask", *_SPECIAL),
+}
 
 
 def special(call: dict) -> bool:
@@ -43,7 +51,9 @@ def recognise(module: Any) -> Swap | str | None:
     children = module._modules
     if {"ln_1", "attn", "ln_2", "mlp"} <= children.keys() and hasattr(children["attn"], "num_heads"):
         parameters = tuple(inspect.signature(own_type(module).forward).parameters)[1:]
-        width = children["ln_1"].weight.shape[0]
+        width = width_of(children["ln_1"])
+        if width is None:
+            return "its ln_1 has no weight"
         return Swap(block, "layer_norm", "the first residual add inside ln_2", parameters, width)
     if {"c_attn", "c_proj"} <= children.keys() and all(
         isinstance(getattr(module, name, None), int) for name in ("num_heads", "embed_dim")
@@ -66,9 +76,15 @@ def recognise(module: Any) -> Swap | str | None:
 def model(module: Any, swap: Swap, *args, **kwargs):
     names = ("input_ids", "past_key_values", "attention_mask")
     mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and getattr(module.config, "is_causal", True):
+    understood = all(_is_theirs(block) and _is_theirs(block.attn) for block in module.h)
+    if understood and isinstance(mask, Tensor) and mask.dim() == 2 and getattr(module.config, "is_causal", True):
         kwargs["fastgpt_key_mask"] = mask.bool()
     return class_forward(module, *args, **kwargs)
+
+
+def _is_theirs(module: Any) -> bool:
+    """Whether the class's forward is transformers' own, whose arguments are known, and not a subclass's."""
+    return own_type(module).forward.__module__.startswith("transformers.")
 
 
 def key_mask(queries: int, keys: int, mask: Tensor | None, padding: Tensor | None):
@@ -90,7 +106,7 @@ def _covered(attn: Any, x: Tensor, call: dict) -> bool:
         return False
     if not getattr(attn, "is_causal", True):
         return False
-    if special(call):
+    if special(call) or not (_is_theirs(attn) or call.keys() <= _KNOWN):
         return False
     if x.dim() != 3 or not plain(x) or hasattr(past, "self_attention_cache"):
         return False
@@ -116,7 +132,10 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
         more = () if position is None else ({"cache_position": position},)
         k, v = past.update(k, v, attn.layer_idx, *more)
         keys = k.shape[2]
-    _, seen = key_mask(time, keys if mask is not None else time, mask, padding)
+    known, seen = key_mask(time, keys if mask is not None else time, mask, padding)
+    if not known:
+        raise ValueError(f"attention_mask is {tuple(mask.shape)}, and the cache now holds {keys} keys")  # type: ignore[union-attr]
+    seen = None if seen is None else seen.expand(batch, -1)
     # transformers keeps a cache in training too, unless told not to: its first pass holds what qkv does
     if past is None or (keys == time and type(past).__name__ == "DynamicCache"):
         return ops.causal_attention_qkv(qkv, attn.num_heads, key_mask=seen, **options)
@@ -126,18 +145,20 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
     return y.transpose(1, 2).reshape(batch, time, -1)
 
 
-def attention(attn: Any, swap: Swap, x: Tensor, *args, **kwargs):
-    y = None if args else _heads(attn, swap, x, kwargs)
+def attention(attn: Any, swap: Swap, *args, **kwargs):
+    y = _heads(attn, swap, args[0], kwargs) if len(args) == 1 else None
     if y is None:
-        return class_forward(attn, x, *args, **kwargs)
+        return class_forward(attn, *args, **kwargs)
     return attn.resid_dropout(attn.c_proj(y)), None
 
 
-def block(block: Any, swap: Swap, x: Tensor, *args, **kwargs):
-    call = {**dict(zip(swap.names[1:], args, strict=False)), **kwargs}
+def block(block: Any, swap: Swap, *args, **kwargs):
+    call = {**dict(zip(swap.names, args, strict=False)), **kwargs}
+    x = call.pop("hidden_states", None)
     checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
-    if call.get("encoder_hidden_states") is not None or checkpointed:  # the class knows how, and calls our children
-        return class_forward(block, x, *args, **kwargs)
+    understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)
+    if not understood or call.get("encoder_hidden_states") is not None or checkpointed:
+        return class_forward(block, *args, **kwargs)  # it knows how, and calls our children
     normed, attn = block.ln_1(x), block.attn
     inner, y = swap_of(attn), None
     p = dropout_p(attn.resid_dropout)

@@ -41,6 +41,8 @@ def attention_function(
 
     attention_mask: None, (B, Tk) from mask_function, or (B, 1, Tq, Tk), True where a query may look.
     """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("attn_implementation='fastgpt' has no attention sinks, which this model has: use 'eager'")
     queries, keys = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     covered, seen = key_mask(queries, keys, attention_mask, None)
@@ -52,6 +54,7 @@ def attention_function(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     if attention_mask is None and 1 < queries < keys:  # transformers' word for the first pass over a static cache
         key, value = key[:, :, :queries], value[:, :, :queries]
+    seen = None if seen is None else seen.expand(len(query), -1)
     y = ops.causal_attention(query, key, value, scale=scaling, dropout_p=dropout, key_mask=seen)
     return y.transpose(1, 2), None
 

@@ -15,8 +15,10 @@ from fastgpt.families import (
     free_linear,
     is_linear,
     linear_weight,
+    of_one_input,
     plain,
     swap_of,
+    width_of,
 )
 from fastgpt.families.anatomy import Anatomy, transformer_anatomy
 
@@ -24,7 +26,9 @@ from fastgpt.families.anatomy import Anatomy, transformer_anatomy
 def recognise(module: Any) -> Swap | str | None:
     children = module._modules
     if {"ln_1", "attn", "ln_2", "mlp"} <= children.keys() and hasattr(children["attn"], "n_head"):
-        width = children["ln_1"].weight.shape[0]
+        width = width_of(children["ln_1"])
+        if width is None:
+            return "its ln_1 has no weight"
         return Swap(block, "layer_norm", "the first residual add inside ln_2", width=width)
     if {"transformer", "lm_head"} <= children.keys() and hasattr(getattr(module, "config", None), "block_size"):
         if "wte" not in getattr(children["transformer"], "_modules", {}) or not is_linear(children["lm_head"]):
@@ -52,11 +56,13 @@ def _heads(attn: Any, swap: Swap, x: Tensor) -> Tensor | None:
     return ops.causal_attention_qkv(attn.c_attn(x), attn.n_head, dropout_p=p, backend=swap.backend)
 
 
+@of_one_input
 def attention(attn: Any, swap: Swap, x: Tensor) -> Tensor:
     y = _heads(attn, swap, x)
     return class_forward(attn, x) if y is None else attn.resid_dropout(attn.c_proj(y))
 
 
+@of_one_input
 def block(block: Any, swap: Swap, x: Tensor) -> Tensor:
     normed, attn = block.ln_1(x), block.attn
     inner, y = swap_of(attn), None
@@ -71,12 +77,15 @@ def block(block: Any, swap: Swap, x: Tensor) -> Tensor:
     return x + block.mlp(normed)
 
 
-def model(module: Any, swap: Swap, idx: Tensor, targets: Tensor | None = None) -> Any:
-    """GPT's forward; in training, with targets, it returns no logits."""
+def model(module: Any, swap: Swap, *args, **kwargs) -> Any:
+    """GPT's forward, of idx and targets; in training, with both, it returns no logits."""
+    call = {**dict(zip(("idx", "targets"), args, strict=False)), **kwargs}
+    idx, targets = (call.pop(name, None) for name in ("idx", "targets"))
+    if targets is None or not module.training or call or len(args) > 2:
+        return class_forward(module, *args, **kwargs)
     parts, head = module.transformer, module.lm_head
-    covered = free_linear(head) and head.bias is None and idx.shape[1] <= module.config.block_size
-    if targets is None or not module.training or not covered:
-        return class_forward(module, idx, targets)
+    if not (free_linear(head) and head.bias is None and idx.shape[1] <= module.config.block_size):
+        return class_forward(module, *args, **kwargs)
     x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], device=idx.device)))
     for layer in parts.h:
         x = layer(x)

@@ -20,6 +20,7 @@ from fastgpt.families import (
     own_type,
     plain,
     swap_of,
+    width_of,
 )
 from fastgpt.families.anatomy import Anatomy, Layer, backend_of
 from fastgpt.families.gpt2 import with_biases
@@ -31,7 +32,9 @@ SPLIT = ("W_query", "W_key", "W_value")
 def recognise(module: Any) -> Swap | str | None:
     children = module._modules
     if {"att", "ff", "norm1", "norm2"} <= children.keys():
-        width = next(children["norm1"].parameters()).shape[0]
+        width = width_of(children["norm1"])
+        if width is None:
+            return "its norm1 has no weight"
         return Swap(block, "layer_norm", "the first residual add inside norm2", (_residual_dropout(module),), width)
     if not all(isinstance(getattr(module, name, None), int) for name in ("num_heads", "d_out")):
         return None
