@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops, reference, walks
-from fastgpt.families import occupied, plain
+from fastgpt.families import free_embedding
 from fastgpt.linears import BagLinear, Layout, Linear
 from fastgpt.mlp import gelu as cpu_gelu
 from fastgpt.model import GPT
-from fastgpt.parts import Mlp, Norm, Reader, anatomy, unwrapped
+from fastgpt.parts import Mlp, Norm, Reader, anatomy, is_plain_gpt, unwrapped
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
@@ -83,10 +83,9 @@ class Decoder:
         self.norm = reader.norm(found.norm)
         self.head = reader.linear(found.head)
         self.called = reader.called
-        self.vocabulary = found.tokens.num_embeddings
+        self.vocabulary, width = found.tokens.weight.shape
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
-        self.context = found.positions.num_embeddings
-        width = found.tokens.embedding_dim
+        self.context = len(found.positions.weight)
         self.head_dim = width // self.heads
         short = self._all_plain()
         narrow = width <= ops.autograd.few_rows.MAX_NORMED and self.dtype != torch.float64
@@ -97,7 +96,7 @@ class Decoder:
         self._sources.seal()
         if self.called and dtype is not None and dtype != embedded:
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(self.called[0])} must be called as it is")
-        if not isinstance(inner, GPT):
+        if not is_plain_gpt(inner):
             self._try(model)
 
     def check_unchanged(self) -> None:
@@ -108,7 +107,7 @@ class Decoder:
     @property
     def calls(self) -> bool:
         """Whether a step calls modules, which may do anything."""
-        return bool(self.called or occupied(self.anatomy.tokens) or occupied(self.anatomy.positions))
+        return bool(self.called) or not self._free_tables()
 
     def name(self, module: nn.Module) -> str:
         """The module's name in the model."""
@@ -286,11 +285,14 @@ class Decoder:
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), modes:
             yield
 
+    def _free_tables(self) -> bool:
+        return free_embedding(self.anatomy.tokens) and free_embedding(self.anatomy.positions)
+
     def _embed(self, ids: Tensor, positions: Tensor | None, start: int = 0) -> Tensor:
         """positions (B, T), or None for those from `start` on."""
         tokens, places = self.anatomy.tokens, self.anatomy.positions
         token_weight, weight = tokens.weight, places.weight
-        if occupied(tokens) or occupied(places) or not plain(token_weight, weight):
+        if not self._free_tables():
             if positions is None:
                 positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.families import free_embedding, free_linear, occupied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,12 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
+def left_out(last: nn.Linear, *others: nn.Linear) -> Tensor | None:
+    """The bias of a branch's last layer, where that is left to the next norm: a layer that does more than multiply, as
+    one with an adapter or hooks, was called, with its bias."""
+    return last.bias if all(map(free_linear, (last, *others))) else None
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over (…, C), with or without the residual add before it."""
 
@@ -118,18 +125,14 @@ class LayerNorm(nn.Module):
 
     def add(self, branch: Tensor | None, x: Tensor, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream x with dropout(branch + branch_bias) added: returns (its norm, itself), both (…, C)."""
-        if branch is None:  # before the first block
-            return self(x).to(compute_dtype(self.weight)), x
-        return ops.add_layer_norm(
-            branch,
-            x,
-            self.weight,
-            self.bias,
-            self.eps,
-            x_bias=branch_bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            backend=self.backend,
-        )
+        p = self.dropout if self.training else 0.0
+        if branch is not None and not occupied(self):
+            more: Any = dict(x_bias=branch_bias, dropout_p=p, backend=self.backend)
+            return ops.add_layer_norm(branch, x, self.weight, self.bias, self.eps, **more)
+        if branch is not None:
+            branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
+            x = x + F.dropout(branch, p)
+        return self(x).to(compute_dtype(self.weight)), x
 
 
 class CausalSelfAttention(nn.Module):
@@ -144,7 +147,9 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C)
         options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
         y = ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend)  # (B, T, C)
-        return F.linear(y, self.c_proj.weight, self.c_proj.bias if add_bias else None)
+        if add_bias or not free_linear(self.c_proj):
+            return self.c_proj(y)
+        return F.linear(y, self.c_proj.weight)
 
 
 class MLP(nn.Module):
@@ -158,6 +163,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
+        if not (free_linear(self.c_fc) and free_linear(self.c_proj)):
+            return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
         return ops.gelu_mlp(
             x,
             self.c_fc.weight,
@@ -200,7 +207,8 @@ class Block(nn.Module):
         """The stream x and the branch that is not yet added to it, both (B, T, C), and the bias (C,) that the branch
         still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj."""
         normed, x = self.ln_1.add(branch, x, branch_bias)
-        normed, x = self.ln_2.add(self.attn(normed, add_bias=False, documents=documents), x, self.attn.c_proj.bias)
+        branch = self.attn(normed, add_bias=False, documents=documents)
+        normed, x = self.ln_2.add(branch, x, left_out(self.attn.c_proj))
         return x, self.mlp(normed, add_bias=False)
 
 
@@ -237,14 +245,16 @@ class GPT(nn.Module):
         """Token ids (B, T) -> what the head sees, (B, T, C). documents: (B, T) integers; a token sees its own document
         alone. ValueError for more tokens than the context holds."""
         config = self.config
-        x = ops.embedding(
-            idx,
-            self.wte.weight,
-            self.wpe.weight,
-            dropout_p=config.dropout if self.training else 0.0,
-            dtype=torch.float32 if config.residual == "float32" else compute_dtype(self.wte.weight),
-            backend=config.backend,
-        )
+        p = config.dropout if self.training else 0.0
+        dtype = torch.float32 if config.residual == "float32" else compute_dtype(self.wte.weight)
+        if free_embedding(self.wte) and free_embedding(self.wpe):
+            tables = self.wte.weight, self.wpe.weight
+            x = ops.embedding(idx, *tables, dropout_p=p, dtype=dtype, backend=config.backend)
+        else:
+            if idx.shape[1] > config.block_size:
+                raise ValueError(f"GPT: {idx.shape[1]} tokens are more than the context of {config.block_size}")
+            x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+            x = F.dropout(x.to(dtype), p)
         branch, branch_bias = None, None
         again = config.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
         block: Any  # ModuleList does not say what it holds
@@ -253,7 +263,7 @@ class GPT(nn.Module):
                 x, branch = checkpoint(block, x, branch, branch_bias, documents, use_reentrant=False)
             else:
                 x, branch = block(x, branch, branch_bias, documents)
-            branch_bias = block.mlp.c_proj.bias  # not handed on by the block: a parameter is no output to checkpoint
+            branch_bias = left_out(block.mlp.c_proj, block.mlp.c_fc)  # a parameter is no output to checkpoint
         normed, _ = self.ln_f.add(branch, x, branch_bias)
         return normed
 
@@ -262,11 +272,15 @@ class GPT(nn.Module):
         x = self.features(idx, documents)
         if targets is None:
             return self.head(x)
+        if self.lm_head is not None and not free_linear(self.lm_head):
+            logits = self.head(x).flatten(0, 1)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            return F.cross_entropy(logits.to(wide), targets.flatten().long())
         return ops.linear_cross_entropy(x, self.head_weight, targets, backend=self.config.backend)
 
     def head(self, x: Tensor) -> Tensor:
         """(…, C) -> logits (…, V)."""
-        return F.linear(x, self.head_weight)
+        return F.linear(x, self.head_weight) if self.lm_head is None else self.lm_head(x)
 
     @property
     def head_weight(self) -> Tensor:

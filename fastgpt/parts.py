@@ -11,6 +11,7 @@ from fastgpt.families import (
     linear_weight,
     nanogpt,
     occupied,
+    own_type,
     plain,
     raschka,
     recognise_mlp,
@@ -18,7 +19,7 @@ from fastgpt.families import (
 )
 from fastgpt.families.anatomy import Anatomy, Layer
 from fastgpt.linears import BagLinear, Layout, Linear
-from fastgpt.model import GPT, MLP, LayerNorm
+from fastgpt.model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
 
 
 class Norm(NamedTuple):
@@ -67,6 +68,14 @@ def _own_anatomy(model: GPT) -> Anatomy:
     return Anatomy(
         model.wte, model.wpe, tuple(layers), model.ln_f, head, config.n_head, (model, blocks), config.backend
     )
+
+
+def is_plain_gpt(model: nn.Module) -> bool:
+    """Whether it is fastgpt's GPT, and no subclass or layer of one's own in it."""
+    if own_type(model) is not GPT:
+        return False
+    blocks: Any = model.h
+    return all(own_type(b) is Block and own_type(b.attn) is CausalSelfAttention for b in blocks)
 
 
 def anatomy(model: Any) -> Anatomy:

@@ -121,6 +121,10 @@ def free_linear(module) -> bool:
     return is_linear(module) and not occupied(module) and plain(module.weight, module.bias)
 
 
+def free_embedding(module: nn.Module) -> bool:
+    return type(module).forward is nn.Embedding.forward and not occupied(module) and plain(module.weight)
+
+
 def linear_weight(module: Any) -> Tensor:
     """(out, in): a Conv1D's is a view."""
     return module.weight if isinstance(module, nn.Linear) else module.weight.t()
