@@ -42,6 +42,13 @@ def replacing(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """What a process that was killed inside `replacing` left in the folder, which nobody else may be writing to."""
+    for path in folder.glob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def writable_folder(path: Path) -> Path:
     """`path`, made if need be; OSError unless a file can be written in it, as a trial file shows."""
     path.mkdir(parents=True, exist_ok=True)
@@ -59,6 +66,10 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             _lock(file)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise OSError(
+                    error.errno, f"this file system can't lock a file: {error.strerror}", str(folder)
+                ) from error
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise BlockingIOError(f"{folder} is in use by {owner}: two trainers would mix their files") from error
@@ -246,5 +257,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # as some networks' do
+            raise
     finally:
         os.close(descriptor)

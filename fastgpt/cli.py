@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastgpt import cli_text, memory
+from fastgpt.checkpoint import Checkpoints
 from fastgpt.distributed import device_named
 from fastgpt.doctor import examine
 from fastgpt.families.raschka import VARIANTS
@@ -19,7 +20,7 @@ from fastgpt.model import PRESETS, GPTConfig, nearest
 from fastgpt.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.tokenizer import encoding
 from fastgpt.tokens import meta_of, tokenize
-from fastgpt.train import fit, pretrained
+from fastgpt.train import CHECKPOINTS, fit, pretrained
 from fastgpt.verify import TOLERANCE, load, random_ids, verify_functions, verify_model
 from fastgpt.weights import convert
 
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stderr.close()
-        return 0
+        return 141 if options.command == "train" else 0  # which is then not done
     except (ValueError, OSError, FloatingPointError) as error:
         said = str(error).removeprefix(f"{options.command}: ")  # a function of the command's name says it too
         print(f"fastgpt {options.command}: {said}", file=sys.stderr)
@@ -176,18 +177,19 @@ def _train(options: argparse.Namespace) -> None:
     if getattr(options, "init_from", None) == "resume":  # nanoGPT's way to say it
         options.resume = True
         del options.init_from
-    chosen = {}
+    chosen, goes_on = {}, False
     if options.config is not None:
         chosen = read_settings(options.config)
     elif options.resume and Path(out, SETTINGS).is_file():  # the run's own; what is given here goes over it
         chosen = read_settings(Path(out, SETTINGS))
+        goes_on = bool(Checkpoints(Path(out, CHECKPOINTS)).all())
     chosen.update((name, value) for name, value in vars(options).items() if value is not None)
     source = chosen.get("data")
     preset = chosen.get("preset", "byte-0.8M")
-    said = None if source is None or not Path(source).is_dir() else meta_of(Path(source)).get("encoding")
+    said = None if source is None else meta_of(_folder(Path(source))).get("encoding")
     tokens = encoding(chosen.get("encoding") or said or ("byte" if preset.startswith("byte") else "gpt2"))
     train_config = TrainConfig(**_fields(chosen, TrainConfig))
-    if train_config.init_from == "scratch":
+    if train_config.init_from == "scratch" or goes_on:  # then the run's own settings say the shape
         model_config = GPTConfig.preset(preset, **_fields(chosen, GPTConfig))
     else:
         model_config = pretrained(train_config.init_from, **_fields(chosen, GPTConfig)).config
@@ -199,6 +201,11 @@ def _train(options: argparse.Namespace) -> None:
     print(f"\nsaved in {out}; a sample:\n")
     prompt, seed = train_config.sample_prompt, train_config.seed
     cli_text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
+
+
+def _folder(source: Path) -> Path:
+    """Where meta.json is, of a folder of tokens or of one file in it."""
+    return source.parent if source.suffix == ".bin" else source
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.tokenizer import END_OF_TEXT
-from fastgpt.tokens import META, TRAIN, VAL, Shards, dtype_of, examine, hidden, map_tokens, meta_of
+from fastgpt.tokens import META, TEXT, TRAIN, VAL, Shards, dtype_of, examine, hidden, map_tokens, meta_of, not_text
 
 VALIDATION_BYTES = 1_000_000  # of the built-in corpus, at least
 VALIDATION_SHARE = 0.1  # of a user's text that is not split already
@@ -45,13 +45,10 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
         encoded = (_encode(documents, encoding) for documents in builtin_documents())
         files = {part: [(name, ids)] for part, ids in zip(("train", "val"), encoded, strict=True)}
     elif (path := Path(source)).is_dir() and (pair := _token_files(path)):
-        name, meta = str(path), meta_of(path)
-        if meta.get("encoding", encoding.name) != encoding.name:
-            raise ValueError(f"{path} holds tokens of the encoding {meta['encoding']!r}, not of {encoding.name!r}")
-        dtype = meta.get("dtype", "uint16")
-        files = {part: [(str(file), map_tokens(file, dtype)) for file in found] for part, found in pair.items()}
+        name = str(path)
+        files = {part: [(str(file), _mapped(file, encoding)) for file in found] for part, found in pair.items()}
     else:
-        whole = map_tokens(path) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
+        whole = _mapped(path, encoding) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
         name, files = str(path), {"": [(str(path), whole)]}
     train: Tokens
     val: Tokens
@@ -67,6 +64,14 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
     return Corpus(train, val, name, hashlib.sha256(repr(digests).encode()).hexdigest())
 
 
+def _mapped(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
+    """The ids of a file, in the width that meta.json beside it tells, or that the encoding needs."""
+    meta = meta_of(path.parent)
+    if meta.get("encoding", encoding.name) != encoding.name:
+        raise ValueError(f"{path.parent} holds tokens of the encoding {meta['encoding']!r}, not of {encoding.name!r}")
+    return map_tokens(path, meta.get("dtype", dtype_of(encoding).name))
+
+
 def _token_files(folder: Path) -> dict[str, list[Path]]:
     """Its files of tokens for training and for validation, {} if there are none of either."""
     found = {}
@@ -74,6 +79,8 @@ def _token_files(folder: Path) -> dict[str, list[Path]]:
         found[part] = [folder / usual] if (folder / usual).exists() else sorted(folder.glob(f"*{part}*.bin"))
     if not any(found.values()):
         return {}
+    if both := sorted({*found["train"]} & {*found["val"]}):
+        raise ValueError(f"{both[0]} has train and val in its name: is it to train on, or to validate?")
     return {part: files or [folder / f"{part}.bin"] for part, files in found.items()}  # the missing one is named
 
 
@@ -92,9 +99,13 @@ def _join(parts: list[np.ndarray]) -> Tokens:
 
 
 def read_tokens(source: str | Path, encoding: tiktoken.Encoding) -> np.ndarray:
-    """(N,): all tokens of a text file, a folder of them or a `.bin` file, each read as load_corpus does."""
+    """(N,): all tokens of a text file, a folder of them or a `.bin` file, each read as load_corpus does; of a folder of
+    token files those for validation."""
     path = Path(source)
-    tokens = map_tokens(path) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
+    if path.is_dir() and (pair := _token_files(path)):
+        tokens = _join([_mapped(file, encoding) for file in pair["val"]])[:]
+    else:
+        tokens = _mapped(path, encoding) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
     examine(tokens, encoding, path)
     return tokens
 
@@ -173,6 +184,8 @@ def _read_documents(path: Path) -> list[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
         texts = [text for file in files if (text := _utf8(file)) is not None]
+        if lines := [file for file in files if file.suffix == ".jsonl"]:
+            raise ValueError(_json_lines(lines[0]))
         if not texts:
             raise FileNotFoundError(f"{path} holds no text: none of its {len(files)} files is UTF-8")
         return texts
@@ -181,17 +194,24 @@ def _read_documents(path: Path) -> list[str]:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: 0 bytes")
     if path.suffix == ".jsonl":
-        raise ValueError(f"{path} holds JSON, not plain text: `fastgpt tokenize {path} -o DIR` takes its texts out")
+        raise ValueError(_json_lines(path))
     try:
         return [path.read_bytes().decode("utf-8")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from None
+        raise ValueError(not_text(path, f"byte {error.start} is 0x{error.object[error.start]:02x}")) from None
+
+
+def _json_lines(path: Path) -> str:
+    return f"{path} holds JSON, not plain text: `fastgpt tokenize {path} -o DIR` takes its texts out"
 
 
 def _utf8(path: Path) -> str | None:
+    """None for a file that is no text; ValueError where its name says that it is."""
     try:
         return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:
+        if path.suffix in TEXT:
+            raise ValueError(not_text(path, f"byte {error.start} is 0x{error.object[error.start]:02x}")) from None
         return None
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WEIGHTS, CONFIG, CHECKPOINT, STATE = "model.safetensors", "config.json", "ckpt.pt", "model.pth"
@@ -129,6 +130,22 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     return found, settings
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """As safetensors; OSError where the disk fails."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path.parent}: {error}") from error
+
+
+def write_pickle(content: Any, path: Path) -> None:
+    """As torch.save does, for those who read nothing else; OSError where the disk fails."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # PyTorch's word for it
+        raise OSError(f"{path.parent}: {error}") from error
+
+
 def _entries(path: Path) -> list[zipfile.ZipInfo]:
     with zipfile.ZipFile(path) as archive:
         return archive.infolist()
@@ -139,6 +156,8 @@ def _parsed(path: Path, parse: Callable[[Path], Any], what: str) -> Any:
     with path.open("rb"):  # a file that can't be read is another error
         try:
             return parse(path)
+        except MemoryError:
+            raise
         except Exception as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise ValueError(f"{path} is not {what}: {reason}") from error

@@ -45,7 +45,7 @@ def generate(model: nn.Module | Decoder, ids: Any, max_new_tokens: int, **option
     first, rows = steps[0], range(len(steps[0].tokens))
     return Generation(
         [[token for step in steps for token in step.tokens[row]] for row in rows],
-        steps[-1].reasons,  # type: ignore[arg-type]
+        [reason for reason in steps[-1].reasons if reason is not None],
         None if first.texts is None else ["".join(step.texts[row] for step in steps if step.texts) for row in rows],
         None if first.logprobs is None else [[p for s in steps if s.logprobs for p in s.logprobs[row]] for row in rows],
     )

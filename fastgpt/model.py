@@ -49,6 +49,12 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
         if self.n_inner is not None and (not isinstance(self.n_inner, int) or self.n_inner < 1):
             raise ValueError(f"GPTConfig: n_inner is {self.n_inner!r}, not a whole number of at least 1 or None")
+        for name, kind in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is bool and not isinstance(value, bool):
+                raise ValueError(f"GPTConfig: {name} is {value!r}, not True or False")
+            if kind is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"GPTConfig: {name} is {value!r}, not a number")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"GPTConfig: dropout is {self.dropout}, not in [0, 1]")
         if not 0 < self.layer_norm_eps < math.inf:

@@ -61,10 +61,13 @@ class Monitor:
         self.folder = folder
         self.flops, self.peak = flops_per_token(config), peak_flops(device)
         self.processes = processes
-        self.events: Any = _events(folder / EVENTS) if tensorboard else None
+        self._writer: Any = _event_writer() if tensorboard else None
+        self.events: Any = None
         self.line: tqdm | None = None
 
     def start(self, done: int, steps: int) -> None:
+        if self._writer is not None:
+            self.events = self._writer(str(self.folder / EVENTS))
         # disable=None: off a terminal there is no line that rewrites itself, but the lines of `say` alone
         self.line = tqdm(initial=done, total=steps, unit="step", dynamic_ncols=True, disable=None)
 
@@ -112,12 +115,12 @@ class Monitor:
             self.events.close()
 
 
-def _events(folder: Path) -> Any:
+def _event_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--tensorboard true needs `pip install tensorboard`") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
 def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, seed: int) -> str:

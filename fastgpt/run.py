@@ -134,6 +134,10 @@ class Run:
         tokens_a_step = self.windows * self.model.config.block_size
         self.started = time.perf_counter()
         unread: list[tuple[Tensor, Tensor, Tensor]] = []
+        if first >= config.max_iters:  # it may have been stopped between its last checkpoint and its model
+            taken = state.snapshot(self.model, self.optimizer, self.world)
+            if self.monitor is not None:
+                self._leave_model(taken)
         if self.monitor is not None:
             self.monitor.start(first, config.max_iters)
         while self.steps_done < config.max_iters:
@@ -294,9 +298,7 @@ class Run:
                 val_loss=val_loss,
                 versions=facts["versions"],
             )
-            model = state.assembled(self.model.config, taken.weights)
-            told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": facts["train"]}
-            save_model(model, self.folder, self.encoding.name, **told)
+            self._leave_model(taken)
         except OSError as error:
             whole = self.checkpoints.all()
             newest = f"the newest checkpoint is of step {whole[-1].step}" if whole else "there is no checkpoint"
@@ -304,6 +306,12 @@ class Run:
             if needed:
                 raise OSError(said) from error
             self.monitor.say(f"{said}; training goes on")
+
+    def _leave_model(self, taken: state.Snapshot) -> None:
+        """In the folder itself, for whoever generates from it."""
+        last = self.rows[-1] if self.rows else {}
+        told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": dataclasses.asdict(self.config)}
+        save_model(state.assembled(self.model.config, taken.weights), self.folder, self.encoding.name, **told)
 
     def end_early(self, stop: int) -> None:
         if self.monitor is not None:
@@ -323,7 +331,7 @@ def _distributed(model: GPT, config: TrainConfig, world: World) -> nn.Module:
         if config.compile:
             model.compile()
         return model
-    called: nn.Module = torch.compile(model) if config.compile else model  # type: ignore[assignment]
+    called: Any = torch.compile(model) if config.compile else model
     return replicate(called, world) if world.size > 1 else called
 
 

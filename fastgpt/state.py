@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.distributed import World, placed, whole
-from fastgpt.files import read_json
+from fastgpt.files import read_json, write_tensors
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.weights import from_pretrained, save_pretrained
 
@@ -70,13 +70,10 @@ def versions(device: torch.device) -> dict[str, Any]:
 
 def write(folder: Path, config: GPTConfig, taken: Snapshot, facts: dict) -> None:
     """The files of a checkpoint but for its manifest; OSError if the disk fails."""
-    try:
-        (folder / MODEL).mkdir()
-        save_pretrained(assembled(config, taken.weights), folder / MODEL)
-        save_file(taken.moments, folder / OPTIMIZER)
-        save_file(taken.random, folder / RANDOM)
-    except (SafetensorError, RuntimeError) as error:  # theirs for a disk that fails
-        raise OSError(f"{folder}: {error}") from error
+    (folder / MODEL).mkdir()
+    save_pretrained(assembled(config, taken.weights), folder / MODEL)
+    write_tensors(taken.moments, folder / OPTIMIZER)
+    write_tensors(taken.random, folder / RANDOM)
     (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ it tells. Or it is one of llm.c's, which starts with a header of 256 int32.
 """
 
 import codecs
-import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from fastgpt.files import read_json
 from fastgpt.tokenizer import END_OF_TEXT
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
+TEXT = (".txt", ".md", ".jsonl")  # of a folder's files, those that must be text; others may be
 PIECE = 1 << 20  # characters of text that are encoded at once, and bytes of a file that are read at once
 _LONGEST = 16 * PIECE  # characters that may pass without a place to cut
 _HEADER = 256 * 4  # bytes of llm.c's header: a magic number, a version, the number of tokens, and zeros
@@ -117,10 +117,10 @@ def tokenize(
     """Write train.bin, val.bin and meta.json of the texts in `sources` into the folder `out`; returns meta.json.
 
     A source is a file of UTF-8 text (a document), a .jsonl file (a document a line, in `text_field`), or a folder of
-    both, in order of names; its other files are passed over. The end-of-text token ends every document, and the last
-    `val_share` of the tokens are for validation. Text goes through in pieces, however long a file is, cut where no
-    token can cross; `workers` threads encode, None is one a CPU. Everything that is wrong with a source is an error
-    (FileNotFoundError, ValueError) before anything is written.
+    both, in order of names, where files that are not UTF-8 are passed over but for those named .txt, .md and .jsonl.
+    The end-of-text token ends every document, and the last `val_share` of the tokens are for validation. Text goes
+    through in pieces, however long a file is, cut where no token can cross; `workers` threads encode, None is one a
+    CPU. Everything that is wrong with a source is an error (FileNotFoundError, ValueError) before anything is written.
     """
     if not 0 < val_share < 1:
         raise ValueError(f"tokenize: val_share is {val_share}, not between 0 and 1")
@@ -178,9 +178,12 @@ def _files(sources: list[Path], text_field: str) -> list[_File]:
             inside = sorted(path for path in source.rglob("*") if path.is_file() and not hidden(path, source))
             texts = []
             for path in inside:
-                with contextlib.suppress(UnicodeDecodeError):
+                try:
                     _look_through(path, text_field)
                     texts.append(path)
+                except UnicodeDecodeError as error:
+                    if path.suffix in TEXT:
+                        raise ValueError(not_text(path, error.reason)) from None
             if not texts:
                 raise FileNotFoundError(f"{source} holds no text: none of its {len(inside)} files is UTF-8")
             found += texts
@@ -188,7 +191,7 @@ def _files(sources: list[Path], text_field: str) -> list[_File]:
             try:
                 _look_through(source, text_field)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{source} is not UTF-8 text: {error.reason}") from None
+                raise ValueError(not_text(source, error.reason)) from None
             found.append(source)
         else:
             raise FileNotFoundError(f"no file or folder {source}")
@@ -196,6 +199,10 @@ def _files(sources: list[Path], text_field: str) -> list[_File]:
     if not any(file.size for file in files):
         raise ValueError(f"{', '.join(map(str, sources))}: 0 bytes of text")
     return files
+
+
+def not_text(path: Path, why: str) -> str:
+    return f"{path} is not UTF-8 text: {why}"
 
 
 def hidden(path: Path, folder: Path) -> bool:
@@ -222,7 +229,7 @@ def _chunks(path: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
-                error.reason = f"byte {before - pending + error.start} is 0x{error.object[error.start]:02x}"
+                error.reason = _bad_byte(error, before - pending)
                 raise
             before += len(piece)
             if text:
@@ -231,18 +238,31 @@ def _chunks(path: Path) -> Iterator[str]:
                 return
 
 
+def _bad_byte(error: UnicodeDecodeError, before: int) -> str:
+    return f"byte {before + error.start} is 0x{error.object[error.start]:02x}"
+
+
 def _lines(path: Path, text_field: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    before = 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            try:
+                content = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                error.reason = _bad_byte(error, before)
+                raise
+            before += len(line)
+            if not content.strip():
                 continue
             try:
-                found = json.loads(line)
+                found = json.loads(content)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
             text = found.get(text_field) if isinstance(found, dict) else found
             if not isinstance(text, str):
                 raise ValueError(f"{path}, line {number} has no text in {text_field!r}")
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"{path}, line {number} has half of a surrogate pair, which is no character")
             yield text
 
 

@@ -9,7 +9,7 @@ import tiktoken
 import torch
 
 from fastgpt import data, monitor, state
-from fastgpt.checkpoint import Checkpoint, Checkpoints, locked, replacing, writable_folder
+from fastgpt.checkpoint import Checkpoint, Checkpoints, locked, remove_unfinished, replacing, writable_folder
 from fastgpt.distributed import World, join, leave
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.run import CHECKPOINTS, Run, Signals, autocast_dtype
@@ -60,6 +60,9 @@ def fit(
         if saved is not None and saved.facts.get("data") != corpus.facts():
             was, now = saved.facts.get("data"), corpus.facts()
             raise ValueError(f"the data changed since {folder} was trained on it: {was} there, {now} in {corpus.name}")
+        if saved is not None and saved.facts.get("encoding") != encoding.name:
+            was = saved.facts.get("encoding")
+            raise ValueError(f"{folder} was trained on tokens of the encoding {was!r}, not of {encoding.name!r}")
         torch.manual_seed(config.seed)
         if saved is None and config.init_from != "scratch":
             model = pretrained(config.init_from, model_config)
@@ -69,6 +72,8 @@ def fit(
         if saved is not None:
             run.restore(saved)
         if world.rank == 0:
+            if saved is None and overwrite:  # only now is nothing left that could fail for want of something
+                _clear(folder)
             with replacing(folder / SETTINGS) as new:
                 given = None if source is None else str(source)
                 new.write_text(settings_text(model_config, config, data=given, encoding=encoding.name), "utf-8")
@@ -120,11 +125,19 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
         raise ValueError("fsdp and float16 do not go together: each shard would scale its own loss")
 
 
+def _clear(folder: Path) -> None:
+    """What an earlier run left in the folder, but for what this one replaces."""
+    Checkpoints(folder / CHECKPOINTS).clear()
+    (folder / monitor.SAMPLES).unlink(missing_ok=True)
+    shutil.rmtree(folder / monitor.EVENTS, ignore_errors=True)
+
+
 def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool, strict: bool) -> Checkpoint | None:
     """The checkpoint to go on from, the same one in every process; None to start."""
     checkpoints, step = Checkpoints(folder / CHECKPOINTS), -1
     if world.rank == 0:
         checkpoints.tidy()
+        remove_unfinished(folder)
         if resume:
             newest, passed = checkpoints.newest()
             for each, reason in passed:
@@ -137,13 +150,7 @@ def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool, s
                 raise ValueError(f"{folder} holds a model and no checkpoint to resume from; --overwrite starts anew")
             print("nothing to resume yet" if newest is None else f"resuming from {newest.path}", flush=True)
             step = -1 if newest is None else newest.step
-        elif overwrite or checkpoints.all():
-            if not overwrite:
-                raise FileExistsError(
-                    f"{checkpoints.folder} holds checkpoints: --resume goes on, --overwrite starts anew"
-                )
-            checkpoints.clear()
-            (folder / monitor.SAMPLES).unlink(missing_ok=True)
-            shutil.rmtree(folder / monitor.EVENTS, ignore_errors=True)
+        elif checkpoints.all() and not overwrite:
+            raise FileExistsError(f"{checkpoints.folder} holds checkpoints: --resume goes on, --overwrite starts anew")
     step = world.agree(step)
     return None if step < 0 else Checkpoint(checkpoints.folder / f"step-{step:08d}", step)

@@ -165,9 +165,10 @@ def _results(function: Any, floats: list[Tensor], options: dict[str, Any]) -> li
 
 def _on_torch(model: nn.Module) -> nn.Module:
     """fastgpt's own GPT with PyTorch's functions for its kernels; any other model as it is."""
+    module: Any
     for module in model.modules() if isinstance(model, GPT) else ():
         if hasattr(module, "backend"):
-            module.backend = "torch"  # type: ignore[assignment]
+            module.backend = "torch"
     return model
 
 
@@ -229,9 +230,14 @@ def load(source: str) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        make = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
+        there = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):  # one that theirs imports
+            raise
         raise ValueError(f"{source!r} can't be had: {error}") from error
+    if not hasattr(there, factory):
+        raise ValueError(f"{source!r} can't be had: module {module!r} has no attribute {factory!r}")
+    make = getattr(there, factory)
     model = make()
     if not isinstance(model, nn.Module):
         raise ValueError(f"{source!r} makes a {type(model).__name__}, not an nn.Module")

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgpt.checkpoint import replacing
 from fastgpt.families import gpt2, nanogpt, raschka
-from fastgpt.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, read_json, read_weights_of
+from fastgpt.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, read_json, read_weights_of, write_pickle, write_tensors
 from fastgpt.model import GPT, GPTConfig
 
 Family = Literal["huggingface", "nanogpt", "book", "fastgpt"]
@@ -33,7 +33,7 @@ def save_model(model: GPT, folder: Path, encoding: str, **facts) -> None:
     """Write the model's two files into `folder`; `facts` (JSON values) go into config.json beside the shape."""
     config = {"model": dataclasses.asdict(model.config), "encoding": encoding, **facts}
     with replacing(folder / WEIGHTS) as new:
-        save_file(_apart(model.state_dict()), new)
+        write_tensors(_apart(model.state_dict()), new)
     with replacing(folder / CONFIG) as new:
         new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -249,16 +249,16 @@ def _write(model: GPT, folder: Path, to: Family, encoding: str, variant: str) ->
     folder.mkdir(parents=True, exist_ok=True)
     if to == "huggingface":
         with replacing(folder / WEIGHTS) as new:
-            save_file(_apart(tensors), new, metadata={"format": "pt"})
+            write_tensors(_apart(tensors), new, metadata={"format": "pt"})
     elif to == "nanogpt":
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         content = {"model": tensors, "model_args": settings, "iter_num": 0, "best_val_loss": 1e9, "config": {}}
         with replacing(folder / CHECKPOINT) as new:
-            torch.save(content, new)
+            write_pickle(content, new)
         return notes
     else:
         with replacing(folder / STATE) as new:
-            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
+            write_pickle({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
     with replacing(folder / CONFIG) as new:
         new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return notes

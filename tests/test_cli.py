@@ -309,3 +309,14 @@ def test_no_memory_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "fit", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["train", "--preset", "byte-0.1M"])
+
+
+@pytest.mark.parametrize(("command", "code"), [("train", 141), ("eval", 0)])
+def test_a_reader_that_went_away_leaves_a_run_unfinished(command, code, monkeypatch):
+    def gone(options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_train", gone)
+    monkeypatch.setattr(cli_text, "_evaluate", gone)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert cli.main([command, *(["--checkpoint", "x", "y"] if command == "eval" else [])]) == code

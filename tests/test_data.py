@@ -1,12 +1,15 @@
+import json
 import sys
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 
 from fastgpt import data
-from fastgpt.data import Order, builtin_documents, documents, load_corpus, windows
+from fastgpt.data import Order, builtin_documents, documents, load_corpus, read_tokens, windows
 from fastgpt.tokenizer import END_OF_TEXT, encoding
+from fastgpt.tokens import tokenize
 
 BYTE = encoding("byte")
 PACKAGES = ("abc", "ast", "asyncio", "email", "json", "logging", "re", "xml")
@@ -271,3 +274,56 @@ def test_an_epoch_has_every_window_once_in_an_order_of_its_own():
 def test_documents_begin_with_the_end_of_the_one_before():
     idx = torch.tensor([[5, 9, 6, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
     assert documents(idx, 9).tolist() == [[0, 1, 1, 1, 2, 3, 3], [1] * 7]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_one_file_of_a_large_encoding(tmp_path, told):
+    """Its ids are read in the width that they were written in, not as pairs of ids half as wide."""
+    ranks = {bytes([value]): value for value in range(256)}
+    large = tiktoken.Encoding("large", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 200_000})
+    ids = np.array([70_000, 3, 199_000] * 20, dtype=np.uint32)
+    (tmp_path / "train.bin").write_bytes(ids.tobytes())
+    if told:
+        meta = dict(encoding=large.name, dtype="uint32")
+        (tmp_path / "meta.json").write_text(json.dumps(meta))
+        with pytest.raises(ValueError, match="holds tokens of the encoding 'large', not of 'byte'"):
+            read_tokens(tmp_path / "train.bin", BYTE)
+    assert read_tokens(tmp_path / "train.bin", large).tolist() == ids.tolist()
+    assert len(load_corpus(tmp_path / "train.bin", large, 4).train) == 54
+
+
+def test_a_folder_of_tokens_is_evaluated_by_its_validation(tmp_path):
+    for part, ids in (("train", [1, 2, 3]), ("val", [4, 5])):
+        np.array(ids, dtype=np.uint16).tofile(tmp_path / f"{part}.bin")
+    assert read_tokens(tmp_path, BYTE).tolist() == [4, 5]
+
+
+def test_a_shard_for_both_parts(tmp_path):
+    for name in ("retrieval_train_0.bin", "retrieval_val_0.bin"):
+        np.arange(100, dtype=np.uint16).tofile(tmp_path / name)
+    with pytest.raises(ValueError, match=r"retrieval_train_0\.bin has train and val in its name"):
+        load_corpus(tmp_path, BYTE, 4)
+
+
+def test_a_folder_with_json_is_not_read_as_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(ValueError, match=r"b\.jsonl holds JSON, not plain text"):
+        load_corpus(tmp_path, BYTE, 4)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl"])
+def test_a_text_of_a_folder_with_a_bad_byte(tmp_path, name):
+    (tmp_path / "b.txt").write_text("text " * 100)
+    (tmp_path / "c.bin").write_bytes(b"\xff")
+    (tmp_path / name).write_bytes(b'"caf\xe9"')
+    for read in (lambda: load_corpus(tmp_path, BYTE, 4), lambda: tokenize([tmp_path], BYTE, tmp_path / "out")):
+        with pytest.raises(ValueError, match=rf"{name} is not UTF-8 text: byte 4 is 0xe9"):
+            read()
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_surrogate_pair(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has half of a surrogate pair"):
+        tokenize([tmp_path / "a.jsonl"], BYTE, tmp_path / "out")

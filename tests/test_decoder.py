@@ -300,3 +300,23 @@ def test_few_rows_take_the_kernels_made_for_them(rows, residual, device, monkeyp
     prompts = [[3, 1, 4], [7], [1, 2], [5, 6, 7, 8], [9]][:rows]
     assert generate(model, prompts, 6, temperature=0).tokens == generate(fallback, prompts, 6, temperature=0).tokens
     assert len(calls) == (2 * 2 * 5 if rows == 1 else 0)  # of two layers, each token but the prompt's
+
+
+def test_a_model_that_was_asked_for_its_hidden_states():
+    """transformers leaves hooks on its blocks then, that do nothing."""
+    model = FAMILIES["hugging face"]()
+    expected = generate(model, PROMPT, 4, temperature=0)
+    model(PROMPT, output_hidden_states=True)
+    assert generate(model, PROMPT, 4, temperature=0) == expected
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: output)
+    with pytest.raises(ValueError, match=r"transformer\.h\.0 would be passed by, and it has hooks"):
+        generate(model, PROMPT, 4)
+
+
+@pytest.mark.parametrize("without", ["lm_head", "transformer.wpe", "transformer.h.1.attn.c_attn"])
+def test_a_model_that_lacks_a_part_is_not_known(without):
+    model = models.nanogpt()
+    parent, _, name = without.rpartition(".")
+    delattr(model.get_submodule(parent), name)
+    with pytest.raises(ValueError, match="NanoGPT is not known"):
+        generate(model, PROMPT, 2)

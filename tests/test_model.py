@@ -170,6 +170,8 @@ def test_small_batches(batch, time):
         (dict(block_size=8.5), "block_size is 8.5"),
         (dict(n_inner=0), "n_inner is 0"),
         (dict(dropout=1.5), "dropout is 1.5"),
+        (dict(dropout="0.1"), "dropout is '0.1', not a number"),
+        (dict(bias="false"), "bias is 'false', not True or False"),
         (dict(layer_norm_eps=0.0), "layer_norm_eps is 0.0"),
         (dict(gelu="relu"), "gelu is 'relu'"),
         (dict(backend="cuda"), "backend is 'cuda'"),

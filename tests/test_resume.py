@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 
 import pytest
+import tiktoken
 import torch
 
-from fastgpt import state
+from fastgpt import GPT, state
 from fastgpt.checkpoint import Checkpoints
+from fastgpt.cli import main
 from fastgpt.run import Run
+from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.weights import save_model
 from tests.runs import MODEL, Runs, digests
 
 
@@ -183,3 +188,24 @@ def test_model_folder_loads_in_transformers(run):
     idx = torch.arange(16)[None]
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, ours(idx), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_another_encoding(run, monkeypatch):
+    run(max_iters=1)
+    other = tiktoken.Encoding("other", pat_str="(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                              special_tokens={END_OF_TEXT: 256})  # fmt: skip
+    monkeypatch.setattr("tests.runs.encoding", lambda name: other)
+    with pytest.raises(ValueError, match="was trained on tokens of the encoding 'byte', not of 'other'"):
+        run(resume=True)
+
+
+def test_a_fine_tuned_run_goes_on_without_its_base(tmp_path, capsys):
+    base, out, text = tmp_path / "base", tmp_path / "out", tmp_path / "fox.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    base.mkdir()
+    save_model(GPT(MODEL).eval(), base, "byte")
+    how = ["train", "--data", str(text), "--out", str(out), "--batch_size", "2", "--eval_iters", "1"]
+    assert main([*how, "--init_from", str(base), "--encoding", "byte", "--max_iters", "1"]) == 0
+    shutil.rmtree(base)
+    assert main(["train", "--out", str(out), "--resume", "--max_iters", "2"]) == 0, capsys.readouterr().err
+    assert Checkpoints(out / "checkpoints").all()[-1].step == 2

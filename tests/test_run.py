@@ -1,8 +1,10 @@
 """What may befall a run: a disk that fails, numbers that are not finite, another trainer, signals."""
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from fastgpt import GPT, checkpoint, monitor, train
 from fastgpt.checkpoint import Checkpoints
 from fastgpt.run import Run
 from fastgpt.weights import load_model
-from tests.runs import Runs
+from tests.runs import Runs, digests
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,3 +171,57 @@ def test_a_second_signal_ends_what_the_first_could_not(number):
             process.wait(0.5)
         process.send_signal(number)
         assert process.wait(20) == 128 + number
+
+
+@pytest.mark.parametrize("fails", ["tensorboard", "weights"])
+def test_what_fails_before_the_first_step_overwrites_nothing(run, monkeypatch, fails):
+    run(max_iters=2)
+    (run.out / "samples.txt").write_text("kept")
+    before = digests(run.out, 2)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = dict(tensorboard=True) if fails == "tensorboard" else dict(init_from=str(run.out / "gone"))
+    with pytest.raises((ValueError, OSError)):
+        run(overwrite=True, **options)
+    assert digests(run.out, 2) == before and (run.out / "samples.txt").read_text() == "kept"
+
+
+def test_a_run_may_begin_with_what_it_overwrites(run):
+    ours = run(max_iters=2)
+    started = run(overwrite=True, init_from=str(run.out / "checkpoints/step-00000002"), max_iters=1, learning_rate=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), started.parameters(), strict=True))
+    assert [each.step for each in Checkpoints(run.out / "checkpoints").all()] == [1]
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_model(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fastgpt.run.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(max_iters=1)
+    assert not (run.out / "model.safetensors").exists()
+    (run.out / ".model.safetensors.abc.tmp").write_text("half")
+    ours = run(max_iters=1, resume=True)
+    left, facts = load_model(run.out)
+    assert facts["step"] == 1 and all(map(torch.equal, left.parameters(), ours.parameters()))
+    assert not list(run.out.glob("*.tmp")) and not list(run.out.glob(".*.tmp"))
+
+
+def test_a_file_system_without_locks_is_no_other_trainer(run, monkeypatch):
+    def fails(file):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(checkpoint, "_lock", fails)
+    with pytest.raises(OSError, match="this file system can't lock a file: Function not implemented"):
+        run(max_iters=1)
+
+
+def test_folders_that_can_not_be_flushed(run, monkeypatch):
+    flush = os.fsync
+
+    def refuses_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuses_folders)
+    run(max_iters=1)
+    assert load_model(run.out)[1]["step"] == 1

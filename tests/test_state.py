@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastgpt import GPT, checkpoint, state
+from fastgpt import GPT, checkpoint, files, state, weights
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.distributed import World
 from tests.runs import MODEL, Runs
@@ -51,13 +51,15 @@ def test_the_generators_of_a_gpu_are_kept_and_put_back(monkeypatch):
 
 
 def test_a_disk_that_fails_under_a_checkpoint_is_an_oserror(tmp_path, monkeypatch):
-    def fails(tensors, path):
+    def fails(tensors, path, metadata):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr(state, "save_file", fails)
+    monkeypatch.setattr(files, "save_file", fails)
     taken = state.Snapshot(GPT(MODEL).state_dict(), {}, {})
     with pytest.raises(OSError, match="I/O error: No space left on device"):
         state.write(tmp_path, MODEL, taken, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        weights.save_model(GPT(MODEL), tmp_path, "byte")
 
 
 def test_a_foreign_pickle_runs_no_code(run, tmp_path):

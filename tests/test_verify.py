@@ -269,3 +269,11 @@ def test_a_function_that_is_off_fails(monkeypatch, name, factor):
 def test_the_functions_of_a_gpu():
     found = verify_functions("cuda")
     assert found.passed and len(found.differences) == 27, str(found)
+
+
+@pytest.mark.parametrize("text", ["import no_such_module", "1 .gone"])
+def test_what_is_wrong_inside_their_module_is_shown_as_it_is(text, tmp_path, monkeypatch):
+    (tmp_path / "theirs.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises((ModuleNotFoundError, AttributeError)):
+        verify.load("theirs:make")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgpt import GPT, GPTConfig, weights
+from fastgpt import GPT, GPTConfig, files
 from fastgpt.weights import load_model, save_model
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
@@ -44,12 +44,12 @@ def test_load_with_changed_fields(folder):
 
 
 def test_an_interrupted_save_leaves_the_old_model(folder, monkeypatch):
-    def interrupted(tensors, path):
+    def interrupted(tensors, path, metadata):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     old = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json")}
-    monkeypatch.setattr(weights, "save_file", interrupted)
+    monkeypatch.setattr(files, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_model(GPT(CONFIG), folder, "byte")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old

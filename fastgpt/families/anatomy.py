@@ -39,11 +39,20 @@ class Anatomy(NamedTuple):
     def passed_by(self) -> Iterator[tuple[nn.Module, str]]:
         """Modules that do more than their class, whose calls generation would leave out, and what they do."""
         for module in (*self.containers, *(part for layer in self.layers for part in (layer.block, layer.attn))):
-            if reason := occupied(module):
+            if (reason := occupied(module)) and not _only_listened_to(module):
                 yield module, reason
         for module in (dropout for layer in self.layers for dropout in layer.dropouts):
             if dropout_p(module) is None:
                 yield module, occupied(module) or "it is no dropout"
+
+
+def _only_listened_to(module: nn.Module) -> bool:
+    """Whether its only hooks are those that transformers leaves once it was asked for hidden states or attentions: they
+    keep an output while that is asked for, and change nothing."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    others = module._backward_hooks or module._backward_pre_hooks or "parametrizations" in module._modules
+    theirs = all(getattr(hook, "__module__", "") == "transformers.utils.output_capturing" for hook in hooks)
+    return bool(hooks) and theirs and not others
 
 
 def backend_of(module: Any) -> ops.Backend:
@@ -52,11 +61,16 @@ def backend_of(module: Any) -> ops.Backend:
     return "auto" if swap is None else swap.backend
 
 
+_BODY, _ATTENTION = ("wte", "wpe", "ln_f"), ("c_attn", "c_proj", "resid_dropout")
+
+
 def transformer_anatomy(model: Any, heads: str) -> Anatomy | None:
     """Of a model with GPT-2's names, as Hugging Face and nanoGPT have them; `heads` names attention's count."""
     body: Any = getattr(model, "transformer", None)
     blocks: Any = getattr(body, "h", None)
-    if not blocks or not hasattr(model, "lm_head") or not hasattr(blocks[0].attn, heads):
+    if not blocks or getattr(model, "lm_head", None) is None or not all(hasattr(body, name) for name in _BODY):
+        return None
+    if not all(hasattr(getattr(block, "attn", None), name) for block in blocks for name in (heads, *_ATTENTION)):
         return None
     layers = (
         Layer(
