@@ -74,7 +74,12 @@ CACHED, DRAWN, STOPS = (
     SAMPLED + "test_each_row_stops_by_itself",
 )
 DECODER, SAMPLING, BATCH = "fastgpt/decoder.py", "fastgpt/sampling.py", "fastgpt/batch.py"
-LINEARS = "fastgpt/linears.py"
+LINEARS, READ, MODEL = "fastgpt/linears.py", "fastgpt/parts.py", "fastgpt/model.py"
+KEPT, LOOKS, HOOKED = (
+    "test_decoder.py::",
+    "test_swap_parts.py::",
+    "test_model_parts.py::test_a_part_with_a_hook_is_called",
+)
 SPECULATIVE = "fastgpt/speculative.py"
 
 MUTANTS = [
@@ -263,8 +268,8 @@ MUTANTS = [
     Mutant("the family's scale not read", "fastgpt/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
     Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", "test_decoder.py::test_a_model_of_another_form_is_refused", False),
     Mutant("modes not restored", DECODER, "module.training = training", "pass", "test_decoder.py::test_the_model_is_left_as_it_was", False),
-    Mutant("top_p one token short", SAMPLING, "F.pad(weights.cumsum(-1)[:, :-1], (1, 0))", "weights.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
-    Mutant("top_p's boundary", SAMPLING, "before >= self.top_p", "before > self.top_p", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
+    Mutant("top_p one token short", SAMPLING, "F.pad(counts.cumsum(-1)[:, :-1], (1, 0))", "counts.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
+    Mutant("top_p's boundary", SAMPLING, "before >= int(self.top_p * _ONE)", "before > int(self.top_p * _ONE)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
     Mutant("min_p of all, not of the likeliest", SAMPLING, "self.min_p * weights.amax(-1, keepdim=True)", "self.min_p", DRAWN, False),
     Mutant("temperature after the filters", SAMPLING, "keepdim=True)) / self.temperature", "keepdim=True))", DRAWN, False),
     Mutant("a penalty that rewards", SAMPLING, "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", SAMPLED + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
@@ -327,6 +332,29 @@ MUTANTS = [
     Mutant("a GPU's generator is not put back", "fastgpt/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
     Mutant("every process takes the GPU of its rank", "fastgpt/distributed.py", "os.environ['LOCAL_RANK']", "os.environ['RANK']", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
     Mutant("compiled before it is sharded", "fastgpt/run.py", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
+    # what does more than its class, and what only looks like it
+    Mutant("a Decoder trusts the count of writes", READ, "not torch.equal(now, self._sample)", "False", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
+    Mutant("a Decoder keeps tensors that were replaced", READ, "if any(getattr(module, name).data_ptr() != address", "if any(False and address", KEPT + "test_a_decoder_of_weights_that_were_replaced", False),
+    Mutant("evaluation of what was before", "fastgpt/evaluation.py", "    decoder.check_unchanged()\n", "", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
+    Mutant("a capture on PyTorch's own stream", "fastgpt/graphs.py", "stream=_stream(device)", "stream=None", BATCHED + "test_a_step_is_captured_once_and_replayed", False),
+    Mutant("no dropout in a trial", "fastgpt/swap.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", LOOKS + "test_dropout_in_another_place", False),
+    Mutant("no large numbers in a trial", "fastgpt/swap.py", "x[1, 4] *= 30", "x[1, 4] *= 1", LOOKS + "test_attention_with_bounds", False),
+    Mutant("one trial for layers with other buffers", "fastgpt/swap.py", "key = (shapes, buffers, parts,", "key = (shapes, parts,", LOOKS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("one trial for layers in other places", "fastgpt/swap.py", '"layer_idx" if families.own_type(module).__module__.startswith("transformers.") else None', '"layer_idx"', LOOKS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("a mask for strangers", GPT2, "    if understood and isinstance", "    if isinstance", "test_families_gpt2.py::test_a_subclass_without_room_for_our_mask", False),
+    Mutant("a block's word is not heard", GPT2, "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
+    Mutant("attention sinks are passed by", "fastgpt/families/huggingface.py", 'if kwargs.get("s_aux") is not None:', "if False:", "test_families_huggingface.py::test_attention_sinks_are_refused", False),
+    Mutant("GPT passes by a hooked norm", MODEL, "if branch is not None and not occupied(self):", "if branch is not None:", HOOKED, False),
+    Mutant("GPT passes by a hooked projection", MODEL, "if add_bias or not free_linear(self.c_proj):", "if add_bias:", HOOKED, False),
+    Mutant("GPT passes by a hooked MLP", MODEL, "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),
+    Mutant("GPT passes by a hooked embedding", MODEL, "if free_embedding(self.wte) and free_embedding(self.wpe):", "if True:", HOOKED, False),
+    Mutant("GPT adds a bias twice", MODEL, "return last.bias if all(map(free_linear, (last, *others))) else None", "return last.bias", HOOKED, False),
+    Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
+    # runs and data
+    Mutant("overwritten before it can begin", "fastgpt/train.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
+    Mutant("a finished run leaves no model", "fastgpt/run.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
+    Mutant("every file of tokens has two bytes an id", "fastgpt/data.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
+    Mutant("a text of a folder is dropped", "fastgpt/data.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/reference.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
     Mutant("a run that sets no seed", "fastgpt/train.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),

@@ -117,6 +117,28 @@ def test_an_error_that_the_device_keeps_ends_the_run(machine):
         rows_of(machine, broken)
 
 
+def test_which_errors_a_device_keeps():
+    lost = ("CUDA error: an illegal memory access", "Triton Error [CUDA]: an illegal memory access")
+    kept = ("Triton Error [CUDA]: out of memory", "Triton Error [CUDA]: invalid argument", "out of resource: registers")
+    assert [measure.device_is_lost(RuntimeError(text)) for text in (*lost, *kept)] == [True, True, False, False, False]
+
+
+def test_a_crash_of_their_compiler_is_their_own(machine):
+    class InductorError(torch._dynamo.exc.BackendCompilerFailed):
+        def __init__(self):
+            RuntimeError.__init__(self, "LLVM ERROR")
+
+    def crashes(problem):
+        raise InductorError
+
+    forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
+    crashing = dict.fromkeys((cases.SUBJECT, cases.COMPILED), crashes)
+    case = dataclasses.replace(forward, variants={**forward.variants, **crashing})
+    rows, _ = measure.measure(case, machine, ROOFS)
+    found = {row.variant: row.status for row in rows}
+    assert (found[cases.SUBJECT], found[cases.COMPILED]) == ("FAILED", "skipped")
+
+
 def test_rows_outlive_an_interruption(tmp_path, machine):
     rows, _ = rows_of(machine)
     folder = measure.Folder(tmp_path / "run")
@@ -126,7 +148,8 @@ def test_rows_outlive_an_interruption(tmp_path, machine):
         file.write('{"case": "cut sho')
     assert folder.rows() == list(rows.values()) and folder.facts() == {"device": "x"}
     folder.start({"device": "x"}, resume=True)
-    assert len(folder.rows()) == len(rows)
+    folder.add([next(iter(rows.values()))])
+    assert len(folder.rows()) == len(rows) + 1, "and the line that was cut is gone"
     folder.start({"device": "x"}, resume=False)
     assert folder.rows() == []
 

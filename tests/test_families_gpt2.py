@@ -368,10 +368,9 @@ def test_a_subclass_without_room_for_our_mask():
     attn = model.transformer.h[0].attn
 
     class Attention(type(attn)):
-        def forward(
-            self, hidden_states, past_key_values=None, cache_position=None, attention_mask=None, use_cache=None,
-            encoder_hidden_states=None, encoder_attention_mask=None, output_attentions=None, position_ids=None,
-        ):  # fmt: skip
+        def forward(self, hidden_states, past_key_values=None, attention_mask=None, **more):
+            usual = ("cache_position", "use_cache", "encoder_attention_mask", "output_attentions", "position_ids")
+            assert all(name in usual for name in more), "what it did not ask for"
             y, weights = super().forward(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask)
             return 2 * y, weights  # so that it is left
 

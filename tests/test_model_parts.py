@@ -35,7 +35,8 @@ def results(model, idx, targets, forward):
     model.zero_grad()
     logits, loss = forward(model, idx, targets)
     (loss + logits.square().mean()).backward()
-    return logits.detach(), loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+    grads = {name: torch.zeros(()) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return logits.detach(), loss.detach(), grads
 
 
 def its_own(model, idx, targets):

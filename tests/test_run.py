@@ -182,6 +182,7 @@ def test_what_fails_before_the_first_step_overwrites_nothing(run, monkeypatch, f
     options = dict(tensorboard=True) if fails == "tensorboard" else dict(init_from=str(run.out / "gone"))
     with pytest.raises((ValueError, OSError)):
         run(overwrite=True, **options)
+    assert (run.out / "checkpoints/step-00000002").is_dir()
     assert digests(run.out, 2) == before and (run.out / "samples.txt").read_text() == "kept"
 
 
@@ -200,6 +201,7 @@ def test_a_kill_between_the_last_checkpoint_and_the_model(run, monkeypatch):
     assert not (run.out / "model.safetensors").exists()
     (run.out / ".model.safetensors.abc.tmp").write_text("half")
     ours = run(max_iters=1, resume=True)
+    assert (run.out / "model.safetensors").exists()
     left, facts = load_model(run.out)
     assert facts["step"] == 1 and all(map(torch.equal, left.parameters(), ours.parameters()))
     assert not list(run.out.glob("*.tmp")) and not list(run.out.glob(".*.tmp"))
