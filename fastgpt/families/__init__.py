@@ -89,9 +89,15 @@ def occupied(module: nn.Module) -> str | None:
     return None
 
 
+_ORDINARY = (nn.Parameter, Tensor)
+
+
 def plain(*tensors) -> bool:
     """Ordinary floating-point tensors: not quantised, not distributed, no other subclass. None is passed over."""
-    return all(t is None or (type(t) in (nn.Parameter, Tensor) and t.is_floating_point()) for t in tensors)
+    for tensor in tensors:  # no generator: a layer asks a dozen times a step
+        if tensor is not None and not (type(tensor) in _ORDINARY and tensor.is_floating_point()):
+            return False
+    return True
 
 
 def own_type(module: nn.Module) -> Any:
@@ -118,7 +124,10 @@ def is_linear(module) -> bool:
 
 
 def free_linear(module) -> bool:
-    return is_linear(module) and not occupied(module) and plain(module.weight, module.bias)
+    if not is_linear(module) or occupied(module):
+        return False
+    own = module._parameters  # quicker to look into than attributes
+    return plain(*own.values()) if "weight" in own else plain(module.weight, module.bias)
 
 
 def free_embedding(module: nn.Module) -> bool:
