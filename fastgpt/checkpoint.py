@@ -42,11 +42,12 @@ def replacing(path: Path) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """What a process that was killed inside `replacing` left in the folder, which nobody else may be writing to."""
-    for path in folder.glob(".*.tmp"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
+def remove_unfinished(*paths: Path) -> None:
+    """What a process that was killed inside `replacing` left beside these files. Nobody else may be writing to them."""
+    for path in paths:
+        for left in path.parent.glob(f".{path.name}.????????.tmp"):  # tempfile's names
+            with contextlib.suppress(OSError):
+                left.unlink()
 
 
 def writable_folder(path: Path) -> Path:

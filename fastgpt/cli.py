@@ -19,7 +19,7 @@ from fastgpt.families.raschka import VARIANTS
 from fastgpt.model import PRESETS, GPTConfig, nearest
 from fastgpt.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.tokenizer import encoding
-from fastgpt.tokens import meta_of, tokenize
+from fastgpt.tokens import meta_beside, meta_of, tokenize
 from fastgpt.train import CHECKPOINTS, fit, pretrained
 from fastgpt.verify import TOLERANCE, load, random_ids, verify_functions, verify_model
 from fastgpt.weights import convert
@@ -178,18 +178,22 @@ def _train(options: argparse.Namespace) -> None:
         options.resume = True
         del options.init_from
     chosen, goes_on = {}, False
+    if options.resume and Path(out, SETTINGS).is_file():
+        goes_on = bool(Checkpoints(Path(out, CHECKPOINTS)).all())
     if options.config is not None:
         chosen = read_settings(options.config)
     elif options.resume and Path(out, SETTINGS).is_file():  # the run's own; what is given here goes over it
         chosen = read_settings(Path(out, SETTINGS))
-        goes_on = bool(Checkpoints(Path(out, CHECKPOINTS)).all())
     chosen.update((name, value) for name, value in vars(options).items() if value is not None)
     source = chosen.get("data")
     preset = chosen.get("preset", "byte-0.8M")
-    said = None if source is None else meta_of(_folder(Path(source))).get("encoding")
+    said = None if source is None else _meta(Path(source)).get("encoding")
     tokens = encoding(chosen.get("encoding") or said or ("byte" if preset.startswith("byte") else "gpt2"))
     train_config = TrainConfig(**_fields(chosen, TrainConfig))
-    if train_config.init_from == "scratch" or goes_on:  # then the run's own settings say the shape
+    if goes_on and train_config.init_from != "scratch":  # what it began with may be gone, and its own settings know it
+        before = _fields(read_settings(Path(out, SETTINGS)), GPTConfig)
+        model_config = GPTConfig.from_dict({**before, **_fields(chosen, GPTConfig)})
+    elif train_config.init_from == "scratch":
         model_config = GPTConfig.preset(preset, **_fields(chosen, GPTConfig))
     else:
         model_config = pretrained(train_config.init_from, **_fields(chosen, GPTConfig)).config
@@ -203,9 +207,9 @@ def _train(options: argparse.Namespace) -> None:
     cli_text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
 
 
-def _folder(source: Path) -> Path:
-    """Where meta.json is, of a folder of tokens or of one file in it."""
-    return source.parent if source.suffix == ".bin" else source
+def _meta(source: Path) -> dict:
+    """What is told of a folder of tokens, or of one file in it."""
+    return meta_beside(source) if source.suffix == ".bin" else meta_of(source)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

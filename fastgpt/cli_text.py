@@ -52,7 +52,7 @@ def add_generate(commands: Any) -> None:
 def add_eval(commands: Any) -> None:
     read = commands.add_parser("eval", help="loss, perplexity and bits a byte of a text", allow_abbrev=False)
     read.set_defaults(run=_evaluate)
-    read.add_argument("data", metavar="FILE", help="a text file, or a .bin of uint16 tokens")
+    read.add_argument("data", metavar="FILE", help="text, a folder of it, or tokens: a .bin, or a folder's val.bin")
     _add_model(read)
     read.add_argument("--window", type=int, metavar="N", help="tokens of a pass (default: the context)")
     read.add_argument("--stride", type=int, metavar="N", help="new tokens of a pass (default: half a window)")

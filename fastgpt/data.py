@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 
 from fastgpt.tokenizer import END_OF_TEXT
-from fastgpt.tokens import META, TEXT, TRAIN, VAL, Shards, dtype_of, examine, hidden, map_tokens, meta_of, not_text
+from fastgpt.tokens import (
+    META,
+    TEXT,
+    TRAIN,
+    VAL,
+    Shards,
+    dtype_of,
+    examine,
+    hidden,
+    map_tokens,
+    meta_beside,
+    meta_of,
+    not_text,
+)
 
 VALIDATION_BYTES = 1_000_000  # of the built-in corpus, at least
 VALIDATION_SHARE = 0.1  # of a user's text that is not split already
@@ -45,7 +58,7 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
         encoded = (_encode(documents, encoding) for documents in builtin_documents())
         files = {part: [(name, ids)] for part, ids in zip(("train", "val"), encoded, strict=True)}
     elif (path := Path(source)).is_dir() and (pair := _token_files(path)):
-        name = str(path)
+        name, _ = str(path), meta_of(path)  # which says whether it says enough
         files = {part: [(str(file), _mapped(file, encoding)) for file in found] for part, found in pair.items()}
     else:
         whole = _mapped(path, encoding) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)
@@ -66,7 +79,7 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
 
 def _mapped(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
     """The ids of a file, in the width that meta.json beside it tells, or that the encoding needs."""
-    meta = meta_of(path.parent)
+    meta = meta_beside(path)
     if meta.get("encoding", encoding.name) != encoding.name:
         raise ValueError(f"{path.parent} holds tokens of the encoding {meta['encoding']!r}, not of {encoding.name!r}")
     return map_tokens(path, meta.get("dtype", dtype_of(encoding).name))
@@ -102,7 +115,8 @@ def read_tokens(source: str | Path, encoding: tiktoken.Encoding) -> np.ndarray:
     """(N,): all tokens of a text file, a folder of them or a `.bin` file, each read as load_corpus does; of a folder of
     token files those for validation."""
     path = Path(source)
-    if path.is_dir() and (pair := _token_files(path)):
+    pair = _token_files(path) if path.is_dir() else {}
+    if pair and all(file.is_file() for file in pair["val"]):
         tokens = _join([_mapped(file, encoding) for file in pair["val"]])[:]
     else:
         tokens = _mapped(path, encoding) if path.suffix == ".bin" else _encode(_read_documents(path), encoding)

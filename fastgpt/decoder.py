@@ -67,7 +67,7 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
-        self._modules = list(inner.modules())
+        self._inner, self._modules = inner, list(inner.modules())
         embedded = found.tokens.weight.dtype
         self.dtype: torch.dtype = dtype or embedded
         self.stream_dtype = self.dtype
@@ -101,7 +101,7 @@ class Decoder:
 
     def check_unchanged(self) -> None:
         """ValueError where the model has other weights than this Decoder, which has copies or those of before."""
-        if self._sources.changed():
+        if self._sources.changed() or list(self._inner.modules()) != self._modules:
             raise ValueError("generate: the model has changed since this Decoder read its weights; make a new one")
 
     @property
@@ -334,15 +334,22 @@ class Decoder:
         """ValueError unless the model's own forward gives the logits that its parts give."""
         count = min(_TRIAL_TOKENS, self.context)
         ids = torch.arange(count, device=self.device)[None] * 7919 % self.vocabulary
-        with torch.no_grad(), self._evaluating():
-            output = model(ids)
-        logits: Any = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-        expected = logits[:, -1].float()
+        kind = type(unwrapped(model)).__name__
+        try:
+            with torch.no_grad(), self._evaluating():
+                output = model(ids)
+            output = (
+                output[0] if isinstance(output, tuple) else output["logits"] if isinstance(output, dict) else output
+            )
+            logits: Any = getattr(output, "logits", output)[:, -1]
+        except Exception as error:  # a stranger's code
+            raise ValueError(f"generate: a trial of this {kind} failed with {type(error).__name__}: {error}") from error
+        expected = logits.float()
         actual = self.logits(self.features(ids)[:, -1])
         distance = ((actual - expected).norm() / expected.norm()).item()
         coarse = torch.float16 if self.dtype in (torch.float16, torch.bfloat16) else torch.float32
         if math.isfinite(distance) and distance > {torch.float16: 0.1, torch.float32: 1e-3}[coarse]:
             raise ValueError(
-                f"generate: this {type(unwrapped(model)).__name__} computes something else than its parts say: its "
-                f"logits are off by {distance:.1%}"
+                f"generate: this {kind} computes something else than its parts say: its logits are off by "
+                f"{distance:.1%}"
             )

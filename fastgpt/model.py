@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.families import free_embedding, free_linear, occupied
+from fastgpt.families import free_embedding, free_linear, is_linear, occupied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,10 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def left_out(last: nn.Linear, *others: nn.Linear) -> Tensor | None:
-    """The bias of a branch's last layer, where that is left to the next norm: a layer that does more than multiply, as
-    one with an adapter or hooks, was called, with its bias."""
-    return last.bias if all(map(free_linear, (last, *others))) else None
+def only_multiplies(linear: nn.Module) -> bool:
+    """Whether a branch's last layer may leave its bias to the next norm; one with an adapter or hooks is called. To be
+    asked once, before the branch is called, for hooks may come and go in it."""
+    return is_linear(linear) and not occupied(linear)
 
 
 class LayerNorm(nn.Module):
@@ -132,7 +132,7 @@ class LayerNorm(nn.Module):
     def add(self, branch: Tensor | None, x: Tensor, branch_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The stream x with dropout(branch + branch_bias) added: returns (its norm, itself), both (…, C)."""
         p = self.dropout if self.training else 0.0
-        if branch is not None and not occupied(self):
+        if branch is not None and not occupied(self) and type(self).forward is LayerNorm.forward:
             more: Any = dict(x_bias=branch_bias, dropout_p=p, backend=self.backend)
             return ops.add_layer_norm(branch, x, self.weight, self.bias, self.eps, **more)
         if branch is not None:
@@ -153,9 +153,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x)  # (B, T, 3C)
         options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
         y = ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend)  # (B, T, C)
-        if add_bias or not free_linear(self.c_proj):
-            return self.c_proj(y)
-        return F.linear(y, self.c_proj.weight)
+        return self.c_proj(y) if add_bias else F.linear(y, self.c_proj.weight)
 
 
 class MLP(nn.Module):
@@ -170,7 +168,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, add_bias: bool = True) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
         if not (free_linear(self.c_fc) and free_linear(self.c_proj)):
-            return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+            hidden = F.gelu(self.c_fc(x), approximate=self.gelu)
+            return self.c_proj(hidden) if add_bias else F.linear(hidden, self.c_proj.weight)
         return ops.gelu_mlp(
             x,
             self.c_fc.weight,
@@ -209,13 +208,16 @@ class Block(nn.Module):
         branch: Tensor | None = None,
         branch_bias: Tensor | None = None,
         documents: Tensor | None = None,
+        add_bias: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The stream x and the branch that is not yet added to it, both (B, T, C), and the bias (C,) that the branch
-        still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj."""
+        still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj, unless
+        add_bias."""
         normed, x = self.ln_1.add(branch, x, branch_bias)
-        branch = self.attn(normed, add_bias=False, documents=documents)
-        normed, x = self.ln_2.add(branch, x, left_out(self.attn.c_proj))
-        return x, self.mlp(normed, add_bias=False)
+        leaves_bias = only_multiplies(self.attn.c_proj)
+        branch = self.attn(normed, add_bias=not leaves_bias, documents=documents)
+        normed, x = self.ln_2.add(branch, x, self.attn.c_proj.bias if leaves_bias else None)
+        return x, self.mlp(normed, add_bias=add_bias)
 
 
 class GPT(nn.Module):
@@ -265,11 +267,10 @@ class GPT(nn.Module):
         again = config.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
         block: Any  # ModuleList does not say what it holds
         for block in self.h:
-            if again:
-                x, branch = checkpoint(block, x, branch, branch_bias, documents, use_reentrant=False)
-            else:
-                x, branch = block(x, branch, branch_bias, documents)
-            branch_bias = left_out(block.mlp.c_proj, block.mlp.c_fc)  # a parameter is no output to checkpoint
+            leaves_bias = only_multiplies(block.mlp.c_proj)
+            given = x, branch, branch_bias, documents, not leaves_bias
+            x, branch = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
+            branch_bias = block.mlp.c_proj.bias if leaves_bias else None  # a parameter is no output to checkpoint
         normed, _ = self.ln_f.add(branch, x, branch_bias)
         return normed
 
@@ -278,7 +279,7 @@ class GPT(nn.Module):
         x = self.features(idx, documents)
         if targets is None:
             return self.head(x)
-        if self.lm_head is not None and not free_linear(self.lm_head):
+        if self.lm_head is not None and not (free_linear(self.lm_head) and self.lm_head.bias is None):
             logits = self.head(x).flatten(0, 1)
             wide = torch.promote_types(logits.dtype, torch.float32)
             return F.cross_entropy(logits.to(wide), targets.flatten().long())

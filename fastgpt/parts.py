@@ -70,12 +70,13 @@ def _own_anatomy(model: GPT) -> Anatomy:
     )
 
 
-def is_plain_gpt(model: nn.Module) -> bool:
+def is_plain_gpt(model: Any) -> bool:
     """Whether it is fastgpt's GPT, and no subclass or layer of one's own in it."""
     if own_type(model) is not GPT:
         return False
-    blocks: Any = model.h
-    return all(own_type(b) is Block and own_type(b.attn) is CausalSelfAttention for b in blocks)
+    parts = [(b, b.attn, b.mlp, b.ln_1, b.ln_2) for b in model.h]
+    kinds = (Block, CausalSelfAttention, MLP, LayerNorm, LayerNorm)
+    return all(tuple(map(own_type, each)) == kinds for each in parts) and own_type(model.ln_f) is LayerNorm
 
 
 def anatomy(model: Any) -> Anatomy:
@@ -101,8 +102,8 @@ class Sources:
     """
 
     def __init__(self) -> None:
-        self._copied: list[tuple[Any, str, int]] = []  # module, name, version
-        self._shared: list[tuple[Any, str, int]] = []  # module, name, address
+        self._copied: list[tuple[Any, str, int | None]] = []  # module, name, version
+        self._shared: list[tuple[Any, str, int | None]] = []  # module, name, address
         self._sample: Tensor | None = None
 
     def add(self, module: Any, copied: bool, names: tuple[str, ...] = ("weight", "bias")) -> None:
@@ -110,17 +111,19 @@ class Sources:
             tensor = getattr(module, name, None)
             if tensor is not None and copied:
                 self._copied.append((module, name, _version(tensor)))
-            elif tensor is not None:
-                self._shared.append((module, name, tensor.data_ptr()))
+            else:
+                self._shared.append((module, name, _address(tensor)))
 
     def seal(self) -> None:
         """All are read."""
         self._sample = self._numbers()
 
     def changed(self) -> bool:
-        if any(getattr(module, name).data_ptr() != address for module, name, address in self._shared):
+        if any(_address(getattr(module, name, None)) != address for module, name, address in self._shared):
             return True
-        if any(_version(getattr(module, name)) != at for module, name, at in self._copied):
+        if any(_version(getattr(module, name, None)) != at for module, name, at in self._copied):
+            return True
+        if any(occupied(module) for module, *_ in (*self._shared, *self._copied)):  # by hooks that came later
             return True
         now = self._numbers()
         if now is None or self._sample is None:
@@ -128,14 +131,25 @@ class Sources:
         return now.device != self._sample.device or not torch.equal(now, self._sample)
 
     def _numbers(self) -> Tensor | None:
-        """Bits of each copied tensor from all over it, which training changes."""
-        tensors = [getattr(module, name).detach() for module, name, _ in self._copied]
-        some = [(t.diagonal() if t.dim() == 2 else t.reshape(-1))[::16] for t in tensors]
+        """Bits of some numbers of each copied tensor."""
+        some = [_some(getattr(module, name).detach()) for module, name, _ in self._copied]
         return torch.cat(some).view(torch.uint8) if some else None
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else 0 if tensor.is_inference() else tensor._version
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """Some sixty numbers from all over a tensor of one or two axes, without a copy of it."""
+    if tensor.dim() == 2:
+        rows = tensor if tensor.is_contiguous() else tensor.t()
+        tensor = rows.view(-1) if rows.is_contiguous() else rows.diagonal()
+    return tensor[:: len(tensor) // 64 | 1]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class Reader:

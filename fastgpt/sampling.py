@@ -80,7 +80,7 @@ class Sampling:
         if self.top_p < 1:  # counted in whole numbers: a GPU may add floating-point ones up in another order each time
             counts = (weights * _ONE).to(torch.int64)
             before = F.pad(counts.cumsum(-1)[:, :-1], (1, 0))  # of the likelier ones
-            weights = weights.masked_fill(before >= int(self.top_p * _ONE), 0.0)
+            weights = weights.masked_fill(before >= max(1, int(self.top_p * _ONE)), 0.0)
         if self.min_p > 0:
             weights = weights.masked_fill(weights < self.min_p * weights.amax(-1, keepdim=True), 0.0)
         return weights, ids

@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.data import documents
 from fastgpt.distributed import World
+from fastgpt.families import free_embedding, free_linear, occupied
+from fastgpt.model import LayerNorm
 from fastgpt.optimizer import TrainingStep, clipped_step
 
 
@@ -117,6 +119,14 @@ def _finite(tensor: Any) -> bool:
     return bool(local.isfinite().all())
 
 
+def _only_read(name: str, module: nn.Module) -> bool:
+    """Whether GPT reads the module's weights and does not call it, which it would if there were a hook on it: another
+    computation than the one that failed."""
+    if isinstance(module, LayerNorm):
+        return occupied(module) is None
+    return (free_linear(module) and not name.endswith("c_attn")) or free_embedding(module)
+
+
 @contextlib.contextmanager
 def _watched(model: nn.Module) -> Iterator[list[str]]:
     """Fills a list with the names of modules whose outputs are not finite."""
@@ -130,7 +140,8 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
         return look
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    called = [(name, module) for name, module in model.named_modules() if name and not _only_read(name, module)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in called]
     try:
         yield found
     finally:

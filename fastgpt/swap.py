@@ -166,9 +166,9 @@ def _signature(module: nn.Module) -> inspect.Signature:
 
 
 def _settings(module: nn.Module) -> list[tuple]:
-    """The numbers and words that may change what the module computes; transformers' own classes do not ask for their
+    """The numbers and words that may change what the module computes; transformers' own forwards do not ask for their
     place among their like."""
-    place = "layer_idx" if families.own_type(module).__module__.startswith("transformers.") else None
+    place = "layer_idx" if families.own_type(module).forward.__module__.startswith("transformers.") else None
     return [(name, value) for name, value in module.__dict__.items() if name != place and _is_setting(value)]
 
 
@@ -176,11 +176,12 @@ def _is_setting(value: Any) -> bool:
     return isinstance(value, int | float | str) or (isinstance(value, tuple) and all(map(_is_setting, value)))
 
 
-def _bytes(buffer: Tensor) -> int | None:
-    """What a buffer holds, as a number; None for one without memory."""
-    if buffer.is_meta or not buffer.numel():
-        return None
-    return hash(buffer.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def _bytes(buffer: Tensor) -> int:
+    """What a buffer holds, as a number; of one that does not show it, as a sparse or a distributed one, its own."""
+    try:
+        return hash(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return id(buffer)
 
 
 def _trial(module: nn.Module, swap: Swap) -> str | None:

@@ -66,6 +66,12 @@ def meta_of(folder: Path) -> dict:
     return meta
 
 
+def meta_beside(path: Path) -> dict:
+    """meta_of a file's folder, where that is `fastgpt tokenize`'s and no other program's meta.json."""
+    file = path.parent / META
+    return meta_of(path.parent) if file.is_file() and {"encoding", "dtype"} <= read_json(file).keys() else {}
+
+
 def map_tokens(path: Path, dtype: str = "uint16") -> np.ndarray:
     """The ids of a .bin file, left on the disk; ValueError for a size that can't be."""
     if not path.is_file():

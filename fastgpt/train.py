@@ -14,7 +14,7 @@ from fastgpt.distributed import World, join, leave
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.run import CHECKPOINTS, Run, Signals, autocast_dtype
 from fastgpt.settings import SETTINGS, TrainConfig, settings_text
-from fastgpt.weights import WEIGHTS, from_pretrained
+from fastgpt.weights import CONFIG, WEIGHTS, from_pretrained
 
 __all__ = ["CHECKPOINTS", "TrainConfig", "fit", "pretrained"]
 
@@ -137,7 +137,7 @@ def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool, s
     checkpoints, step = Checkpoints(folder / CHECKPOINTS), -1
     if world.rank == 0:
         checkpoints.tidy()
-        remove_unfinished(folder)
+        remove_unfinished(*(folder / name for name in (WEIGHTS, CONFIG, SETTINGS, monitor.METRICS, monitor.PLOT)))
         if resume:
             newest, passed = checkpoints.newest()
             for each, reason in passed:

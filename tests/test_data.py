@@ -298,6 +298,18 @@ def test_a_folder_of_tokens_is_evaluated_by_its_validation(tmp_path):
     assert read_tokens(tmp_path, BYTE).tolist() == [4, 5]
 
 
+def test_the_meta_file_of_another_program(tmp_path):
+    np.arange(200, dtype=np.uint16).tofile(tmp_path / "x.bin")
+    (tmp_path / "meta.json").write_text('{"vocab_size": 65}')
+    assert len(load_corpus(tmp_path / "x.bin", BYTE, 4).train) == 180
+
+
+def test_a_folder_of_text_with_a_file_that_only_sounds_like_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "pretrained.bin").write_bytes(b"\xff\xff")
+    assert read_tokens(tmp_path, BYTE).tolist() == [*b"text", 256]
+
+
 def test_a_shard_for_both_parts(tmp_path):
     for name in ("retrieval_train_0.bin", "retrieval_val_0.bin"):
         np.arange(100, dtype=np.uint16).tofile(tmp_path / name)

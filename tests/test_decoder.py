@@ -302,6 +302,41 @@ def test_few_rows_take_the_kernels_made_for_them(rows, residual, device, monkeyp
     assert len(calls) == (2 * 2 * 5 if rows == 1 else 0)  # of two layers, each token but the prompt's
 
 
+def drop_a_bias(model):
+    model.h[0].attn.c_proj.bias = None
+
+
+def write_its_last_rows(model):
+    model.lm_head.weight.data[-2:] = 9
+
+
+def put_another_head(model):
+    model.lm_head = nn.Linear(16, 13, bias=False)
+
+
+def hook_a_layer(model):
+    model.h[1].mlp.c_fc.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def adapt(model):
+    peft = pytest.importorskip("peft", reason="the extra `test` brings peft")
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("change", [drop_a_bias, write_its_last_rows, put_another_head, hook_a_layer, adapt])
+def test_a_decoder_of_a_model_whose_parts_have_changed(change, dtype):
+    model = gpt(128, tie=False)
+    decoder = Decoder(model, dtype=dtype)
+    generate(decoder, PROMPT, 2)
+    change(model)
+    if change is write_its_last_rows and dtype is None:  # they are shared
+        assert generate(decoder, PROMPT, 4, temperature=0) == generate(model, PROMPT, 4, temperature=0)
+        return
+    with pytest.raises(ValueError, match="has changed since"):
+        generate(decoder, PROMPT, 2)
+
+
 def test_a_model_that_was_asked_for_its_hidden_states():
     """transformers leaves hooks on its blocks then, that do nothing."""
     model = FAMILIES["hugging face"]()

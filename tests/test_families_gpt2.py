@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN  # noqa: E402
 import fastgpt  # noqa: E402
 from fastgpt import accelerate, restore  # noqa: E402
 from fastgpt.families import gelu_kind, gpt2  # noqa: E402
-from tests.huggingface import IDX, assert_as_before, attention_calls, padded  # noqa: E402
+from tests.huggingface import IDX, assert_as_before, attention_calls, padded, results  # noqa: E402
 from tests.models import VOCAB, hugging_face  # noqa: E402
 
 
@@ -368,15 +368,34 @@ def test_a_subclass_without_room_for_our_mask():
     attn = model.transformer.h[0].attn
 
     class Attention(type(attn)):
-        def forward(self, hidden_states, past_key_values=None, attention_mask=None, **more):
-            usual = ("cache_position", "use_cache", "encoder_attention_mask", "output_attentions", "position_ids")
-            assert all(name in usual for name in more), "what it did not ask for"
+        def forward(
+            self, hidden_states, past_key_values=None, cache_position=None, attention_mask=None, use_cache=None,
+            encoder_hidden_states=None, encoder_attention_mask=None, output_attentions=None, position_ids=None,
+        ):  # fmt: skip
             y, weights = super().forward(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask)
             return 2 * y, weights  # so that it is left
 
     attn.__class__ = Attention
     idx, mask = padded("left")
-    assert_as_before(model, idx, attention_mask=mask, use_cache=False)
+    try:
+        assert_as_before(model, idx, attention_mask=mask, use_cache=False)
+    except TypeError as error:
+        raise AssertionError("it was given what it does not take") from error
+
+
+def test_blocks_in_a_wrapper_still_see_a_padding_mask(monkeypatch):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = hugging_face().double()
+    idx, mask = padded("left")
+    expected = results(model, idx, attention_mask=mask, use_cache=False)
+    accelerate(model)
+    for place, block in enumerate(model.transformer.h):
+        model.transformer.h[place] = checkpoint_wrapper(block) if place else torch.compile(block, backend="eager")
+    calls = attention_calls(monkeypatch)
+    found = model(idx, attention_mask=mask, use_cache=False).logits * mask[..., None]
+    torch.testing.assert_close(found.detach(), expected["logits"], rtol=1e-9, atol=1e-10)
+    assert calls == ["causal_attention_qkv"] * 2
 
 
 def test_a_mask_for_all_rows_alike(generators):

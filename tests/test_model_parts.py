@@ -7,6 +7,7 @@ from torch import nn
 
 from fastgpt import GPT, GPTConfig, generate
 from fastgpt.decoder import Decoder
+from fastgpt.model import MLP, LayerNorm
 from tests.small_gpt import recomputed, varied
 from tests.swapped import batch
 
@@ -93,6 +94,28 @@ def test_every_adapter_works_and_learns(tie):
     assert tokens == generate(merged, prompt, 6, temperature=0).tokens
 
 
+@pytest.mark.parametrize("path", ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.0.mlp.c_fc", "h.0.ln_2"])
+def test_a_hook_that_takes_itself_away(path):
+    """What is to be called is decided once: a bias is neither lost nor added twice."""
+    model, ids = gpt(), small_batch()
+    expected = model(ids[0])
+
+    def once(module, args, output):
+        handle.remove()
+
+    handle = model.get_submodule(path).register_forward_hook(once)
+    torch.testing.assert_close(model(ids[0]), expected, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(model(ids[0]), expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_head_with_a_bias():
+    model, (idx, targets) = gpt(), small_batch()
+    model.lm_head = nn.Linear(32, 31, dtype=torch.float64)
+    logits, loss = called(model, idx, targets)
+    torch.testing.assert_close(model(idx), logits, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(model(idx, targets).double(), loss, rtol=1e-6, atol=0)
+
+
 def test_more_tokens_than_the_context_holds():
     model = gpt()
     model.wte.register_forward_hook(lambda module, args, output: output)
@@ -103,6 +126,45 @@ def test_more_tokens_than_the_context_holds():
 class Capped(GPT):
     def head(self, x):
         return 2 * torch.tanh(super().head(x) / 2)
+
+
+class Doubled(LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Halved(MLP):
+    def forward(self, x, add_bias=True):
+        return super().forward(x, add_bias) / 2
+
+
+def test_norms_and_mlps_of_ones_own():
+    model, ids = gpt(), small_batch()
+    model.h[0].ln_2.__class__ = model.h[1].ln_1.__class__ = Doubled
+    torch.testing.assert_close(model(ids[0]), called(model, *ids)[0], rtol=1e-9, atol=1e-10)
+    with pytest.raises(ValueError, match="computes something else than its parts say"):
+        Decoder(model.eval())
+    model = gpt()
+    model.h[1].mlp.__class__ = Halved
+    with pytest.raises(ValueError, match="computes something else than its parts say"):
+        Decoder(model.eval())
+
+
+class Named(GPT):
+    def forward(self, idx):
+        return {"logits": super().forward(idx)}
+
+
+class Asking(GPT):
+    def forward(self, idx, more):
+        return super().forward(idx)
+
+
+def test_what_a_subclass_returns_and_asks_for():
+    model = varied(Named(gpt().config)).eval()
+    assert len(generate(model, [[1, 2]], 3).tokens[0]) == 3
+    with pytest.raises(ValueError, match=r"a trial of this Asking failed with TypeError: .*'more'"):
+        generate(Asking(gpt().config).eval(), [[1, 2]], 3)
 
 
 class OneWay(nn.Module):

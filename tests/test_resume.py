@@ -208,4 +208,7 @@ def test_a_fine_tuned_run_goes_on_without_its_base(tmp_path, capsys):
     assert main([*how, "--init_from", str(base), "--encoding", "byte", "--max_iters", "1"]) == 0
     shutil.rmtree(base)
     assert main(["train", "--out", str(out), "--resume", "--max_iters", "2"]) == 0, capsys.readouterr().err
-    assert Checkpoints(out / "checkpoints").all()[-1].step == 2
+    toml = tmp_path / "run.toml"
+    toml.write_text(f'data = "{text}"\nencoding = "byte"\ninit_from = "{base}"\nbatch_size = 2\neval_iters = 1\n')
+    assert main(["train", "--out", str(out), "--resume", "--config", str(toml), "--max_iters", "3"]) == 0
+    assert Checkpoints(out / "checkpoints").all()[-1].step == 3

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgpt import GPT, checkpoint, monitor, train
+from fastgpt import GPT, checkpoint, monitor, ops, train
 from fastgpt.checkpoint import Checkpoints
 from fastgpt.run import Run
+from fastgpt.step import _watched
 from fastgpt.weights import load_model
-from tests.runs import Runs, digests
+from tests.runs import MODEL, Runs, digests
 
 ROOT = Path(__file__).parents[1]
 
@@ -120,6 +121,28 @@ def test_a_gradient_that_is_not_finite_is_named(run, monkeypatch):
         run()
 
 
+def test_the_second_pass_is_the_computation_that_failed(monkeypatch):
+    """Looking at outputs has no part called that GPT reads."""
+    model, calls = GPT(MODEL), []
+
+    def counted(name, op):
+        monkeypatch.setattr(ops, name, lambda *args, **more: calls.append(name) or op(*args, **more))
+
+    for name in ("embedding", "add_layer_norm", "gelu_mlp", "causal_attention_qkv", "linear_cross_entropy"):
+        counted(name, getattr(ops, name))
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    model(ids, ids)
+    before, calls[:] = calls[:], []
+    with _watched(model) as found:
+        model(ids, ids)
+    assert calls == before and found == []
+    with torch.no_grad():
+        model.h[1].attn.c_attn.bias[3] = torch.nan
+    with _watched(model) as found:
+        model(ids, ids)
+    assert found[0] == "h.1.attn.c_attn"
+
+
 @pytest.mark.parametrize("allowed", [1, 2])
 def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allowed):
     """Two of them, of which one is too many where one is allowed; the count goes on after a resume."""
@@ -199,12 +222,13 @@ def test_a_kill_between_the_last_checkpoint_and_the_model(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(max_iters=1)
     assert not (run.out / "model.safetensors").exists()
-    (run.out / ".model.safetensors.abc.tmp").write_text("half")
+    (run.out / ".model.safetensors.abcdefgh.tmp").write_text("half")
+    (run.out / ".mine.tmp").write_text("mine")
     ours = run(max_iters=1, resume=True)
     assert (run.out / "model.safetensors").exists()
     left, facts = load_model(run.out)
     assert facts["step"] == 1 and all(map(torch.equal, left.parameters(), ours.parameters()))
-    assert not list(run.out.glob("*.tmp")) and not list(run.out.glob(".*.tmp"))
+    assert [path.name for path in run.out.glob(".*.tmp")] == [".mine.tmp"]
 
 
 def test_a_file_system_without_locks_is_no_other_trainer(run, monkeypatch):

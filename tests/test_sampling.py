@@ -100,6 +100,11 @@ def test_draws_follow_the_softmax_with_its_filters(model, name):
     assert_drawn_from(expected, draws(model, 20_000, **options).bincount(minlength=VOCABULARY))
 
 
+def test_a_tiny_top_p_leaves_the_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    assert Sampling(top_p=1e-15).probabilities(logits, None).tolist() == [[0, 1, 0]]
+
+
 @pytest.mark.parametrize(("top_p", "left"), [(0.5, 1), (0.5000001, 2), (0.75, 2), (0.8, 3), (1.0, 4), (1e-9, 1)])
 def test_top_p_ends_with_the_token_that_reaches_it(top_p, left):
     probabilities = Sampling(top_p=top_p).probabilities(

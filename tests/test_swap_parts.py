@@ -337,6 +337,13 @@ def test_layers_that_differ_are_each_tried(order):
     assert left == [f"transformer.h.{order.index(1)}.attn"]
 
 
+def test_a_buffer_that_shows_no_bytes():
+    for buffer in (torch.ones(1).expand(5), torch.eye(3).to_sparse(), torch.ones(2, device="meta")):
+        model = nanogpt()
+        model.transformer.h[0].attn.register_buffer("extra", buffer)
+        assert len(accelerate(model).rows) == 11
+
+
 # Calls with more than x
 
 

@@ -3,13 +3,14 @@
 Their door for attention functions is in huggingface.py.
 """
 
+import functools
 import inspect
 import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.families import (
@@ -76,7 +77,7 @@ def recognise(module: Any) -> Swap | str | None:
 def model(module: Any, swap: Swap, *args, **kwargs):
     names = ("input_ids", "past_key_values", "attention_mask")
     mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
-    understood = all(_is_theirs(block) and _is_theirs(block.attn) for block in module.h)
+    understood = all(_takes_ours(block) and _takes_ours(getattr(block, "attn", None)) for block in module.h)
     if understood and isinstance(mask, Tensor) and mask.dim() == 2 and getattr(module.config, "is_causal", True):
         kwargs["fastgpt_key_mask"] = mask.bool()
     return class_forward(module, *args, **kwargs)
@@ -85,6 +86,21 @@ def model(module: Any, swap: Swap, *args, **kwargs):
 def _is_theirs(module: Any) -> bool:
     """Whether the class's forward is transformers' own, whose arguments are known, and not a subclass's."""
     return own_type(module).forward.__module__.startswith("transformers.")
+
+
+_COVERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # torch.compile's, and distributed ones'
+
+
+def _takes_ours(module: Any) -> bool:
+    """Whether a call of the module with one named argument more, fastgpt_key_mask, is no error."""
+    while (inside := next((getattr(module, name) for name in _COVERS if hasattr(module, name)), None)) is not None:
+        module = inside
+    return module is not None and _takes_any(own_type(module))
+
+
+@functools.cache
+def _takes_any(kind: type[nn.Module]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind.forward).parameters.values())
 
 
 def key_mask(queries: int, keys: int, mask: Tensor | None, padding: Tensor | None):
