@@ -50,7 +50,7 @@ class Decoder:
     weights are laid out anew, so that few rows read them faster, or one alone on a CPU: that costs their memory up to
     twice more, and on a CPU the time of ten to fifty tokens.
     Weights that are neither laid out nor cast are the model's own, at every call as they are then. Where others are
-    copies, a model that has been trained since is an error.
+    copies, a model that has been trained since is an error, and everywhere one whose parts are others than they were.
     TypeError and ValueError for a model that can't be served; one whose logits differ from what its parts say is tried
     and refused.
     """

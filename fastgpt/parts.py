@@ -84,7 +84,10 @@ def anatomy(model: Any) -> Anatomy:
     if not isinstance(model, nn.Module):
         raise TypeError(f"generate: model is a {type(model).__name__}, not an nn.Module")
     if isinstance(model, GPT):
-        return _own_anatomy(model)
+        try:
+            return _own_anatomy(model)
+        except AttributeError as error:
+            raise ValueError(f"generate: this {type(model).__name__} lacks a part of a GPT: {error}") from error
     for family in (gpt2, nanogpt, raschka):
         if (found := family.anatomy(model)) is not None:
             return found

@@ -398,6 +398,18 @@ def test_blocks_in_a_wrapper_still_see_a_padding_mask(monkeypatch):
     assert calls == ["causal_attention_qkv"] * 2
 
 
+def test_subclasses_that_hand_everything_on_still_see_a_padding_mask(monkeypatch):
+    calls, model = attention_calls(monkeypatch), hugging_face()
+    for block in model.transformer.h:
+        for module in (block, block.attn):
+            kind = type(module)
+            hand_on = {"forward": lambda self, *args, _kind=kind, **more: _kind.forward(self, *args, **more)}
+            module.__class__ = type(f"My{kind.__name__}", (kind,), hand_on)
+    idx, mask = padded("left")
+    assert not assert_as_before(model, idx, attention_mask=mask, use_cache=False, calls=calls)
+    assert calls == ["causal_attention_qkv"] * 2
+
+
 def test_a_mask_for_all_rows_alike(generators):
     idx = IDX[:, :5]
     found = []

@@ -150,6 +150,13 @@ def test_norms_and_mlps_of_ones_own():
         Decoder(model.eval())
 
 
+def test_a_gpt_with_another_attention_altogether():
+    model = gpt().eval()
+    model.h[0].attn = nn.Identity()
+    with pytest.raises(ValueError, match=r"this GPT lacks a part of a GPT: .*c_attn"):
+        generate(model, [[1, 2]], 3)
+
+
 class Named(GPT):
     def forward(self, idx):
         return {"logits": super().forward(idx)}

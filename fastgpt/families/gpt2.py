@@ -38,7 +38,7 @@ _SPECIAL = (
 # Of a subclass that has a forward of its own, calls with nothing but these are understood.
 _KNOWN = {
     *("past_key_values", "cache_position", "attention_mask", "use_cache", "position_ids", "is_causal"),
-    *("encoder_attention_mask", *_SPECIAL),
+    *("encoder_attention_mask", "fastgpt_key_mask", "output_hidden_states", "num_items_in_batch", *_SPECIAL),
 }
 
 
@@ -77,9 +77,9 @@ def recognise(module: Any) -> Swap | str | None:
 def model(module: Any, swap: Swap, *args, **kwargs):
     names = ("input_ids", "past_key_values", "attention_mask")
     mask = {**dict(zip(names, args, strict=False)), **kwargs}.get("attention_mask")
-    understood = all(_takes_ours(block) and _takes_ours(getattr(block, "attn", None)) for block in module.h)
-    if understood and isinstance(mask, Tensor) and mask.dim() == 2 and getattr(module.config, "is_causal", True):
-        kwargs["fastgpt_key_mask"] = mask.bool()
+    padding = isinstance(mask, Tensor) and mask.dim() == 2 and getattr(module.config, "is_causal", True)
+    if padding and all(_takes_ours(block) and _takes_ours(getattr(block, "attn", None)) for block in module.h):
+        kwargs["fastgpt_key_mask"] = mask != 0
     return class_forward(module, *args, **kwargs)
 
 
