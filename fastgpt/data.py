@@ -19,6 +19,7 @@ from fastgpt.tokens import (
     TRAIN,
     VAL,
     Shards,
+    bad_byte,
     dtype_of,
     examine,
     hidden,
@@ -212,7 +213,7 @@ def _read_documents(path: Path) -> list[str]:
     try:
         return [path.read_bytes().decode("utf-8")]
     except UnicodeDecodeError as error:
-        raise ValueError(not_text(path, f"byte {error.start} is 0x{error.object[error.start]:02x}")) from None
+        raise ValueError(not_text(path, bad_byte(error))) from None
 
 
 def _json_lines(path: Path) -> str:
@@ -225,7 +226,7 @@ def _utf8(path: Path) -> str | None:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         if path.suffix in TEXT:
-            raise ValueError(not_text(path, f"byte {error.start} is 0x{error.object[error.start]:02x}")) from None
+            raise ValueError(not_text(path, bad_byte(error))) from None
         return None
 
 

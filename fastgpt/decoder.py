@@ -338,10 +338,11 @@ class Decoder:
         try:
             with torch.no_grad(), self._evaluating():
                 output = model(ids)
-            output = (
-                output[0] if isinstance(output, tuple) else output["logits"] if isinstance(output, dict) else output
-            )
+            if isinstance(output, tuple | dict):  # transformers' outputs are dicts too
+                output = output["logits" if isinstance(output, dict) else 0]
             logits: Any = getattr(output, "logits", output)[:, -1]
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a stranger's code
             raise ValueError(f"generate: a trial of this {kind} failed with {type(error).__name__}: {error}") from error
         expected = logits.float()

@@ -189,7 +189,7 @@ def _trial(module: nn.Module, swap: Swap) -> str | None:
     if swap.width == 0:
         return None
     kind = families.own_type(module).__name__
-    whose = "its own forward"
+    whose = "a copy of it"
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             torch.manual_seed(0)
@@ -198,7 +198,8 @@ def _trial(module: nn.Module, swap: Swap) -> str | None:
                 for training in (False, True):
                     twin.train(training)
                     torch.manual_seed(1)  # dropout, or a stranger's part, must draw the same at the same time
-                    whose, expected = "its own forward", families.class_forward(twin, *inputs)
+                    whose = "its own forward"
+                    expected = families.class_forward(twin, *inputs)
                     torch.manual_seed(1)
                     whose = "fastgpt's"
                     actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)

@@ -235,7 +235,7 @@ def _chunks(path: Path) -> Iterator[str]:
             try:
                 text = decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
-                error.reason = _bad_byte(error, before - pending)
+                error.reason = bad_byte(error, before - pending)
                 raise
             before += len(piece)
             if text:
@@ -244,7 +244,7 @@ def _chunks(path: Path) -> Iterator[str]:
                 return
 
 
-def _bad_byte(error: UnicodeDecodeError, before: int) -> str:
+def bad_byte(error: UnicodeDecodeError, before: int = 0) -> str:
     return f"byte {before + error.start} is 0x{error.object[error.start]:02x}"
 
 
@@ -255,7 +255,7 @@ def _lines(path: Path, text_field: str) -> Iterator[str]:
             try:
                 content = line.decode("utf-8")
             except UnicodeDecodeError as error:
-                error.reason = _bad_byte(error, before)
+                error.reason = bad_byte(error, before)
                 raise
             before += len(line)
             if not content.strip():
