@@ -338,8 +338,10 @@ class Decoder:
         try:
             with torch.no_grad(), self._evaluating():
                 output = model(ids)
-            if isinstance(output, tuple | dict):  # transformers' outputs are dicts too
-                output = output["logits" if isinstance(output, dict) else 0]
+            if isinstance(output, tuple):
+                output = output[0]
+            elif isinstance(output, dict):  # transformers' outputs too
+                output = output["logits"]
             logits: Any = getattr(output, "logits", output)[:, -1]
         except (MemoryError, torch.OutOfMemoryError):
             raise
