@@ -150,7 +150,8 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
         keys = k.shape[2]
     known, seen = key_mask(time, keys if mask is not None else time, mask, padding)
     if not known:
-        raise ValueError(f"attention_mask is {tuple(mask.shape)}, and the cache now holds {keys} keys")  # type: ignore[union-attr]
+        given = tuple(call["attention_mask"].shape)
+        raise ValueError(f"attention_mask is {given}, and the cache now holds {keys} keys")
     seen = None if seen is None else seen.expand(batch, -1)
     # transformers keeps a cache in training too, unless told not to: its first pass holds what qkv does
     if past is None or (keys == time and type(past).__name__ == "DynamicCache"):
