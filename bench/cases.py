@@ -17,8 +17,9 @@ from torch import Tensor
 from bench import baselines, work
 from bench.machine import Machine
 from bench.work import Work
-from fastgpt import ops, reference
-from fastgpt.loss import padded
+from fastgpt import ops
+from fastgpt.ops import pytorch
+from fastgpt.ops.loss import padded
 
 SUBJECT, EAGER, COMPILED = "fastgpt", "PyTorch eager", "torch.compile"
 FUSED = "fastgpt, GELU in the epilogue"
@@ -167,7 +168,7 @@ def attention(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> li
         q, k, v = (t.detach().requires_grad_() for t in qkv)
         return Problem(dict(q=q, k=k, v=v), ("q", "k", "v"), (draw(B, T, H, D, grad=False).transpose(1, 2),))
 
-    functions = _standard(machine, ops.causal_attention, reference.causal_attention)
+    functions = _standard(machine, ops.causal_attention, pytorch.causal_attention)
     functions |= {name: lambda _, backend=backend: baselines.sdpa(backend) for name, backend in baselines.SDPA.items()}
     if T > 2048 and "SDPA math" in functions:
         del functions["SDPA math"]  # all scores in memory
@@ -180,7 +181,7 @@ def attention(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> li
         return tensor[-1:, -1:]
 
     shape = dict(B=B, H=H, T=T, D=D)
-    return function_cases("attention", shape, tier, phases, problem, functions, reference.causal_attention, pick)
+    return function_cases("attention", shape, tier, phases, problem, functions, pytorch.causal_attention, pick)
 
 
 def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
@@ -192,10 +193,10 @@ def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
         inputs = dict(zip(names, (draw(M, C), draw(M, C), draw(C), draw(C), draw(C)), strict=True))
         return Problem(inputs, names, (draw(M, C, grad=False), draw(M, C, grad=False)))
 
-    functions = _standard(machine, ops.add_layer_norm, reference.add_layer_norm)
+    functions = _standard(machine, ops.add_layer_norm, pytorch.add_layer_norm)
     functions["Liger"] = lambda problem: baselines.liger_add_layer_norm(machine)
     phases = {"fwd": work.add_layer_norm_fwd(M, C, e), "bwd": work.add_layer_norm_bwd(M, C, e)}
-    return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, reference.add_layer_norm)
+    return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, pytorch.add_layer_norm)
 
 
 def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
@@ -223,8 +224,8 @@ def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
         tier,
         {"fwd": work.gelu_mlp_fwd(M, C, F, e), "bwd": work.gelu_mlp_bwd(M, C, F, e)},
         problem,
-        _standard(machine, ops.gelu_mlp, reference.gelu_mlp),
-        reference.gelu_mlp,
+        _standard(machine, ops.gelu_mlp, pytorch.gelu_mlp),
+        pytorch.gelu_mlp,
         products={"fwd": forward_products, "bwd": backward_products},
     )
 
@@ -303,7 +304,7 @@ def _dgrad_dgelu(dy, w_out, pre):
 
 def _linear_gelu_by_kernel(x, w_in, b_in):
     """The launcher of the whole MLP with a second matmul of no rows."""
-    from fastgpt import autograd
+    from fastgpt.ops import autograd
 
     w_out = w_in.new_empty(0, w_in.shape[0])
     with torch.no_grad():
@@ -313,7 +314,7 @@ def _linear_gelu_by_kernel(x, w_in, b_in):
 
 def _dgrad_dgelu_by_kernel(dy, w_out, pre):
     """The launcher of the whole backward, asked for the inner bias's gradient alone: dpre is made and not shown."""
-    from fastgpt import autograd
+    from fastgpt.ops import autograd
 
     with torch.no_grad():
         needs = [False, False, True, False, False]
@@ -337,7 +338,7 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
         dlogits = _draw(machine)(M, len(weight), grad=False)
         return [(x, weight.t(), 1), (dlogits, weight, 1), (dlogits.t(), x, 1)]
 
-    functions = _standard(machine, ops.linear_cross_entropy, reference.linear_cross_entropy)
+    functions = _standard(machine, ops.linear_cross_entropy, pytorch.linear_cross_entropy)
     functions["all logits"] = lambda problem: baselines.all_logits_cross_entropy
     functions[COMPILED] = lambda problem: baselines.compiled(machine, baselines.all_logits_cross_entropy)
     functions["PyTorch, chunked"] = lambda problem: baselines.torch_linear_cross_entropy()
@@ -350,7 +351,7 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
         {"fwd+bwd": work.linear_cross_entropy(M, C, V, e)},
         problem,
         functions,
-        reference.linear_cross_entropy,
+        pytorch.linear_cross_entropy,
         products={"fwd+bwd": products},
     )
 
@@ -370,8 +371,8 @@ def embedding(machine: Machine, B: int, T: int, C: int, V: int, tier: int) -> li
         tier,
         {"fwd": work.embedding_fwd(B * T, T, C, e), "bwd": work.embedding_bwd(B * T, T, C, V, e)},
         problem,
-        _standard(machine, ops.embedding, reference.embedding),
-        reference.embedding,
+        _standard(machine, ops.embedding, pytorch.embedding),
+        pytorch.embedding,
     )
 
 
@@ -382,8 +383,8 @@ def decode(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> list[
         lengths = torch.full((B,), T, device=machine.device)
         return Problem(dict(q=q, k_cache=k, v_cache=v, lengths=lengths))
 
-    functions = _standard(machine, ops.decode_attention, reference.decode_attention)
+    functions = _standard(machine, ops.decode_attention, pytorch.decode_attention)
     functions["SDPA, full caches"] = lambda problem: baselines.sdpa_decode
     phases = {"fwd": work.decode_attention(B, H, T, D, machine.dtype.itemsize)}
     shape = dict(B=B, H=H, T=T, D=D)
-    return function_cases("decode_attention", shape, tier, phases, problem, functions, reference.decode_attention)
+    return function_cases("decode_attention", shape, tier, phases, problem, functions, pytorch.decode_attention)

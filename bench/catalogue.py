@@ -8,8 +8,8 @@ from bench.families import EAGER_ATTENTION, HUGGING_FACE, NANOGPT
 from bench.generation import KEPT, generation
 from bench.machine import Machine
 from bench.swap import swap
-from fastgpt.loss import multiplies
 from fastgpt.model import PRESETS
+from fastgpt.ops.loss import multiplies
 
 _124M = PRESETS["gpt2-124M"]
 _LARGER = ("gpt2-355M", "gpt2-774M", "gpt2-1558M")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from bench.baselines import Unavailable
 from bench.machine import Machine
-from fastgpt import families
+from fastgpt.families import book as book_family
+from fastgpt.families import gpt2 as huggingface_family
+from fastgpt.families import nanogpt as nanogpt_family
 from fastgpt.model import GPT
 
 HUGGING_FACE, NANOGPT, BOOK = "Hugging Face", "nanoGPT", "the book, fast"
@@ -54,7 +56,7 @@ def nanogpt(model: GPT, folder: Path | None) -> nn.Module:
     if folder is None:
         raise Unavailable("no checkout of nanoGPT was given: --nanogpt DIR")
     module = _module(folder / "model.py")
-    settings, weights, _ = families.nanogpt.write_weights(model.config, model.state_dict())
+    settings, weights, _ = nanogpt_family.write_weights(model.config, model.state_dict())
     theirs = module.GPT(module.GPTConfig(**settings))
     theirs.load_state_dict(weights)
     return _like(theirs, model)
@@ -66,7 +68,7 @@ def book(model: GPT) -> nn.Module:
         raise Unavailable("llms-from-scratch is not installed (pip install --no-deps llms-from-scratch is enough)")
     from llms_from_scratch.ch04 import GPTModelFast
 
-    settings, weights, _ = families.raschka.write_weights(model.config, model.state_dict(), "GPTModelFast")
+    settings, weights, _ = book_family.write_weights(model.config, model.state_dict(), "GPTModelFast")
     theirs = GPTModelFast(settings)
     theirs.load_state_dict(weights)
     return _like(theirs, model)
@@ -78,7 +80,7 @@ def book_cached(model: GPT, file: Path | None) -> tuple[nn.Module, Callable]:
     if file is None:
         raise Unavailable("the book's file with a cache was not given: --book-cached FILE")
     module = _module(file)
-    settings, weights, _ = families.raschka.write_weights(model.config, model.state_dict(), "GPTModel")
+    settings, weights, _ = book_family.write_weights(model.config, model.state_dict(), "GPTModel")
     theirs = module.GPTModel(settings)
     theirs.load_state_dict(weights, strict=False)  # its masks are buffers, in one of the files
     return _like(theirs, model), module.generate_text_simple_cached
@@ -110,7 +112,7 @@ def named_gradient(model: nn.Module, name: str) -> Tensor:
     gradients = {own: parameter.grad for own, parameter in model.named_parameters()}
     if name in gradients:
         return gradients[name]
-    kinds = (families.gpt2, families.nanogpt, families.raschka)
+    kinds = (huggingface_family, nanogpt_family, book_family)
     family = next(kind for kind in kinds if kind.holds(gradients))
     return family.read_weights(gradients, {})[0][name]
 

@@ -12,8 +12,8 @@ from bench.cases import EAGER, SUBJECT, Case, Subject
 from bench.families import BOOK, HUGGING_FACE, NANOGPT
 from bench.machine import Machine
 from bench.models import gpt, with_backend
-from fastgpt.decoder import Decoder
 from fastgpt.generation import generate
+from fastgpt.generation.decoder import Decoder
 from fastgpt.model import GPT, GPTConfig
 
 KEPT, BOOK_CACHED = f"{SUBJECT}, a Decoder kept", "the book, its cached file"

@@ -14,11 +14,11 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data import load_corpus
-from fastgpt.distributed import join
-from fastgpt.optimizer import TrainingStep, adamw
-from fastgpt.run import Run, Signals, autocast_dtype
-from fastgpt.settings import TrainConfig
-from fastgpt.tokenizer import encoding
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training.distributed import join
+from fastgpt.training.loop import Run, Signals, autocast_dtype
+from fastgpt.training.optimizer import TrainingStep, adamw
+from fastgpt.training.settings import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

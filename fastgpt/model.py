@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.families import free_embedding, free_linear, is_linear, occupied
+from fastgpt.modules import free_embedding, free_linear, is_linear, occupied
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import ops, reference
-from fastgpt.distributed import device_named
-from fastgpt.files import CONFIG, read_json
+from fastgpt import ops
+from fastgpt.atomic import read_json
 from fastgpt.model import GPT
+from fastgpt.ops import pytorch
 from fastgpt.swap import Report, accelerate, accelerated
+from fastgpt.training.distributed import device_named
 from fastgpt.weights import from_pretrained
+from fastgpt.weights.files import CONFIG
 
 TOLERANCE = 4.0  # as assert_accurate's for float32: two roundings of the same formula differ by less
 
@@ -108,8 +110,8 @@ def _verify_functions(place: torch.device, half: bool, tolerance: float) -> Veri
     for dtype in (torch.float32, *halves):
         for label, (name, floats, options) in _calls(place).items():
             rounded = [tensor.to(dtype) for tensor in floats]
-            oracle = _results(getattr(reference, name), [tensor.double() for tensor in rounded], options)
-            theirs = _results(getattr(reference, name), rounded, options)
+            oracle = _results(getattr(pytorch, name), [tensor.double() for tensor in rounded], options)
+            theirs = _results(getattr(pytorch, name), rounded, options)
             ours = _results(getattr(ops, name), rounded, options)
             worst = max(
                 (_difference(label, *three, 0.0) for three in zip(oracle, theirs, ours, strict=True)),

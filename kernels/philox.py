@@ -3,7 +3,7 @@
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a 64-bit key and a
 128-bit counter to four random 32-bit words. Here the key is the seed and the counter is (col // 4, row, plane, site):
 `plane` is b * H + h in attention and 0 elsewhere, `site` tells fastgpt's dropouts apart. Element `col` takes word
-col % 4, and is kept where its word >= threshold = floor(p * 2**32). `fastgpt.reference.dropout_mask` is the twin.
+col % 4, and is kept where its word >= threshold = floor(p * 2**32). `fastgpt.ops.pytorch.dropout_mask` is the twin.
 """
 
 import triton

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from fastgpt import ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 
 NAMES = ("o", "dq", "dk", "dv")
@@ -49,7 +50,7 @@ def _masks(q, k, key_mask=None, documents=None, dropout_p=0.0, seed=None):
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None])
     if dropout_p == 0:
         return allowed, torch.ones((), device=q.device)
-    keep = reference.dropout_mask(seed, dropout_p, (*q.shape[:3], keys), reference.ATTENTION_SITE, q.device)
+    keep = pytorch.dropout_mask(seed, dropout_p, (*q.shape[:3], keys), pytorch.ATTENTION_SITE, q.device)
     return allowed, keep * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
 
 

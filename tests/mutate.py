@@ -62,9 +62,9 @@ FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::tes
 FALLBACK, FALLBACK_MLP = "test_reference.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
-WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/checkpoint.py"
-PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap.py", "fastgpt/files.py"
-GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/raschka.py"
+WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/training/checkpoint.py"
+PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap/__init__.py", "fastgpt/weights/files.py"
+GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/book.py"
 CHILD, PART = "test_swap_parts.py::test_a_changed_child_is_called", "test_swap_parts.py::test_a_changed_part_is_called"
 GENERATION, SAMPLED, BATCHED = "test_generation.py::", "test_sampling.py::", "test_batch.py::"
 ALONE = "test_decoder.py::test_one_row_alone_is_decoded_as_in_a_batch"
@@ -73,14 +73,18 @@ CACHED, DRAWN, STOPS = (
     SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
     SAMPLED + "test_each_row_stops_by_itself",
 )
-DECODER, SAMPLING, BATCH = "fastgpt/decoder.py", "fastgpt/sampling.py", "fastgpt/batch.py"
-LINEARS, READ, MODEL = "fastgpt/linears.py", "fastgpt/parts.py", "fastgpt/model.py"
+DECODER, SAMPLING, BATCH = (
+    "fastgpt/generation/decoder.py",
+    "fastgpt/generation/sampling.py",
+    "fastgpt/generation/batch.py",
+)
+LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/parts.py", "fastgpt/model.py"
 KEPT, LOOKS, HOOKED = (
     "test_decoder.py::",
     "test_swap_parts.py::",
     "test_model_parts.py::test_a_part_with_a_hook_is_called",
 )
-SPECULATIVE = "fastgpt/speculative.py"
+SPECULATIVE = "fastgpt/generation/speculative.py"
 
 MUTANTS = [
     # LayerNorm
@@ -197,18 +201,18 @@ MUTANTS = [
     Mutant("z-loss halved in the gradient", LOSS, "(1 + 2 * z_loss * lse)", "(1 + z_loss * lse)", "test_cross_entropy.py::test_smoothing_and_z_loss"),
     Mutant("smoothing over the block", LOSS, "grad * smoothing / V", "grad * smoothing / (V + 1)", "test_cross_entropy.py::test_smoothing_and_z_loss"),
     Mutant("target read out of range", LOSS, "tl.load(logits_ptr + target, valid, 0.0)", "tl.load(logits_ptr + target)", "test_cross_entropy.py::test_ignored_rows_and_targets_out_of_range"),
-    Mutant("dweight of the last chunk alone", "fastgpt/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
-    Mutant("mean over ignored rows too", "fastgpt/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
+    Mutant("dweight of the last chunk alone", "fastgpt/ops/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
+    Mutant("mean over ignored rows too", "fastgpt/ops/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     # the fallback's head
-    Mutant("a second backward reads what the first wrote over", "fastgpt/mlp.py", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
-    Mutant("the cube's factor without the other", "fastgpt/mlp.py", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
-    Mutant("a slope of three times too little", "fastgpt/mlp.py", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
-    Mutant("sums of a slice not rescaled", "fastgpt/logits.py", "self.total *= (self.top - top).exp_()", "pass", FALLBACK_LOSS, False),
-    Mutant("targets of every slice", "fastgpt/logits.py", "torch.where(inside, (1 - smoothing) * self.grads, 0)", "((1 - smoothing) * self.grads)", FALLBACK_LOSS, False),
-    Mutant("dweight of the last rows alone", "fastgpt/logits.py", "factor, first)", "factor, True)", FALLBACK_LOSS, False),
-    Mutant("a slice of half the vocabulary", "fastgpt/logits.py", "24 if dtype == wide else 96", "2 if dtype == wide else 96", "test_loss.py::test_beside_the_gradients_it_holds_a_tenth_of_the_logits", False),
+    Mutant("a second backward reads what the first wrote over", "fastgpt/ops/cpu/mlp.py", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
+    Mutant("the cube's factor without the other", "fastgpt/ops/cpu/mlp.py", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
+    Mutant("a slope of three times too little", "fastgpt/ops/cpu/mlp.py", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
+    Mutant("sums of a slice not rescaled", "fastgpt/ops/cpu/logits.py", "self.total *= (self.top - top).exp_()", "pass", FALLBACK_LOSS, False),
+    Mutant("targets of every slice", "fastgpt/ops/cpu/logits.py", "torch.where(inside, (1 - smoothing) * self.grads, 0)", "((1 - smoothing) * self.grads)", FALLBACK_LOSS, False),
+    Mutant("dweight of the last rows alone", "fastgpt/ops/cpu/logits.py", "factor, first)", "factor, True)", FALLBACK_LOSS, False),
+    Mutant("a slice of half the vocabulary", "fastgpt/ops/cpu/logits.py", "24 if dtype == wide else 96", "2 if dtype == wide else 96", "test_loss.py::test_beside_the_gradients_it_holds_a_tenth_of_the_logits", False),
     # MLP
-    Mutant("the other GELU", "fastgpt/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
+    Mutant("the other GELU", "fastgpt/ops/autograd.py", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
     Mutant("0.044751", GELU, "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
     Mutant("no factor 3 in the derivative", GELU, "0.134145", "0.044715", MLP_WIDTHS),
     Mutant("b_in dropped", MLP, "torch.addmm(b_in, x, w_in.t(), out=pre)", "torch.mm(x, w_in.t(), out=pre)", MLP_WIDTHS),
@@ -257,15 +261,15 @@ MUTANTS = [
     Mutant("positions one too early", DECODER, "self._walk(ids, positions, attend)", "self._walk(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
     Mutant("a stale cache row", DECODER, "values[cache.row, :, positions] = v.transpose(1, 2)", "pass", CACHED, False),
     Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", ALONE, False),
-    Mutant("keys of a lone row a slot early", "fastgpt/walks.py", "place : place + 1, :]", "place - 1 : place, :]", CACHED, False),
-    Mutant("a lone row that does not see itself", "fastgpt/walks.py", "[..., : place + 1, :]", "[..., :place, :]", CACHED, False),
+    Mutant("keys of a lone row a slot early", "fastgpt/generation/walks.py", "place : place + 1, :]", "place - 1 : place, :]", CACHED, False),
+    Mutant("a lone row that does not see itself", "fastgpt/generation/walks.py", "[..., : place + 1, :]", "[..., :place, :]", CACHED, False),
     Mutant("a bag without its bias", LINEARS, "if bias is not None:", "if False:", "test_linears.py::test_bags_are_a_linear_layer", False),
     Mutant("threads share what x is written to", LINEARS, "class _Scratch(threading.local):", "class _Scratch:", "test_linears.py::test_layers_of_one_shape_keep_out_of_each_others_way", False),
     Mutant("streams that x does not follow", LINEARS, ".view(streams, -1).t().flatten()", ".view(-1, streams).t().flatten()", "test_linears.py::test_bags_are_a_linear_layer", False),
     Mutant("tensors that overlap", "fastgpt/memory.py", "* _CACHE_LINE :]", "* _CACHE_LINE // 2 :]", "test_linears.py::test_tensors_on_large_pages", False),
     Mutant("a sum that need not be finite", BATCH, "math.isfinite(logits.sum().item())", "True", BATCHED + "test_finite_logits_whose_sum_is_not", False),
     Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),
-    Mutant("the family's scale not read", "fastgpt/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
+    Mutant("the family's scale not read", "fastgpt/generation/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
     Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", "test_decoder.py::test_a_model_of_another_form_is_refused", False),
     Mutant("modes not restored", DECODER, "module.training = training", "pass", "test_decoder.py::test_the_model_is_left_as_it_was", False),
     Mutant("top_p one token short", SAMPLING, "F.pad(counts.cumsum(-1)[:, :-1], (1, 0))", "counts.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
@@ -276,31 +280,31 @@ MUTANTS = [
     Mutant("new tokens not seen", BATCH, "self.seen.scatter_(1, ids, True)", "pass", SAMPLED + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
     Mutant("samples of another prompt", BATCH, "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", SAMPLED + "test_samples_of_a_prompt_share_its_row", False),
     Mutant("a window of one token less", BATCH, "starts = (self.lengths - context)", "starts = (self.lengths - context + 1)", GENERATION + "test_slide_forgets_the_oldest", False),
-    Mutant("a stop id ends all rows", "fastgpt/generation.py", "if all(row.reason is not None for row in rows):", "if any(row.reason is not None for row in rows):", STOPS, False),
-    Mutant("a stop id ignored in one row", "fastgpt/generation.py", "if token in self.stops.ids:", "if token in self.stops.ids and self.prompt[0] != 7:", STOPS, False),
-    Mutant("a stop string shown in part", "fastgpt/generation.py", "held = 0 if final else", "held = 0 if True else", SAMPLED + "test_stop_strings", False),
-    Mutant("half a character shown", "fastgpt/generation.py", "self._decoder.decode(data, final)", "data.decode(errors='replace')", SAMPLED + "test_characters_are_streamed_whole", False),
+    Mutant("a stop id ends all rows", "fastgpt/generation/__init__.py", "if all(row.reason is not None for row in rows):", "if any(row.reason is not None for row in rows):", STOPS, False),
+    Mutant("a stop id ignored in one row", "fastgpt/generation/__init__.py", "if token in self.stops.ids:", "if token in self.stops.ids and self.prompt[0] != 7:", STOPS, False),
+    Mutant("a stop string shown in part", "fastgpt/generation/__init__.py", "held = 0 if final else", "held = 0 if True else", SAMPLED + "test_stop_strings", False),
+    Mutant("half a character shown", "fastgpt/generation/__init__.py", "self._decoder.decode(data, final)", "data.decode(errors='replace')", SAMPLED + "test_characters_are_streamed_whole", False),
     Mutant("every proposal taken", SPECULATIVE, "(chance * q < p)", "(chance * q < p + 9)", SAMPLED + "test_a_draft_gives_the_models_distribution", False),
     Mutant("a rejected proposal drawn anew from p", SPECULATIVE, "left = (rest - guess).clamp(min=0)", "left = rest", SAMPLED + "test_a_draft_gives_the_models_distribution", False),
     Mutant("tokens after a rejection kept", SPECULATIVE, ".cumprod(dim=1)", "", SAMPLED + "test_a_draft_changes_no_greedy_token", False),
-    Mutant("tokens counted twice in eval", "fastgpt/evaluation.py", "begin + i + 1 >= counted", "begin + i + 1 >= 0", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
-    Mutant("an eval window that forgets a token", "fastgpt/evaluation.py", "begin = max(0, end - window - 1)", "begin = max(0, end - window)", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
+    Mutant("tokens counted twice in eval", "fastgpt/generation/evaluation.py", "begin + i + 1 >= counted", "begin + i + 1 >= 0", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
+    Mutant("an eval window that forgets a token", "fastgpt/generation/evaluation.py", "begin = max(0, end - window - 1)", "begin = max(0, end - window)", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     # weights
     Mutant("the square c_proj not transposed", GPT2, '"attn.c_attn.weight", "attn.c_proj.weight", "mlp', '"attn.c_attn.weight", "mlp', "test_convert.py::test_square_weights_are_transposed_by_value", False),
     Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
-    Mutant("an untied head lost", "fastgpt/weights.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
+    Mutant("an untied head lost", "fastgpt/weights/__init__.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
     Mutant("nanoGPT's GELU taken for GPT-2's", "fastgpt/families/nanogpt.py", '{"gelu": "none", **fields}', '{"gelu": "tanh", **fields}', "test_convert.py::test_nanogpts_model_gives_its_own_logits", False),
     Mutant("sizes of storages unchecked", FILES, "if tensor.numel() * tensor.element_size() >", "if 0 >", "test_convert_files.py::test_a_claim_of_more_than_is_stored", False),
     Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
     Mutant("old mask buffers kept", FILES, "if _MASK.search(plain):", "if False:", "test_convert.py::test_mask_buffers_say_nothing", False),
-    Mutant("files of weights that may run code", "fastgpt/files.py", "weights_only=True", "weights_only=False", "test_convert_files.py::test_nothing_is_unpickled_or_unpacked", False),
-    Mutant("padding with copies", "fastgpt/weights.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
+    Mutant("files of weights that may run code", "fastgpt/weights/files.py", "weights_only=True", "weights_only=False", "test_convert_files.py::test_nothing_is_unpickled_or_unpacked", False),
+    Mutant("padding with copies", "fastgpt/weights/__init__.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
     # training
-    Mutant("resume without RNG", "fastgpt/run.py", "if not state.restore_generators(saved, self.world):", "if False:", RESUMED, False),
-    Mutant("resume without data position", "fastgpt/run.py", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),
-    Mutant("resume without optimizer", "fastgpt/state.py", 'optimizer.state[parameter] = {"step": step, **state}', "pass", RESUMED, False),
-    Mutant("resume without the scale of float16", "fastgpt/run.py", 'if facts.get("scaler"):', "if False:", "test_state.py::test_the_scale_of_float16_goes_on", False),
-    Mutant("starting anew where checkpoints are broken", "fastgpt/train.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
+    Mutant("resume without RNG", "fastgpt/training/loop.py", "if not state.restore_generators(saved, self.world):", "if False:", RESUMED, False),
+    Mutant("resume without data position", "fastgpt/training/loop.py", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),
+    Mutant("resume without optimizer", "fastgpt/training/state.py", 'optimizer.state[parameter] = {"step": step, **state}', "pass", RESUMED, False),
+    Mutant("resume without the scale of float16", "fastgpt/training/loop.py", 'if facts.get("scaler"):', "if False:", "test_state.py::test_the_scale_of_float16_goes_on", False),
+    Mutant("starting anew where checkpoints are broken", "fastgpt/training/__init__.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
     Mutant("checksum not verified", CHECKPOINT, 'if contents and digest(file) != said["sha256"]:', "if False:", "test_checkpoints.py::test_a_broken_file_is_found_and_the_one_before_taken", False),
     Mutant("rename before fsync", CHECKPOINT, """            self._seal(new, {"step": step, **facts})
             os.rename(new, checkpoint.path)
@@ -316,31 +320,31 @@ MUTANTS = [
     Mutant("broken checkpoints counted as kept", CHECKPOINT, "whole[-KEPT:]", "self.all()[-KEPT:]", "test_checkpoints.py::test_broken_ones_do_not_count_as_kept", False),
     Mutant("the best one purged", CHECKPOINT, "losses[each])[:1]", "losses[each])[:0]", "test_checkpoints.py::test_the_newest_two_and_the_best_are_kept", False),
     Mutant("a lock for many", CHECKPOINT, "fcntl.LOCK_EX", "fcntl.LOCK_SH", "test_checkpoints.py::test_a_folder_has_one_trainer", False),
-    Mutant("NaN check after the step", "fastgpt/step.py", "self.max_norm or torch.inf, self.stopped)", "self.max_norm or torch.inf)", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
-    Mutant("NaN not looked at", "fastgpt/run.py", "if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self", "if self", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
-    Mutant("skipped steps are not counted", "fastgpt/run.py", "self.skipped += 1", "self.skipped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
-    Mutant("nothing is updated after a skipped step", "fastgpt/step.py", "self.stopped.zero_()", "self.stopped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
-    Mutant("an older checkpoint in spite of strict_resume", "fastgpt/train.py", "if passed and strict:", "if False:", "test_resume.py::test_strict_resume_takes_no_older_one", False),
-    Mutant("missing all-reduce of gradients", "fastgpt/distributed.py", "return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)", "return model", WORLD, False),
-    Mutant("missing all-reduce of the loss", "fastgpt/distributed.py", "            dist.all_reduce(value)\n", "", WORLD, False),
-    Mutant("every process sees the same windows", "fastgpt/run.py", "seen + self.world.rank * mine", "seen", WORLD, False),
-    Mutant("the same dropout in every process", "fastgpt/run.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
-    Mutant("accumulation adds up", "fastgpt/step.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
-    Mutant("a cut between a space and its word", "fastgpt/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
+    Mutant("NaN check after the step", "fastgpt/training/step.py", "self.max_norm or torch.inf, self.stopped)", "self.max_norm or torch.inf)", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
+    Mutant("NaN not looked at", "fastgpt/training/loop.py", "if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self", "if self", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
+    Mutant("skipped steps are not counted", "fastgpt/training/loop.py", "self.skipped += 1", "self.skipped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
+    Mutant("nothing is updated after a skipped step", "fastgpt/training/step.py", "self.stopped.zero_()", "self.stopped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
+    Mutant("an older checkpoint in spite of strict_resume", "fastgpt/training/__init__.py", "if passed and strict:", "if False:", "test_resume.py::test_strict_resume_takes_no_older_one", False),
+    Mutant("missing all-reduce of gradients", "fastgpt/training/distributed.py", "return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)", "return model", WORLD, False),
+    Mutant("missing all-reduce of the loss", "fastgpt/training/distributed.py", "            dist.all_reduce(value)\n", "", WORLD, False),
+    Mutant("every process sees the same windows", "fastgpt/training/loop.py", "seen + self.world.rank * mine", "seen", WORLD, False),
+    Mutant("the same dropout in every process", "fastgpt/training/loop.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
+    Mutant("accumulation adds up", "fastgpt/training/step.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
+    Mutant("a cut between a space and its word", "fastgpt/data/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
     Mutant("a call that looks ahead is not heard", GPT2, 'return asked or call.get("is_causal") is False', "return asked", "test_families_gpt2.py::test_a_call_of_attention_that_asks_for_more_is_left_to_itself", False),
-    Mutant("the last steps of a GPU are not read", "fastgpt/generation.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
-    Mutant("a GPU's generator is not put back", "fastgpt/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
-    Mutant("every process takes the GPU of its rank", "fastgpt/distributed.py", "os.environ['LOCAL_RANK']", "os.environ['RANK']", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
-    Mutant("compiled before it is sharded", "fastgpt/run.py", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
+    Mutant("the last steps of a GPU are not read", "fastgpt/generation/__init__.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
+    Mutant("a GPU's generator is not put back", "fastgpt/training/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
+    Mutant("every process takes the GPU of its rank", "fastgpt/training/distributed.py", "os.environ['LOCAL_RANK']", "os.environ['RANK']", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
+    Mutant("compiled before it is sharded", "fastgpt/training/loop.py", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
     # what does more than its class, and what only looks like it
     Mutant("a Decoder trusts the count of writes", READ, "not torch.equal(now, self._sample)", "False", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
     Mutant("a Decoder keeps tensors that were replaced", READ, "if any(_address(getattr(module, name, None)) != address", "if any(False and address", KEPT + "test_a_decoder_of_weights_that_were_replaced", False),
-    Mutant("evaluation of what was before", "fastgpt/evaluation.py", "    decoder.check_unchanged()\n", "", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
-    Mutant("a capture on PyTorch's own stream", "fastgpt/graphs.py", "stream=_stream(device)", "stream=None", BATCHED + "test_a_step_is_captured_once_and_replayed", False),
-    Mutant("no dropout in a trial", "fastgpt/swap.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", LOOKS + "test_dropout_in_another_place", False),
-    Mutant("no large numbers in a trial", "fastgpt/swap.py", "x[1, 4] *= 30", "x[1, 4] *= 1", LOOKS + "test_attention_with_bounds", False),
-    Mutant("one trial for layers with other buffers", "fastgpt/swap.py", "key = (shapes, buffers, parts,", "key = (shapes, parts,", LOOKS + "test_layers_that_differ_are_each_tried", False),
-    Mutant("one trial for layers in other places", "fastgpt/swap.py", '"layer_idx" if families.own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', LOOKS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("evaluation of what was before", "fastgpt/generation/evaluation.py", "    decoder.check_unchanged()\n", "", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
+    Mutant("a capture on PyTorch's own stream", "fastgpt/cuda_graph.py", "stream=_stream(device)", "stream=None", BATCHED + "test_a_step_is_captured_once_and_replayed", False),
+    Mutant("no dropout in a trial", "fastgpt/swap/__init__.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", LOOKS + "test_dropout_in_another_place", False),
+    Mutant("no large numbers in a trial", "fastgpt/swap/__init__.py", "x[1, 4] *= 30", "x[1, 4] *= 1", LOOKS + "test_attention_with_bounds", False),
+    Mutant("one trial for layers with other buffers", "fastgpt/swap/__init__.py", "key = (shapes, buffers, parts,", "key = (shapes, parts,", LOOKS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("one trial for layers in other places", "fastgpt/swap/__init__.py", '"layer_idx" if families.own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', LOOKS + "test_layers_that_differ_are_each_tried", False),
     Mutant("a mask for strangers", GPT2, "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2.py::test_a_subclass_without_room_for_our_mask", False),
     Mutant("a block's word is not heard", GPT2, "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
     Mutant("attention sinks are passed by", "fastgpt/families/huggingface.py", 'if kwargs.get("s_aux") is not None:', "if False:", "test_families_huggingface.py::test_attention_sinks_are_refused", False),
@@ -351,20 +355,20 @@ MUTANTS = [
     Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED, False),
     Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
     # runs and data
-    Mutant("overwritten before it can begin", "fastgpt/train.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
-    Mutant("a finished run leaves no model", "fastgpt/run.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
-    Mutant("every file of tokens has two bytes an id", "fastgpt/data.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
-    Mutant("a text of a folder is dropped", "fastgpt/data.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
+    Mutant("overwritten before it can begin", "fastgpt/training/__init__.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
+    Mutant("a finished run leaves no model", "fastgpt/training/loop.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
+    Mutant("every file of tokens has two bytes an id", "fastgpt/data/corpora.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
+    Mutant("a text of a folder is dropped", "fastgpt/data/corpora.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
     # what README promises, where nothing above breaks it
-    Mutant("the fallback does not centre", "fastgpt/reference.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
-    Mutant("a run that sets no seed", "fastgpt/train.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
+    Mutant("the fallback does not centre", "fastgpt/ops/pytorch.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
+    Mutant("a run that sets no seed", "fastgpt/training/__init__.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
     Mutant("the next token is seen", TILES, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
     Mutant("offsets of 32 bits", TILES, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),
-    Mutant("an index that leaves its folder", "fastgpt/files.py", "if Path(part).name != part or", "if", "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
-    Mutant("an id past the vocabulary passes", "fastgpt/checks.py", "outside = (values < 0) | (values >= limit)", "outside = values < 0", "test_ops.py::test_a_bad_argument_is_named", False),
+    Mutant("an index that leaves its folder", "fastgpt/weights/files.py", "if Path(part).name != part or", "if", "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
+    Mutant("an id past the vocabulary passes", "fastgpt/ops/checks.py", "outside = (values < 0) | (values >= limit)", "outside = values < 0", "test_ops.py::test_a_bad_argument_is_named", False),
     Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),
-    Mutant("doctor: problems without an exit code", "fastgpt/cli.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
-    Mutant("documents end after their end", "fastgpt/data.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
+    Mutant("doctor: problems without an exit code", "fastgpt/cli/__init__.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
+    Mutant("documents end after their end", "fastgpt/data/corpora.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
 ]  # fmt: skip
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from fastgpt import GPTConfig, cli, distributed, monitor, train
-from fastgpt.run import Run
-from fastgpt.settings import TrainConfig
-from fastgpt.tokenizer import encoding
+from fastgpt import GPTConfig, cli, training
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training import distributed, monitor
+from fastgpt.training.loop import Run
+from fastgpt.training.settings import TrainConfig
 
 MODEL = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
 SHORT = dict(max_iters=6, batch_size=2, gradient_accumulation_steps=4, eval_interval=3, eval_iters=3, log_interval=2)
@@ -55,7 +56,7 @@ def _rank(rank, size, port, text, out, fault, resume, model, changes) -> None:
     config = TrainConfig(device="cpu", sample_tokens=0, **changes)
 
     def fit(options):
-        train.fit(GPTConfig(**model), config, encoding("byte"), text, out, resume=resume)
+        training.fit(GPTConfig(**model), config, encoding("byte"), text, out, resume=resume)
 
     cli._train = fit
     try:

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from fastgpt import GPTConfig, monitor
-from fastgpt.checkpoint import Checkpoint
-from fastgpt.settings import TrainConfig
-from fastgpt.tokenizer import encoding
-from fastgpt.train import fit
+from fastgpt import GPTConfig
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training import fit, monitor
+from fastgpt.training.checkpoint import Checkpoint
+from fastgpt.training.settings import TrainConfig
 
 MODEL = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16, dropout=0.2)
 SHORT = TrainConfig(

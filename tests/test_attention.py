@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastgpt import ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
@@ -262,7 +263,7 @@ def test_heads_too_wide_go_to_pytorch(device):
     assert "heads of 300 channels" in ops.explain(ops.causal_attention, q, q, q)
     with pytest.raises(ValueError, match="heads of 300 channels"):
         ops.causal_attention(q, q, q, backend="triton")
-    assert torch.equal(ops.causal_attention(q, q, q), reference.causal_attention(q, q, q))
+    assert torch.equal(ops.causal_attention(q, q, q), pytorch.causal_attention(q, q, q))
 
 
 CARDS = {(8, 0): 166_912, (8, 6): 101_376, (9, 0): 232_448, (12, 0): 101_376}  # and the shared memory of a block

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 from tests.attention_oracle import check, operands, run
 
@@ -88,7 +89,7 @@ def test_the_same_seed_keeps_the_same_on_both_roads(device):
     for seed in (0, 12345, -(2**63)):
         got = kept(seed, 0.3, device)
         assert torch.equal(got, kept(seed, 0.3, device, backend="torch"))
-        assert torch.equal(got, reference.dropout_mask(seed, 0.3, (2, 4, 64, 64), 0, device) & below)
+        assert torch.equal(got, pytorch.dropout_mask(seed, 0.3, (2, 4, 64, 64), 0, device) & below)
 
 
 def test_dropout_keeps_as_many_as_it_should_and_independently(device):

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt import GPT, GPTConfig, autograd, ops
+from fastgpt import GPT, GPTConfig, ops
+from fastgpt.ops import autograd
 
 
 def rows(device, dtype=torch.float32):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import batch, generate, graphs, reference
-from fastgpt.batch import Batch, Readback
-from fastgpt.decoder import Decoder
-from fastgpt.sampling import Sampling
+from fastgpt import cuda_graph, generate
+from fastgpt.generation import batch
+from fastgpt.generation.batch import Batch, Readback
+from fastgpt.generation.decoder import Decoder
+from fastgpt.generation.sampling import Sampling
+from fastgpt.ops import pytorch
 from tests.small_gpt import gpt
 
 
@@ -23,7 +25,7 @@ def test_no_step_waits_for_the_device(model, monkeypatch):
     rows = Batch(
         Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True
     )
-    monkeypatch.setattr(reference, "_full", lambda *_: False)  # these two ask on a CPU alone
+    monkeypatch.setattr(pytorch, "_full", lambda *_: False)  # these two ask on a CPU alone
     monkeypatch.setattr(Batch, "_finite_at_a_glance", lambda *_: False)
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
@@ -96,7 +98,7 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
         def __init__(self, device=None):
             self.device, self.wait_stream = device, lambda other: log.append("waits")
 
-    graphs._stream.cache_clear()
+    cuda_graph._stream.cache_clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fastgpt
-from fastgpt.checkpoint import replacing, writable_folder
+from fastgpt.atomic import replacing, writable_folder
 
 ROOT = Path(fastgpt.__file__).parents[1]
 
@@ -76,7 +76,7 @@ def test_a_killed_process_leaves_the_old_file_alone(path):
     script = """
 import sys, time
 from pathlib import Path
-from fastgpt.checkpoint import replacing
+from fastgpt.atomic import replacing
 with replacing(Path(sys.argv[1])) as new, new.open("w") as file:
     file.write("half")
     file.flush()

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import fastgpt
-from fastgpt import checkpoint
-from fastgpt.checkpoint import Checkpoint, Checkpoints, locked
+from fastgpt.training import checkpoint
+from fastgpt.training.checkpoint import Checkpoint, Checkpoints, locked
 
 ROOT = Path(fastgpt.__file__).parents[1]
 FILES = ("model/weights", "state.json")
@@ -258,7 +258,7 @@ def test_kills_at_random_moments_leave_the_newest_or_the_one_before(store, kills
 
 
 def test_a_folder_has_one_trainer(tmp_path):
-    script = "import sys; from pathlib import Path; from fastgpt.checkpoint import locked\n"
+    script = "import sys; from pathlib import Path; from fastgpt.training.checkpoint import locked\n"
     script += "with locked(Path(sys.argv[1])): print('mine', flush=True); sys.stdin.read()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], cwd=ROOT, **pipes) as process:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import fastgpt
-from fastgpt import GPTConfig, cli, cli_text
+from fastgpt import GPTConfig, cli
+from fastgpt.cli import text as cli_text
+from fastgpt.data.tokenizer import END_OF_TEXT
 from fastgpt.generation import Step, _Row, _Stops
-from fastgpt.settings import TrainConfig
-from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.training.settings import TrainConfig
 from fastgpt.weights import load_model
 
 ROOT = Path(fastgpt.__file__).parents[1]

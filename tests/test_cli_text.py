@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, cli, cli_text
-from fastgpt.evaluation import evaluate
-from fastgpt.tokenizer import encoding
+from fastgpt import GPT, GPTConfig, cli
+from fastgpt.cli import text as cli_text
+from fastgpt.data.tokenizer import encoding
+from fastgpt.generation.evaluation import evaluate
 from fastgpt.weights import save_model
 
 BYTES = encoding("byte")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT, weights
-from fastgpt.files import read_weights_of
 from fastgpt.weights import convert, load_model
+from fastgpt.weights.files import read_weights_of
 from tests.converted import IDX, logits, ours, same, save_nanogpt
 from tests.models import CONTEXT, VOCAB, book, book_package, hugging_face, nanogpt
 

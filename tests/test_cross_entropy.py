@@ -11,8 +11,8 @@ from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt import autograd
 from fastgpt.kernels import cross_entropy
+from fastgpt.ops import autograd
 from tests.alike import alike
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,8 +8,8 @@ import torch
 
 from fastgpt import data
 from fastgpt.data import Order, builtin_documents, documents, load_corpus, read_tokens, windows
-from fastgpt.tokenizer import END_OF_TEXT, encoding
-from fastgpt.tokens import tokenize
+from fastgpt.data.tokenizer import END_OF_TEXT, encoding
+from fastgpt.data.tokens import tokenize
 
 BYTE = encoding("byte")
 PACKAGES = ("abc", "ast", "asyncio", "email", "json", "logging", "re", "xml")

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import autograd, ops
+from fastgpt import ops
+from fastgpt.ops import autograd
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")

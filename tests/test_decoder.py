@@ -5,10 +5,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastgpt import GPT, autograd, generate, walks
-from fastgpt.decoder import Cache, Decoder
-from fastgpt.evaluation import evaluate
-from fastgpt.generation import stream
+from fastgpt import GPT, generate
+from fastgpt.generation import stream, walks
+from fastgpt.generation.decoder import Cache, Decoder
+from fastgpt.generation.evaluation import evaluate
+from fastgpt.ops import autograd
 from tests import models
 from tests.small_gpt import FAMILIES, PROMPT, gpt, recomputed, varied
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from fastgpt import ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt import autograd
 from fastgpt.kernels import embedding
+from fastgpt.ops import autograd
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -123,7 +124,7 @@ def test_dropout_drops_what_the_fallback_drops(p, device):
     if p == 1:
         assert not out.any() and not dtoken.any()
         return
-    keep = reference.dropout_mask(77, p, (1, 1, 21, 24), reference.EMBEDDING_SITE, device).view(3, 7, 24)
+    keep = pytorch.dropout_mask(77, p, (1, 1, 21, 24), pytorch.EMBEDDING_SITE, device).view(3, 7, 24)
     assert torch.equal(out != 0, keep)
 
 

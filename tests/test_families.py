@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import families, swap
-from fastgpt.families import gpt2, raschka
+from fastgpt import accelerate, modules
+from fastgpt.families import book as book_family
+from fastgpt.families import gpt2
+from fastgpt.swap import book, layers, trial
 
 
 class Sums(nn.Module):
@@ -23,7 +25,7 @@ class T5LayerNorm(nn.Module):
 
 def test_what_is_no_gelu():
     for act in (nn.ReLU(), Sums(), nn.Bilinear(1, 1, 1)):  # another function, no element's, of two tensors
-        assert families.gelu_kind(act) is None
+        assert layers.gelu_kind(act) is None
 
 
 def test_a_norm_of_a_tensor_of_ones_own_is_the_classs():
@@ -32,26 +34,26 @@ def test_a_norm_of_a_tensor_of_ones_own_is_the_classs():
 
     norm, x = nn.LayerNorm(4), torch.randn(2, 4).as_subclass(Named)
     expected = norm(x)
-    swap.accelerate(norm)
+    accelerate(norm)
     assert type(norm(x)) is Named and torch.equal(norm(x), expected)
 
 
 def test_what_is_no_norm():
     matrix = T5LayerNorm(3, 4)
     matrix.bias = None  # as nanoGPT's, but for its shape
-    assert families.recognise_norm(T5LayerNorm(4)) is None and families.recognise_norm(matrix) is None
+    assert layers.recognise_norm(T5LayerNorm(4)) is None and layers.recognise_norm(matrix) is None
 
 
 def test_what_is_no_linear_and_no_dropout():
-    assert not families.is_linear("weight")
-    assert families.dropout_p(nn.Identity()) == 0 and families.dropout_p(nn.ReLU()) is None
+    assert not modules.is_linear("weight")
+    assert modules.dropout_p(nn.Identity()) == 0 and modules.dropout_p(nn.ReLU()) is None
 
 
 def test_an_mlp_without_its_activation():
     parts = nn.ModuleDict(dict(c_fc=nn.Linear(4, 16), act=nn.GELU(), c_proj=nn.Linear(16, 4)))
-    assert isinstance(families.recognise_mlp(parts), families.Swap)
+    assert isinstance(layers.recognise_mlp(parts), modules.Swap)
     parts._modules["act"] = None
-    assert families.recognise_mlp(parts) is None
+    assert layers.recognise_mlp(parts) is None
 
 
 def test_masks_that_a_key_mask_does_not_say():
@@ -65,20 +67,20 @@ def test_masks_that_a_key_mask_does_not_say():
 def test_an_attention_of_the_books_names_without_its_parts():
     attn = nn.Module()
     attn.num_heads, attn.d_out, attn.dropout = 2, 4, nn.Dropout()
-    assert raschka.recognise(attn) is None
+    assert book.recognise(attn) is None
     attn.qkv, attn.proj = nn.Linear(4, 12), nn.Linear(4, 4)
-    assert isinstance(raschka.recognise(attn), families.Swap)
+    assert isinstance(book.recognise(attn), modules.Swap)
     del attn.dropout
-    assert raschka.recognise(attn) is None
+    assert book.recognise(attn) is None
 
 
 def test_the_books_checkpoint_without_a_third_of_a_projection():
     tensors = {f"trf_blocks.0.att.W_{part}.weight": torch.ones(4, 4) for part in ("query", "value")}
     with pytest.raises(ValueError, match=r"there is no att\.W_key for h\.0\.attn\.c_attn\.weight"):
-        raschka.read_weights(tensors, {})
+        book_family.read_weights(tensors, {})
 
 
 def test_a_result_of_another_shape_or_dtype_does_not_agree():
     x = torch.ones(3)
-    assert swap._agree((x, None), (x + 1e-8, None))
-    assert not any(swap._agree(x, other) for other in (x.double(), torch.ones(1, 3), None, (x,), x + 1e-3))
+    assert trial._agree((x, None), (x + 1e-8, None))
+    assert not any(trial._agree(x, other) for other in (x.double(), torch.ones(1, 3), None, (x,), x + 1e-3))

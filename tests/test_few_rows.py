@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt import reference
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt import autograd
 from fastgpt.kernels import few_rows
+from fastgpt.ops import autograd
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -23,7 +23,7 @@ def draw(*shape, dtype, device, scale=1.0):
 def composed(x, branch, branch_bias, norm_weight, norm_bias, w, b, gelu):
     """The kernels that it stands for, in PyTorch."""
     stream = x if branch is None else x + branch + (0 if branch_bias is None else branch_bias)
-    n = stream if norm_weight is None else reference.layer_norm(stream, norm_weight, norm_bias, EPS)
+    n = stream if norm_weight is None else pytorch.layer_norm(stream, norm_weight, norm_bias, EPS)
     y = F.linear(n.to(w.dtype), w, b)
     return (F.gelu(y, approximate=gelu) if gelu else y), stream
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, cli
-from fastgpt.checkpoint import Checkpoints
 from fastgpt.data import load_corpus
-from fastgpt.settings import read_settings
-from fastgpt.tokenizer import encoding
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.settings import read_settings
 from fastgpt.weights import convert, load_model, save_model
 
 resource = pytest.importorskip("resource", reason="Windows counts memory otherwise")

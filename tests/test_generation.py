@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, accelerate, generate
-from fastgpt.decoder import Decoder
+from fastgpt.data.tokenizer import encoding
 from fastgpt.generation import _check_room, stream
-from fastgpt.tokenizer import encoding
+from fastgpt.generation.decoder import Decoder
 from tests import models
 from tests.small_gpt import FAMILIES, PROMPT, VOCABULARY, gpt, recomputed, varied
 

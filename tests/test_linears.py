@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt import linears
-from fastgpt.linears import BagLinear, Layout
 from fastgpt.memory import LargePages
+from fastgpt.ops.cpu import linears
+from fastgpt.ops.cpu.linears import BagLinear, Layout
 from fastgpt.testing import assert_accurate
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt import ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt import autograd
 from fastgpt.kernels import mlp
+from fastgpt.ops import autograd
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("y", "dx", "dw_in", "db_in", "dw_out", "db_out")
@@ -47,8 +48,8 @@ def check(tensors, **options):
     inputs, dy = tensors[:5], tensors[5]
     wide = [None if t is None else t.double() for t in tensors]
     kernel = run(ops.gelu_mlp, inputs, dy, backend="triton", **options)
-    oracle = run(reference.gelu_mlp, wide[:5], wide[5], **options)
-    theirs = run(reference.gelu_mlp, inputs, dy, **options)
+    oracle = run(pytorch.gelu_mlp, wide[:5], wide[5], **options)
+    theirs = run(pytorch.gelu_mlp, inputs, dy, **options)
     sizes = magnitudes(wide[:5], wide[5])
     for name, got, expected, their, size in zip(NAMES, kernel, oracle, theirs, sizes, strict=True):
         if expected is not None:

@@ -1,4 +1,4 @@
-"""The fallback's MLP, and its backward on a CPU (fastgpt/mlp.py), against formulas and PyTorch's own."""
+"""The fallback's MLP, and its backward on a CPU (fastgpt/ops/cpu/mlp.py), against formulas and PyTorch's own."""
 
 import itertools
 import math
@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import mlp, ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
+from fastgpt.ops.cpu import mlp
 from fastgpt.testing import assert_accurate
 
 F64 = torch.float64
@@ -124,7 +126,7 @@ def test_gelu_mlp_leaves_autocast_no_weight_without_a_derivative():
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_row_of_bfloat16_is_multiplied_as_a_vector(rows, transposed, monkeypatch):
     """Whatever this CPU has."""
-    monkeypatch.setattr(reference, "AVX512", True)
+    monkeypatch.setattr(pytorch, "AVX512", True)
     x, weight, bias = (
         torch.randn(shape).bfloat16() for shape in ((*rows, 24), (24, 40) if transposed else (40, 24), 40)
     )
@@ -133,7 +135,7 @@ def test_a_row_of_bfloat16_is_multiplied_as_a_vector(rows, transposed, monkeypat
     mv = torch.mv
     monkeypatch.setattr(torch, "mv", lambda *args: vectors.append(1) or mv(*args))
     for b in (None, bias):
-        got = reference.linear(x, weight, b)
+        got = pytorch.linear(x, weight, b)
         wide = [None if t is None else t.double() for t in (x, weight, b)]
         assert_accurate(got, F.linear(*wide), F.linear(x, weight, b), name="y")
     assert len(vectors) == (0 if transposed or rows == (2, 1) else 2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastgpt import GPT, GPTConfig, generate
-from fastgpt.decoder import Decoder
+from fastgpt.generation.decoder import Decoder
 from fastgpt.model import MLP, LayerNorm
 from tests.small_gpt import recomputed, varied
 from tests.swapped import batch

@@ -7,9 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, monitor
-from fastgpt.monitor import Monitor, flops_per_token, peak_flops, plot_losses, sample
-from fastgpt.tokenizer import encoding
+from fastgpt import GPT, GPTConfig
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training import monitor
+from fastgpt.training.monitor import Monitor, flops_per_token, peak_flops, plot_losses, sample
 
 SHAPE = GPTConfig.preset("byte-0.1M", n_layer=1, block_size=16)
 ROW = dict(step=2, train_loss=1.0, val_loss=1.5, learning_rate=0.1, tokens_per_second=1e6, seconds=1.0, grad_norm=0.5)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.optimizer import TrainingStep, adamw, clipped_step, set_learning_rate
+from fastgpt.training.optimizer import TrainingStep, adamw, clipped_step, set_learning_rate
 
 
 def model(**changes):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig
-from fastgpt.optimizer import TrainingStep, adamw
+from fastgpt.training.optimizer import TrainingStep, adamw
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt import GPT, GPTConfig, cli, monitor
+from fastgpt import GPT, GPTConfig, cli
+from fastgpt.training import monitor
 from tests import models
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt import ops, reference
+from fastgpt import ops
+from fastgpt.ops import pytorch
 from fastgpt.testing import assert_accurate
 
 F64 = torch.float64
@@ -30,20 +31,20 @@ F64 = torch.float64
 def test_philox_gives_the_published_words(counter, key, words):
     """The known answers of Random123, by the authors of Philox."""
     seed = (key[1] << 32 | key[0]) - (2**64 if key[1] >> 31 else 0)  # as a signed 64-bit integer
-    assert tuple(w.item() for w in reference._philox(*map(torch.tensor, counter), torch.tensor(seed))) == words
+    assert tuple(w.item() for w in pytorch._philox(*map(torch.tensor, counter), torch.tensor(seed))) == words
 
 
 def test_a_mask_element_depends_on_its_place_alone():
-    small = reference.dropout_mask(7, 0.5, (2, 3, 5, 6), 0, "cpu")
-    large = reference.dropout_mask(7, 0.5, (2, 3, 8, 11), 0, "cpu")
+    small = pytorch.dropout_mask(7, 0.5, (2, 3, 5, 6), 0, "cpu")
+    large = pytorch.dropout_mask(7, 0.5, (2, 3, 8, 11), 0, "cpu")
     assert torch.equal(small, large[:, :, :5, :6])
-    assert torch.equal(small, reference.dropout_mask(torch.tensor([7]), 0.5, (2, 3, 5, 6), 0, "cpu"))
+    assert torch.equal(small, pytorch.dropout_mask(torch.tensor([7]), 0.5, (2, 3, 5, 6), 0, "cpu"))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_the_mask_keeps_its_share(p):
     """Five standard deviations of a binomial count, over everything, each row, each column and each plane."""
-    keep = reference.dropout_mask(12345, p, (2, 4, 256, 256), 0, "cpu").double()
+    keep = pytorch.dropout_mask(12345, p, (2, 4, 256, 256), 0, "cpu").double()
     for axes in ((0, 1, 2, 3), (0, 1, 2), (0, 1, 3), (2, 3)):
         draws = math.prod(keep.shape[a] for a in axes)
         z = (keep.mean(axes) - (1 - p)) / math.sqrt(p * (1 - p) / draws)
@@ -52,7 +53,7 @@ def test_the_mask_keeps_its_share(p):
 
 def test_masks_of_other_seeds_sites_and_heads_are_independent():
     def mask(seed, site):
-        return reference.dropout_mask(seed, 0.5, (1, 2, 256, 256), site, "cpu").double() - 0.5
+        return pytorch.dropout_mask(seed, 0.5, (1, 2, 256, 256), site, "cpu").double() - 0.5
 
     first = mask(1, 0)
     for other in (mask(2, 0), mask(1, 1), mask(1 + 2**32, 0), first.flip(1), first.roll(1, -1), first.roll(1, -2)):
@@ -67,9 +68,9 @@ def test_dropout_is_unbiased(p, what):
     q, k, v = torch.randn(3, 1, 2, 12, 8, dtype=F64)
     ids, rows = torch.arange(12)[None], torch.randn(3, 12, 8, dtype=F64)
     calls = {
-        "attention": lambda **options: reference.causal_attention(q, k, v, **options),
-        "add_layer_norm": lambda **options: reference.add_layer_norm(rows[0], rows[1], rows[2, 0], **options)[1],
-        "embedding": lambda **options: reference.embedding(ids, rows[0], rows[1], **options),
+        "attention": lambda **options: pytorch.causal_attention(q, k, v, **options),
+        "add_layer_norm": lambda **options: pytorch.add_layer_norm(rows[0], rows[1], rows[2, 0], **options)[1],
+        "embedding": lambda **options: pytorch.embedding(ids, rows[0], rows[1], **options),
     }
     call = calls[what]
     draws = torch.stack([call(dropout_p=p, seed=seed) for seed in range(200)])
@@ -79,7 +80,7 @@ def test_dropout_is_unbiased(p, what):
 
 def test_each_place_is_dropped_as_often_as_any_other():
     """Over a thousand seeds, by each place's own binomial count: no place has a smaller share than chance gives it."""
-    kept = sum(reference.dropout_mask(seed, 0.3, (1, 1, 24, 24), 0, "cpu").double() for seed in range(1000))
+    kept = sum(pytorch.dropout_mask(seed, 0.3, (1, 1, 24, 24), 0, "cpu").double() for seed in range(1000))
     z = (kept - 700) / math.sqrt(1000 * 0.3 * 0.7)
     assert z.abs().max() < 5 and 0.8 < z.square().mean() < 1.2
 
@@ -237,7 +238,7 @@ def test_nothing_leaks_from_masked_keys_nan_included():
 
 def test_attention_dropout_by_seed():
     q, k, v = qkv(kv_heads=2)
-    keep = reference.dropout_mask(5, 0.4, (2, 4, 17, 17), reference.ATTENTION_SITE, "cpu")
+    keep = pytorch.dropout_mask(5, 0.4, (2, 4, 17, 17), pytorch.ATTENTION_SITE, "cpu")
     got = ops.causal_attention(q, k, v, dropout_p=0.4, seed=5)
     same_values_and_gradients(got, plain_attention(q, k, v, causal(17, 17), keep=keep, p=0.4), (q, k, v))
     assert torch.equal(ops.causal_attention(q, k, v, dropout_p=0.4, seed=torch.tensor(5)), got)
@@ -297,6 +298,6 @@ def test_embedding():
     assert torch.equal(ops.embedding(ids, tokens, places, positions), tokens[ids] + places[positions])
     assert torch.equal(ops.embedding(ids, tokens, places, positions[0]), tokens[ids] + places[positions[0]])
     assert torch.equal(ops.embedding(ids.int(), tokens, places), tokens[ids] + places)
-    keep = reference.dropout_mask(3, 0.25, (1, 1, 18, 8), reference.EMBEDDING_SITE, "cpu").view(3, 6, 8)
+    keep = pytorch.dropout_mask(3, 0.25, (1, 1, 18, 8), pytorch.EMBEDDING_SITE, "cpu").view(3, 6, 8)
     dropped = ops.embedding(ids, tokens, places, dropout_p=0.25, seed=3)
     torch.testing.assert_close(dropped, (tokens[ids] + places) * keep / 0.75)

@@ -9,11 +9,12 @@ import pytest
 import tiktoken
 import torch
 
-from fastgpt import GPT, state
-from fastgpt.checkpoint import Checkpoints
+from fastgpt import GPT
 from fastgpt.cli import main
-from fastgpt.run import Run
-from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.data.tokenizer import END_OF_TEXT
+from fastgpt.training import state
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.loop import Run
 from fastgpt.weights import save_model
 from tests.runs import MODEL, Runs, digests
 

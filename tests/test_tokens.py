@@ -7,11 +7,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from fastgpt import tokens
-from fastgpt.checkpoint import digest
-from fastgpt.data import load_corpus
-from fastgpt.tokenizer import END_OF_TEXT, encoding
-from fastgpt.tokens import Shards, map_tokens, tokenize
+from fastgpt.atomic import digest
+from fastgpt.data import load_corpus, tokens
+from fastgpt.data.tokenizer import END_OF_TEXT, encoding
+from fastgpt.data.tokens import Shards, map_tokens, tokenize
 
 BYTE = encoding("byte")
 PROSE = "It's 12,345 o'clock… said  the fox;\n\n\tdon't!!  \r\n你好 naïve\u00a0café 🙂 x² "

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, data, train
-from fastgpt.distributed import World
-from fastgpt.run import Run
-from fastgpt.settings import TrainConfig
-from fastgpt.tokenizer import encoding
-from fastgpt.train import fit
+from fastgpt import GPT, GPTConfig, data, training
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training import fit
+from fastgpt.training.distributed import World
+from fastgpt.training.loop import Run
+from fastgpt.training.settings import TrainConfig
 from fastgpt.weights import load_model
 
 BYTE = encoding("byte")
@@ -270,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad
             seen.append((self, {name: tensor.clone() for name, tensor in self.state_dict().items()}))
             return loss * bad if len(seen) == 3 else loss
 
-    monkeypatch.setattr(train, "GPT", Diverging)
+    monkeypatch.setattr(training, "GPT", Diverging)
     with pytest.raises(
         FloatingPointError, match=f"loss of step 3 is {bad} on rank 0; the first bad tensor is nothing "
     ):
@@ -357,11 +357,13 @@ def test_min_lr_is_zero_unless_said_and_never_above():
 def test_what_these_devices_can_not_do(world, fields, message):
     size, device = world
     with pytest.raises(ValueError, match=message):
-        train._hold_device(GPTConfig.preset("byte-0.1M"), TrainConfig(**fields), World(0, size, torch.device(device)))
+        training._hold_device(
+            GPTConfig.preset("byte-0.1M"), TrainConfig(**fields), World(0, size, torch.device(device))
+        )
 
 
 def test_a_model_without_a_checkpoint_can_not_be_resumed(run, text):
     run(max_iters=1)
-    shutil.rmtree(run.out / train.CHECKPOINTS)
+    shutil.rmtree(run.out / training.CHECKPOINTS)
     with pytest.raises(ValueError, match="holds a model and no checkpoint to resume from"):
         fit(MODEL, FEW, BYTE, text, run.out, resume=True)

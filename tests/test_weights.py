@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgpt import GPT, GPTConfig, files
-from fastgpt.weights import load_model, save_model
+from fastgpt import GPT, GPTConfig
+from fastgpt.weights import files, load_model, save_model
 
 CONFIG = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8)
 

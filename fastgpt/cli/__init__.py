@@ -11,16 +11,17 @@ from pathlib import Path
 
 import torch
 
-from fastgpt import cli_text, memory
-from fastgpt.checkpoint import Checkpoints
-from fastgpt.distributed import device_named
+from fastgpt import memory
+from fastgpt.cli import text
+from fastgpt.data.tokenizer import encoding
+from fastgpt.data.tokens import meta_beside, meta_of, tokenize
 from fastgpt.doctor import examine
-from fastgpt.families.raschka import VARIANTS
+from fastgpt.families.book import VARIANTS
 from fastgpt.model import PRESETS, GPTConfig, nearest
-from fastgpt.settings import SETTINGS, TrainConfig, read_settings
-from fastgpt.tokenizer import encoding
-from fastgpt.tokens import meta_beside, meta_of, tokenize
-from fastgpt.train import CHECKPOINTS, fit, pretrained
+from fastgpt.training import CHECKPOINTS, fit, pretrained
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.distributed import device_named
+from fastgpt.training.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.verify import TOLERANCE, load, random_ids, verify_functions, verify_model
 from fastgpt.weights import convert
 
@@ -106,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     read.add_argument("--workers", type=int, metavar="N", help="threads (default: one a CPU)")
     read.add_argument("--overwrite", action="store_true", help="replace tokens that are in --out already")
 
-    cli_text.add_generate(commands)
-    cli_text.add_eval(commands)
+    text.add_generate(commands)
+    text.add_eval(commands)
 
     change = commands.add_parser("convert", help="carry weights from one family to another", allow_abbrev=False)
     change.set_defaults(run=_convert)
@@ -204,7 +205,7 @@ def _train(options: argparse.Namespace) -> None:
         return
     print(f"\nsaved in {out}; a sample:\n")
     prompt, seed = train_config.sample_prompt, train_config.seed
-    cli_text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
+    text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
 
 
 def _meta(source: Path) -> dict:

@@ -11,15 +11,16 @@ import numpy as np
 import tiktoken
 import torch
 
+from fastgpt.atomic import read_json
 from fastgpt.data import read_tokens
-from fastgpt.decoder import Decoder
-from fastgpt.distributed import device_named
-from fastgpt.evaluation import evaluate
-from fastgpt.files import CONFIG, holds_weights, read_json
+from fastgpt.data.tokenizer import END_OF_TEXT, encoding
 from fastgpt.generation import generate, stream
+from fastgpt.generation.decoder import Decoder
+from fastgpt.generation.evaluation import evaluate
 from fastgpt.model import GPT
-from fastgpt.tokenizer import END_OF_TEXT, encoding
+from fastgpt.training.distributed import device_named
 from fastgpt.weights import HUB, from_pretrained, load_model
+from fastgpt.weights.files import CONFIG, holds_weights
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ENCODINGS = {257: "byte", 50257: "gpt2", 50304: "gpt2"}  # by the vocabulary's size

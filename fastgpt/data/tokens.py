@@ -18,9 +18,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from fastgpt.checkpoint import digest, replacing, writable_folder
-from fastgpt.files import read_json
-from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.atomic import digest, read_json, replacing, writable_folder
+from fastgpt.data.tokenizer import END_OF_TEXT
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
 TEXT = (".txt", ".md", ".jsonl")  # of a folder's files, those that must be text; others may be
@@ -54,6 +53,9 @@ class Shards:
             found.append(self.parts[first][start - begin : end - begin])
             start, first = end, first + 1
         return np.concatenate(found) if found else self.parts[0][:0]
+
+
+Tokens = np.ndarray | Shards  # (N,) ids of an unsigned integer type, in memory or mapped
 
 
 def meta_of(folder: Path) -> dict:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastgpt import ops
-from fastgpt.families import Swap, dropout_p, occupied, swap_of
+from fastgpt.modules import Swap, dropout_p, occupied, swap_of
 
 
 class Layer(NamedTuple):

@@ -20,8 +20,8 @@ except ImportError as error:
     ) from error
 
 from fastgpt import ops
-from fastgpt.families import plain
 from fastgpt.families.gpt2 import key_mask, special
+from fastgpt.modules import plain
 
 IMPLEMENTATION = "fastgpt"
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import memory
-from fastgpt.batch import Batch, Readback, Told, slots
-from fastgpt.decoder import MAX_STEP, Cache, Decoder
-from fastgpt.sampling import Sampling
-from fastgpt.speculative import Speculation, room
+from fastgpt.generation.batch import Batch, Readback, Told, slots
+from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.speculative import Speculation, room
 
 Reason = Literal["length", "stop_id", "stop_string"]
 DRAFT_TOKENS = 4

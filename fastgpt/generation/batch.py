@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.decoder import Cache, Decoder
-from fastgpt.graphs import captured, warmed
-from fastgpt.sampling import Sampling
+from fastgpt.cuda_graph import captured, warmed
+from fastgpt.generation.decoder import Cache, Decoder
+from fastgpt.generation.sampling import Sampling
 
 AHEAD = 4  # steps that a GPU is given before the host waits for the first of them
 GRAPH_FROM = 16  # tokens that make a capture worth while

@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import ops, reference, walks
-from fastgpt.families import free_embedding
-from fastgpt.linears import BagLinear, Layout, Linear
-from fastgpt.mlp import gelu as cpu_gelu
+from fastgpt import ops
+from fastgpt.generation import walks
+from fastgpt.generation.parts import Mlp, Norm, Reader, anatomy, is_plain_gpt, unwrapped
 from fastgpt.model import GPT
-from fastgpt.parts import Mlp, Norm, Reader, anatomy, is_plain_gpt, unwrapped
+from fastgpt.modules import free_embedding
+from fastgpt.ops import pytorch
+from fastgpt.ops.cpu.linears import BagLinear, Layout, Linear
+from fastgpt.ops.cpu.mlp import gelu as cpu_gelu
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
@@ -75,9 +77,9 @@ class Decoder:
             self.stream_dtype = torch.float32
         self.heads = found.heads
         # On a CPU the checks of each call would take a tenth of a token's time: parts that fit are checked here, once.
-        self._torch = ops.road("layer_norm", found.backend, head.weight) is reference
+        self._torch = ops.road("layer_norm", found.backend, head.weight) is pytorch
         self._backend = {} if self._torch else {"backend": found.backend}
-        self._functions: Any = reference if self._torch else ops
+        self._functions: Any = pytorch if self._torch else ops
         reader = Reader(dtype, Layout(tokens, rows, on_kernels=not self._torch))
         self.layers = [reader.layer(layer) for layer in found.layers]
         self.norm = reader.norm(found.norm)
@@ -307,7 +309,7 @@ class Decoder:
         if isinstance(norm, Norm):
             if self._torch:  # the sum was rounded: to centre it, a twentieth of a token's time, would not make it exact
                 x = x if branch is None else x + branch
-                return reference.uncentred_layer_norm(x, *norm).to(self.dtype), x
+                return pytorch.uncentred_layer_norm(x, *norm).to(self.dtype), x
             if branch is None:
                 return self._functions.layer_norm(x, *norm, **self._backend).to(self.dtype), x
             return self._functions.add_layer_norm(branch, x, *norm, x_bias=bias, **self._backend)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from fastgpt.decoder import Decoder
+from fastgpt.generation.decoder import Decoder
 
 
 class Evaluation(NamedTuple):

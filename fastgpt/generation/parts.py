@@ -5,21 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastgpt.families import (
-    free_linear,
-    gpt2,
-    linear_weight,
-    nanogpt,
-    occupied,
-    own_type,
-    plain,
-    raschka,
-    recognise_mlp,
-    recognise_norm,
-)
+from fastgpt.families import book, gpt2, nanogpt
 from fastgpt.families.anatomy import Anatomy, Layer
-from fastgpt.linears import BagLinear, Layout, Linear
 from fastgpt.model import GPT, MLP, Block, CausalSelfAttention, LayerNorm
+from fastgpt.modules import free_linear, linear_weight, occupied, own_type, plain
+from fastgpt.ops.cpu.linears import BagLinear, Layout, Linear
+from fastgpt.swap.layers import recognise_mlp, recognise_norm
 
 
 class Norm(NamedTuple):
@@ -88,7 +79,7 @@ def anatomy(model: Any) -> Anatomy:
             return _own_anatomy(model)
         except AttributeError as error:
             raise ValueError(f"generate: this {type(model).__name__} lacks a part of a GPT: {error}") from error
-    for family in (gpt2, nanogpt, raschka):
+    for family in (gpt2, nanogpt, book):
         if (found := family.anatomy(model)) is not None:
             return found
     raise ValueError(

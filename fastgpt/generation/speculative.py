@@ -8,9 +8,9 @@ Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Specula
 import torch
 from torch import Tensor
 
-from fastgpt.batch import Batch, Told
-from fastgpt.decoder import MAX_STEP, Cache, Decoder
-from fastgpt.sampling import race
+from fastgpt.generation.batch import Batch, Told
+from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.generation.sampling import race
 
 
 class Speculation:

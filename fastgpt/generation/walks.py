@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgpt import ops
 
 if TYPE_CHECKING:
-    from fastgpt.decoder import Cache, Decoder
+    from fastgpt.generation.decoder import Cache, Decoder
 
 
 def few_rows_on_kernels(decoder: "Decoder", x: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:

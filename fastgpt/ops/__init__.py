@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgpt import checks, reference
+from fastgpt.ops import checks, pytorch
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -32,7 +32,7 @@ if find_spec("triton") is not None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
     else:
-        from fastgpt import autograd
+        from fastgpt.ops import autograd
 
 
 def layer_norm(
@@ -329,14 +329,14 @@ def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tu
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
     if backend == "torch":
-        return reference, f"{name} runs on PyTorch: backend='torch' was asked for"
+        return pytorch, f"{name} runs on PyTorch: backend='torch' was asked for"
     obstacle = _obstacle(name, operand, arguments)
     if autograd is not None and obstacle is None:
         where = "Triton's interpreter" if autograd.INTERPRETED else f"its Triton kernel on {operand.device}"
         return autograd, f"{name} runs on {where}"
     if backend == "triton":
         raise ValueError(f"{name}: backend='triton' can't be had: {obstacle}")
-    return reference, f"{name} runs on PyTorch: {obstacle}"
+    return pytorch, f"{name} runs on PyTorch: {obstacle}"
 
 
 def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:

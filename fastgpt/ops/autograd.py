@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
-from fastgpt import loss
 from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
+from fastgpt.ops import loss
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 _FEWEST_ROWS = 256  # of the logits at once: with fewer the matmuls wait for weight and dweight to be read and written

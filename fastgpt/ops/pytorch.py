@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import logits, loss, mlp
+from fastgpt.ops import loss
+from fastgpt.ops.cpu import logits, mlp
 
 # The site of the dropout counter: equal seeds in two functions must not give equal masks. As in kernels/.
 ATTENTION_SITE, RESIDUAL_SITE, EMBEDDING_SITE = 0, 1, 2

@@ -8,12 +8,14 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from fastgpt import data, monitor, state
-from fastgpt.checkpoint import Checkpoint, Checkpoints, locked, remove_unfinished, replacing, writable_folder
-from fastgpt.distributed import World, join, leave
+from fastgpt import data
+from fastgpt.atomic import remove_unfinished, replacing, writable_folder
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.run import CHECKPOINTS, Run, Signals, autocast_dtype
-from fastgpt.settings import SETTINGS, TrainConfig, settings_text
+from fastgpt.training import monitor, state
+from fastgpt.training.checkpoint import Checkpoint, Checkpoints, locked
+from fastgpt.training.distributed import World, join, leave
+from fastgpt.training.loop import CHECKPOINTS, Run, Signals, autocast_dtype
+from fastgpt.training.settings import SETTINGS, TrainConfig, settings_text
 from fastgpt.weights import CONFIG, WEIGHTS, from_pretrained
 
 __all__ = ["CHECKPOINTS", "TrainConfig", "fit", "pretrained"]

@@ -7,54 +7,20 @@ which its manifest shows. This file knows nothing of what is inside: state.py do
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from fastgpt.atomic import digest, sync
+
 MANIFEST, LOCK = "manifest.json", ".lock"
 KEPT = 2  # of the newest checkpoints; the best one is kept beside them
 _NAME = re.compile(r"step-(\d{8,})")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A new file beside `path` to write to, which takes its place once the block ends without an error.
-
-    Whatever happens before, a kill and a full disk included, `path` holds what it held.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    new = Path(name)
-    try:
-        yield new
-        new.chmod(0o666 & ~_umask())  # mkstemp's is for the owner alone
-        _sync(new)
-        os.replace(new, path)
-        _sync(path.parent)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-def remove_unfinished(*paths: Path) -> None:
-    """What a process that was killed inside `replacing` left beside these files. Nobody else may be writing to them."""
-    for path in paths:
-        for left in path.parent.glob(f".{path.name}.????????.tmp"):  # tempfile's names
-            with contextlib.suppress(OSError):
-                left.unlink()
-
-
-def writable_folder(path: Path) -> Path:
-    """`path`, made if need be; OSError unless a file can be written in it, as a trial file shows."""
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path):
-        return path
 
 
 @contextlib.contextmanager
@@ -176,7 +142,7 @@ class Checkpoints:
             write(new)
             self._seal(new, {"step": step, **facts})
             os.rename(new, checkpoint.path)
-            _sync(self.folder)
+            sync(self.folder)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
@@ -187,15 +153,15 @@ class Checkpoints:
         """Flush every file and folder of `new` to the disk, its manifest last."""
         files = sorted(path for path in new.rglob("*") if path.is_file())
         for file in files:
-            _sync(file)
+            sync(file)
         sizes = {
             file.relative_to(new).as_posix(): {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files
         }
         manifest = new / MANIFEST
         manifest.write_text(json.dumps({**facts, "files": sizes}, indent=2) + "\n", encoding="utf-8")
-        _sync(manifest)
+        sync(manifest)
         for folder in (*(path for path in new.rglob("*") if path.is_dir()), new):
-            _sync(folder)
+            sync(folder)
 
     def purge(self) -> None:
         """Remove all but the newest two whole checkpoints and the one of lowest val_loss; not those that are broken,
@@ -235,31 +201,3 @@ class Checkpoints:
             gone = path.with_name(f".{path.name}.gone")
             os.rename(path, gone)
             shutil.rmtree(gone)
-
-
-def digest(path: Path) -> str:
-    """SHA-256, in hexadecimal."""
-    whole = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            whole.update(piece)
-    return whole.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # as some networks' do
-            raise
-    finally:
-        os.close(descriptor)

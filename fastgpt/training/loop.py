@@ -15,14 +15,15 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from fastgpt import data, monitor, ops, state
-from fastgpt.checkpoint import Checkpoints
-from fastgpt.distributed import World, leave, replicate, reshard, shard
+from fastgpt import data, ops
+from fastgpt.data.tokenizer import END_OF_TEXT
 from fastgpt.model import GPT
-from fastgpt.optimizer import adamw, set_learning_rate
-from fastgpt.settings import TrainConfig
-from fastgpt.step import Step, first_bad
-from fastgpt.tokenizer import END_OF_TEXT
+from fastgpt.training import monitor, state
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.distributed import World, leave, replicate, reshard, shard
+from fastgpt.training.optimizer import adamw, set_learning_rate
+from fastgpt.training.settings import TrainConfig
+from fastgpt.training.step import Step, first_bad
 from fastgpt.weights import save_model
 
 CHECKPOINTS = "checkpoints"

@@ -9,10 +9,10 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from fastgpt.checkpoint import replacing
+from fastgpt.atomic import replacing
+from fastgpt.data.tokenizer import END_OF_TEXT
 from fastgpt.generation import generate
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tokenizer import END_OF_TEXT
 
 METRICS, PLOT, SAMPLES, EVENTS = "metrics.csv", "loss.png", "samples.txt", "tensorboard"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fastgpt.graphs import captured, warmed
+from fastgpt.cuda_graph import captured, warmed
 
 
 def adamw(

@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgpt.checkpoint import Checkpoint
-from fastgpt.distributed import World, placed, whole
-from fastgpt.files import read_json, write_tensors
+from fastgpt.atomic import read_json
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.training.checkpoint import Checkpoint
+from fastgpt.training.distributed import World, placed, whole
 from fastgpt.weights import from_pretrained, save_pretrained
+from fastgpt.weights.files import write_tensors
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastgpt.data import documents
-from fastgpt.distributed import World
-from fastgpt.families import free_embedding, free_linear, occupied
 from fastgpt.model import LayerNorm
-from fastgpt.optimizer import TrainingStep, clipped_step
+from fastgpt.modules import free_embedding, free_linear, occupied
+from fastgpt.training.distributed import World
+from fastgpt.training.optimizer import TrainingStep, clipped_step
 
 
 class Step(TrainingStep):

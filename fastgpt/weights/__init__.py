@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastgpt.checkpoint import replacing
-from fastgpt.families import gpt2, nanogpt, raschka
-from fastgpt.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, read_json, read_weights_of, write_pickle, write_tensors
+from fastgpt.atomic import read_json, replacing
+from fastgpt.families import book, gpt2, nanogpt
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.weights.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, read_weights_of, write_pickle, write_tensors
 
 Family = Literal["huggingface", "nanogpt", "book", "fastgpt"]
-FAMILIES: dict[str, Any] = {"huggingface": gpt2, "book": raschka, "nanogpt": nanogpt}  # fastgpt's own need no map
+FAMILIES: dict[str, Any] = {"huggingface": gpt2, "book": book, "nanogpt": nanogpt}  # fastgpt's own need no map
 _FILES = {
     "huggingface": (CONFIG, WEIGHTS),
     "nanogpt": (CHECKPOINT,),

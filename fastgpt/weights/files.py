@@ -4,7 +4,6 @@ A .safetensors or .pt file, or a folder with one of them, whole or in parts, and
 """
 
 import functools
-import json
 import re
 import zipfile
 from collections.abc import Callable
@@ -15,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from fastgpt.atomic import read_json
 
 WEIGHTS, CONFIG, CHECKPOINT, STATE = "model.safetensors", "config.json", "ckpt.pt", "model.pth"
 _WHOLE = (WEIGHTS, "pytorch_model.bin", CHECKPOINT, STATE)
@@ -56,16 +57,6 @@ def read_weights_of(source: Path) -> tuple[dict[str, Tensor], dict]:
 def holds_weights(source: Path) -> bool:
     """Whether this is a file, or a folder with a file of weights by one of the usual names."""
     return source.is_file() or any((source / name).is_file() for name in (*_WHOLE, *_INDEXES))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, not an object")
-    return found
 
 
 def _without_prefixes(name: str) -> str:

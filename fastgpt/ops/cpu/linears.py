@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import reference
 from fastgpt.memory import LargePages
+from fastgpt.ops import pytorch
 
 _HALVES = (torch.bfloat16, torch.float16)
 # PyTorch's embedding bags are compiled for the processor by FBGEMM where that is built in, and are slow elsewhere.
@@ -24,7 +24,7 @@ _TILE = 128  # outputs; rows of weights that are transposed while a core's cache
 # Tokens that make a layout worth while. On a CPU it takes the time of 5 to 10 tokens of float32, and saves a tenth of
 # the time of each later one with AVX-512, more on an EPYC with AVX2 (see _wide); of 16 bits a quarter and more.
 # Large pages save some more, and may take 40 tokens' time to get, where a virtual machine gave its free ones back.
-_FROM, _FLOAT32_FROM, _LARGE_PAGES_FROM = 32, 96 if reference.AVX512 else 32, 1000
+_FROM, _FLOAT32_FROM, _LARGE_PAGES_FROM = 32, 96 if pytorch.AVX512 else 32, 1000
 
 
 Empty = Callable[[Sequence[int], torch.dtype], Tensor]
@@ -41,7 +41,7 @@ class Linear(NamedTuple):
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return reference.linear(x, self.weight, self.bias)
+        return pytorch.linear(x, self.weight, self.bias)
 
 
 class BagLinear:
@@ -81,7 +81,7 @@ class BagLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.numel() != self._inputs:
-            return reference.linear(x, self.weight, self.bias)
+            return pytorch.linear(x, self.weight, self.bias)
         factors, by_stream = _scratch.factors(self._factors)
         by_stream.copy_(x.reshape(self._by_stream))
         y = torch.embedding_bag(self._table, self._rows, self._starts, False, 0, False, factors)[0]

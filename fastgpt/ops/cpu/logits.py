@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgpt import loss
+from fastgpt.ops import loss
 
 _FEWEST_ROWS = 160  # of a chunk: with fewer the matmuls wait for weight and dweight to be read and written
 

@@ -1,0 +1,150 @@
+"""The trial: whether what would take a module's place gives the numbers that the module gives.
+
+A copy of the module with random weights, on the CPU in float64, must give the same by its class's forward and by ours,
+in eval and in training mode. One trial serves all modules of a class and shape: `key` says which those are.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt.modules import Swap, class_forward, own_type
+
+_TOKENS = 16  # the vocabulary and context of a whole model's trial
+_DROPOUT = 0.25  # of a trial in training, so that its place shows
+
+
+def key(module: nn.Module, swap: Swap) -> tuple:
+    """The same for modules that one trial serves: of one class, shape, settings and contents of buffers."""
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    buffers = tuple((name, _bytes(buffer)) for name, buffer in module.named_buffers())
+    parts = tuple((own_type(part), "fastgpt_swap" in part.__dict__, *_settings(part)) for part in module.modules())
+    return (shapes, buffers, parts, swap.function, swap.names, swap.gelu)
+
+
+def _settings(module: nn.Module) -> list[tuple]:
+    """The numbers and words that may change what the module computes; transformers' own forwards do not ask for their
+    place among their like."""
+    place = "layer_idx" if own_type(module).forward.__module__.startswith("transformers.") else None
+    return [(name, value) for name, value in module.__dict__.items() if name != place and _is_setting(value)]
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, int | float | str) or (isinstance(value, tuple) and all(map(_is_setting, value)))
+
+
+def _bytes(buffer: Tensor) -> int:
+    """What a buffer holds, as a number; of one that does not show it, as a sparse or a distributed one, its own."""
+    try:
+        return hash(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    except (RuntimeError, TypeError, NotImplementedError):
+        return id(buffer)
+
+
+def why_not(module: nn.Module, swap: Swap) -> str | None:
+    """Why the swap won't do for modules like this one: other numbers, or an error. None if it will."""
+    if swap.width == 0:
+        return None
+    kind = own_type(module).__name__
+    whose = "a copy of it"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            torch.manual_seed(0)
+            with torch.no_grad():
+                twin, inputs = _twin(module, swap), _inputs(swap)
+                for training in (False, True):
+                    twin.train(training)
+                    torch.manual_seed(1)  # dropout, or a stranger's part, must draw the same at the same time
+                    whose = "its own forward"
+                    expected = class_forward(twin, *inputs)
+                    torch.manual_seed(1)
+                    whose = "fastgpt's"
+                    actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
+                    if swap.flag == "loss" and training:  # without its logits
+                        expected, actual = expected[-1], actual[-1]
+                    if not _agree(actual, expected):
+                        return f"this {kind} computes something else"
+    except Exception as error:  # a stranger's code: whatever it raises, it is left alone
+        said = str(error).splitlines()[0] if str(error) else ""
+        return f"a trial of {whose} failed with {type(error).__name__}: {said}"
+    return None
+
+
+def _inputs(swap: Swap) -> tuple[Tensor, ...]:
+    if swap.flag == "loss":
+        ids = torch.randint(0, _TOKENS, (2, 6))
+        targets = ids.roll(1, dims=1).index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(-1))
+        return ids, targets
+    x = torch.randn(2, 5, swap.width, dtype=torch.float64)
+    x[:, 1:3] *= 1e-2  # where eps counts
+    x[1, 4] *= 30  # where a bound would
+    return (x,)
+
+
+def _agree(actual, expected) -> bool:
+    """Tensors, or tuples of them, equal within what a constant kept in float32 makes."""
+    if isinstance(expected, tuple):
+        return (
+            isinstance(actual, tuple)
+            and len(actual) == len(expected)
+            and all(_agree(a, e) for a, e in zip(actual, expected, strict=True))
+        )
+    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
+        return actual is None and expected is None
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    return bool((actual - expected).norm() <= 1e-6 * expected.norm())
+
+
+def _twin(module: nn.Module, swap: Swap) -> Any:
+    """A copy with random float64 weights on the CPU, without hooks and with dropout everywhere, its children swapped as
+    the module's.
+
+    copy.deepcopy would do, but for hooks that hold half a process group, classes that forbid it (fully_shard's), and
+    weights that are on another device, distributed or large.
+    """
+    memo: dict[int, Any] = {}
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList) and swap.flag == "loss"]
+    skipped = {part for layers in lists for layer in list(layers)[1:] for part in layer.modules()}
+    parts = [part for part in module.modules() if part not in skipped]
+    for part in parts:
+        kind = own_type(part)
+        memo[id(part)] = kind.__new__(kind)
+        for name, value in part.__dict__.items():
+            if name.endswith("_hooks") or "hooks_with_kwargs" in name or "hooks_always_called" in name:
+                memo[id(value)] = type(value)()
+        for parameter in part._parameters.values():
+            if parameter is not None and id(parameter) not in memo:  # tied
+                shape = list(parameter.shape)
+                if swap.flag == "loss" and (isinstance(part, nn.Embedding) or part is getattr(module, "lm_head", None)):
+                    shape[0] = _TOKENS
+                memo[id(parameter)] = nn.Parameter(_random(shape), requires_grad=False)
+        for buffer in part._buffers.values():
+            if buffer is not None:
+                memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    for layers in lists:  # a whole model is tried with its first layer in the place of all
+        memo.update({id(layer): memo[id(layers[0])] for layer in list(layers)[1:]})
+    for part in parts:
+        twin = memo[id(part)]
+        own = {name: value for name, value in part.__dict__.items() if not name.startswith("__composable_api")}
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in own.items()})
+        twin.__dict__.pop("gradient_checkpointing", None)
+        if "fastgpt_swap" in twin.__dict__:
+            twin.fastgpt_swap = twin.fastgpt_swap._replace(backend="torch")
+        if isinstance(twin, nn.Dropout):
+            twin.p = _DROPOUT
+        elif isinstance(twin.__dict__.get("dropout"), float):  # nanoGPT's attention and the book's fast one
+            twin.dropout = _DROPOUT
+        if hasattr(twin.__dict__.get("config"), "_attn_implementation"):
+            twin.config._attn_implementation = "sdpa"
+    twin = memo[id(module)]
+    twin.__dict__["fastgpt_swap"] = copy.deepcopy(swap._replace(backend="torch"), memo)
+    return twin
+
+
+def _random(shape: list[int]) -> Tensor:
+    """Values of the size that a trained weight's outputs have: neither lost beside others nor past a GELU's bend."""
+    deviation = 0.5 if len(shape) < 2 else max(shape) ** -0.5
+    return torch.randn(shape, dtype=torch.float64) * deviation + (len(shape) < 2)
