@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import autograd, ops
+from fastgpt import ops
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
+from fastgpt import autograd
 from fastgpt.kernels import decode
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

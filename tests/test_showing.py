@@ -30,7 +30,7 @@ def fails(error):
     return fail
 
 
-@pytest.mark.parametrize(("error", "words"), zip(ERRORS, SAID, strict=True))
+@pytest.mark.parametrize(("error", "words"), list(zip(ERRORS, SAID, strict=True)))
 @pytest.mark.parametrize(
     ("part", "what"), [("sample", "the sample"), ("plot_losses", "loss.png"), ("write_metrics", "metrics.csv")]
 )
