@@ -11,7 +11,7 @@ from setuptools import setup
 
 PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
-TEST = [
+TEST_CPU = [  # all that the tests of the fallback need; beside a CPU build of PyTorch nothing here brings Triton
     *BENCH,
     "pytest-xdist>=3.6",  # the suite on every core
     "hypothesis>=6",  # arguments that nobody would think of
@@ -20,8 +20,8 @@ TEST = [
     "peft",  # its adapters must go on getting gradients in an accelerated model
     "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
     "setuptools>=77",  # tests build the wheel without a network
-    "triton>=3.6; platform_system == 'Linux'",
 ]
+TEST = [*TEST_CPU, "triton>=3.6; platform_system == 'Linux'"]
 
 setup(
     name="fastgpt-triton",
@@ -61,6 +61,7 @@ setup(
         "bench": BENCH,
         "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any
         "test": TEST,
+        "test-cpu": TEST_CPU,
         "dev": [*TEST, "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:main"]},

@@ -279,7 +279,8 @@ def test_documents_begin_with_the_end_of_the_one_before():
 def test_one_file_of_a_large_encoding(tmp_path, told):
     """Its ids are read in the width that they were written in, not as pairs of ids half as wide."""
     ranks = {bytes([value]): value for value in range(256)}
-    large = tiktoken.Encoding("large", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 200_000})
+    special = {END_OF_TEXT: 200_000, "<|low|>": 70_000, "<|high|>": 199_000}
+    large = tiktoken.Encoding("large", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=special)
     ids = np.array([70_000, 3, 199_000] * 20, dtype=np.uint32)
     (tmp_path / "train.bin").write_bytes(ids.tobytes())
     if told:
