@@ -129,7 +129,8 @@ def _triton() -> Iterator[Finding]:
             problem = f"{reason}, so PyTorch serves on the GPU too"
             yield Finding("Triton", reason, problem, "pip install -U 'triton>=3.6'")
         else:
-            yield Finding("Triton", f"{reason}; only the kernels for NVIDIA GPUs need it")
+            found = reason.removeprefix("Triton is ")
+            yield Finding("Triton", f"{found}; only the kernels for NVIDIA GPUs need it")
         return
     import triton
 

@@ -84,8 +84,8 @@ def verify_model(
 
     Each token's target is the next one. The ratio is the distance after by the distance before, or by a few units in
     the last place of the largest value where before happens to be closer. The model is left as it was, but for the
-    gradients, which are cleared. write: gets lines that say what is being computed. ValueError for ids or a model that
-    can't be asked.
+    gradients, which are cleared. write: gets what is being computed, as words of one line. ValueError for ids or a
+    model that can't be asked.
     """
     if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
         raise ValueError(f"verify_model: ids are {ids.dtype} of shape {tuple(ids.shape)}, not integers (B, T), T > 1")
@@ -96,20 +96,20 @@ def verify_model(
     name, size = type(model).__name__, f"{ids.shape[0]} x {ids.shape[1]} tokens"
     weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(1))
     try:
-        write(f"{name} on {size}: in float64 …\n")
+        write(f"{name} on {size}: in float64 … ")
         with accelerated(copy.deepcopy(model).double(), attention=False, layer_norm=False, mlp=False) as plain:
             oracle = _ask(_on_torch(plain), ids)
         report = None
-        served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)} …\n"
-        write("before …\n")
+        served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)}"
+        write("before … ")
         if isinstance(model, GPT):
             before = _ask(_on_torch(copy.deepcopy(model)), ids)
-            write(f"after: {served}")
+            write(f"after, {served}\n")
             after = _ask(model, ids)
         else:
             with accelerated(model, attention=False, layer_norm=False, mlp=False):
                 before = _ask(model, ids)
-                write(f"after: {served}")
+                write(f"after, {served}\n")
                 report = accelerate(model, **options)
                 after = _ask(model, ids)
     finally:

@@ -3,7 +3,7 @@
 import torch
 
 from fastgpt import accelerate
-from fastgpt.families import gpt2
+from fastgpt.swap import gpt2
 from tests.models import VOCAB
 
 IDX = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -84,7 +84,15 @@ KEPT, LOOKS, HOOKED = (
     "test_swap_parts.py::",
     "test_model_parts.py::test_a_part_with_a_hook_is_called",
 )
-SPECULATIVE = "fastgpt/generation/speculative.py"
+SPECULATIVE, STEPS, MONITOR, CLI = (
+    "fastgpt/generation/speculative.py",
+    "fastgpt/ops/decoding.py",
+    "fastgpt/training/monitor.py",
+    "fastgpt/cli/__init__.py",
+)
+SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
+TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
+UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 
 MUTANTS = [
     # LayerNorm
@@ -259,8 +267,8 @@ MUTANTS = [
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
     Mutant("positions one too early", DECODER, "self._walk(ids, positions, attend)", "self._walk(ids, (positions - 1).clamp(min=0), attend)", CACHED, False),
-    Mutant("a stale cache row", DECODER, "values[cache.row, :, positions] = v.transpose(1, 2)", "pass", CACHED, False),
-    Mutant("keys of the even road a slot early", DECODER, "keys[:, :, reach - new : reach] = k", "keys[:, :, reach - new - 1 : reach - 1] = k", ALONE, False),
+    Mutant("a stale cache row", STEPS, "values[rows, :, places] = v", "pass", CACHED, False),
+    Mutant("keys of the even road a slot early", STEPS, "keys[:, :, even - new : even] = k", "keys[:, :, even - new - 1 : even - 1] = k", ALONE, False),
     Mutant("keys of a lone row a slot early", "fastgpt/generation/walks.py", "place : place + 1, :]", "place - 1 : place, :]", CACHED, False),
     Mutant("a lone row that does not see itself", "fastgpt/generation/walks.py", "[..., : place + 1, :]", "[..., :place, :]", CACHED, False),
     Mutant("a bag without its bias", LINEARS, "if bias is not None:", "if False:", "test_linears.py::test_bags_are_a_linear_layer", False),
@@ -359,6 +367,24 @@ MUTANTS = [
     Mutant("a finished run leaves no model", "fastgpt/training/loop.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
     Mutant("every file of tokens has two bytes an id", "fastgpt/data/corpora.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
     Mutant("a text of a folder is dropped", "fastgpt/data/corpora.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
+    # what shows a run, encodings with holes, no network
+    Mutant("only a disk's error is told", MONITOR, "        except Exception as error:  # a disk, a", "        except (OSError, ValueError) as error:  # a disk, a", TOLD, False),
+    Mutant("shown before it is saved", "fastgpt/training/loop.py", "            if saves or stop:\n                self.save(needed=last or bool(stop))\n            if evaluates:  # after the save: what only shows the run must not cost it\n                self.report()\n", "            if evaluates:\n                self.report()\n            if saves or stop:\n                self.save(needed=last or bool(stop))\n", SHOWN + "test_all_is_saved_before_anything_is_shown", False),
+    Mutant("an evaluation that fails is passed over", "fastgpt/training/loop.py", '"val_loss": self.evaluate(),', '"val_loss": 0.0 if self.monitor and not self.monitor.attempt(0, "it", self.evaluate) else 0.0,', SHOWN + "test_an_error_of_the_training_itself_ends_it", False),
+    Mutant("a failure of the plot takes the sample along", MONITOR, "self.attempt(step, PLOT, plot_losses, rows, self.folder / PLOT)", "plot_losses(rows, self.folder / PLOT)", TOLD, False),
+    Mutant("TensorBoard fails at every look", MONITOR, "            self.events = None\n\n", "            pass\n\n", SHOWN + "test_tensorboard_that_fails_is_told_once", False),
+    Mutant("the last sample's error is the command's", CLI, "    except Exception as error:  # the run is done and saved\n", "    except OSError as error:\n", SHOWN + "test_the_last_sample_fails_behind_a_run_that_is_saved", False),
+    Mutant("holes are drawn", BATCH, "return logits if self._never is None else logits.masked_fill(self._never, torch.finfo(logits.dtype).min)", "return logits", UNDRAWN, False),
+    Mutant("a draft's round draws holes", SPECULATIVE, "logits = batch.allowed(logits)  # (B, count + 1, V)", "logits = logits[..., : batch.vocab_size]", UNDRAWN, False),
+    Mutant("holes are as unlikely as infinity", BATCH, "torch.finfo(logits.dtype).min)", "-torch.inf)", UNDRAWN, False),
+    Mutant("a vocabulary past the encoding", "fastgpt/generation/__init__.py", "return min(asked or encoding.n_vocab, encoding.n_vocab)", "return asked or encoding.n_vocab", HOLED + "test_a_vocabulary_asked_for_is_cut_to_the_encoding", False),
+    Mutant("holes in a file of tokens", "fastgpt/data/tokens.py", "if holes and (lost", "if False and (lost", HOLED + "test_tokens_that_hold_one_are_refused_by_number", False),
+    Mutant("tokens need an encoding", CLI, "        if without is None:\n", "        if True:\n", OFFLINE + "test_tokens_are_trained_on", False),
+    Mutant("an encoding is asked for that nothing needs", CLI, "if not wanted and without", "if False and without", OFFLINE + "test_without_samples_nothing_is_asked_for_and_nothing_said", False),
+    Mutant("samples are left out without a word", "fastgpt/training/__init__.py", "if isinstance(encoding, Named) and config.sample_tokens:", "if False:", OFFLINE + "test_tokens_are_trained_on", False),
+    Mutant("an encoding that was asked for is done without", CLI, 'for option in ("encoding", "sample_prompt", "sample_tokens"))', "for option in ())", OFFLINE + "test_what_was_asked_for_and_can_not_be_had_is_an_error_before_anything_is_touched", False),
+    Mutant("eval needs an encoding for tokens", "fastgpt/cli/text.py", "        if without is None:\n", "        if True:\n", OFFLINE + "test_eval_leaves_out_bits_a_byte", False),
+    Mutant("tokens are held to no vocabulary offline", "fastgpt/data/tokens.py", "outside = part >= encoding.n_vocab", "outside = part >= 2**32", OFFLINE + "test_a_token_past_the_vocabulary_is_still_found", False),
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/ops/pytorch.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
     Mutant("a run that sets no seed", "fastgpt/training/__init__.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),

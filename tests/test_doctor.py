@@ -63,6 +63,16 @@ def test_a_machine_that_has_all(machine):
     assert str(diagnosis).endswith("nothing is wrong")
 
 
+def test_what_is_the_same_for_all_functions_is_said_once(machine):
+    """On an H100 each runs on its kernel; that is one line, and so is any other reason that they share."""
+    _, diagnosis = problems()
+    assert (
+        str(diagnosis).count("layer_norm") == 0 and str(diagnosis).count("every function of fastgpt.ops runs on") == 1
+    )
+    functions = {**diagnosis.functions, "layer_norm": "layer_norm runs on PyTorch: another reason"}
+    assert str(diagnosis._replace(functions=functions)).count("runs on") == len(functions)
+
+
 def test_no_gpu_is_no_problem(machine, monkeypatch):
     machine.driver.unlink()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -89,6 +99,7 @@ def test_an_old_card(machine):
     assert all("7.5" in sentence for sentence in diagnosis.functions.values())
 
 
+@needs_triton
 @pytest.mark.parametrize("hidden", [None, ""])
 def test_a_gpu_that_pytorch_cannot_use(machine, monkeypatch, hidden):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -98,6 +109,7 @@ def test_a_gpu_that_pytorch_cannot_use(machine, monkeypatch, hidden):
     assert ("older than its CUDA" if hidden is None else "CUDA_VISIBLE_DEVICES is ''") in problem
 
 
+@needs_triton
 def test_a_pytorch_without_cuda(machine, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)

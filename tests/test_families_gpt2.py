@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN  # noqa: E402
 
 import fastgpt  # noqa: E402
 from fastgpt import accelerate, restore  # noqa: E402
-from fastgpt.families import gpt2  # noqa: E402
+from fastgpt.swap import gpt2  # noqa: E402
 from fastgpt.swap.layers import gelu_kind  # noqa: E402
 from tests.huggingface import IDX, assert_as_before, attention_calls, padded, results  # noqa: E402
 from tests.models import VOCAB, hugging_face  # noqa: E402

@@ -87,7 +87,7 @@ def fitted(monkeypatch):
     """The arguments that `fit` gets; nothing is trained and no sample written."""
     got = []
     monkeypatch.setattr(cli, "fit", lambda *arguments: got.append(arguments))
-    monkeypatch.setattr(cli.cli_text, "write", lambda *arguments, **options: None)
+    monkeypatch.setattr(cli.text, "write", lambda *arguments, **options: None)
     return got
 
 

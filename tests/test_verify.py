@@ -11,7 +11,7 @@ from torch import nn
 
 from fastgpt import GPT, GPTConfig, ops, verify, weights
 from fastgpt.cli import main
-from fastgpt.families import nanogpt as family
+from fastgpt.swap import nanogpt as family
 from fastgpt.verify import random_ids, verify_functions, verify_model
 from tests.models import CONTEXT, FAMILIES, VOCAB, hugging_face, nanogpt, randomised
 
