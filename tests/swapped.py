@@ -42,7 +42,8 @@ def assert_as_before(model, idx, targets, **options):
     for name, expected in oracle.items():
         size = None
         if name.endswith("W_key.bias"):  # zero but for rounding: softmax does not see it
-            size = torch.full_like(expected, oracle[name.replace("key", "query")].abs().max()).flatten()
+            terms = max(oracle[name.replace("key", "query")].abs().max(), oracle[name[:-4] + "weight"].abs().max())
+            size = torch.full_like(expected, terms).flatten()  # of what cancels, as the sums beside it show
         rows = (tensor.flatten() for tensor in (after[name], expected, before[name]))
         assert_accurate(*rows, size, logit_max=doubt, name=name)
     return report

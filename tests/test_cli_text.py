@@ -109,7 +109,7 @@ def test_a_conversation(capsys, folders, monkeypatch):
         except StopIteration:
             raise EOFError from None
 
-    written = text.write
+    written = cli_text.write
 
     def write(decoder, tokens, prompt, *rest, **how):
         if prompt == "interrupted":
@@ -133,7 +133,7 @@ def test_eval_is_the_plain_sum_over_tokens(capsys, folders, tmp_path, options):
     given = dict(zip(options[::2], map(int, options[1::2]), strict=True))
     window = given.get("--window", 32)
     stride = given.get("--stride", window // 2)
-    model, _ = text.load(str(folders / "own"), None)
+    model, _ = cli_text.load(str(folders / "own"), None)
     ids, total, seen = [256, *text.encode()], 0.0, 0
     for place in range(1, len(ids)):
         if place > seen:  # the next pass
@@ -176,13 +176,13 @@ def test_a_mistake_in_eval(capsys, folders, tmp_path, options, message):
 
 
 def test_eval_of_one_token_alone(folders):
-    model, _ = text.load(str(folders / "own"), None)
+    model, _ = cli_text.load(str(folders / "own"), None)
     with pytest.raises(ValueError, match="eval: 1 tokens leave nothing to predict"):
         evaluate(model, np.zeros(1, dtype=np.uint16))
 
 
 def test_eval_of_a_model_that_is_not_finite(capsys, folders, tmp_path):
-    model, _ = text.load(str(folders / "own"), None)
+    model, _ = cli_text.load(str(folders / "own"), None)
     model.wpe.weight.data[3] = math.nan
     save_model(model, tmp_path, "byte")
     (tmp_path / "text.txt").write_text("some words")
