@@ -32,7 +32,7 @@ if find_spec("triton") is not None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
     else:
-        from fastgpt.ops import autograd
+        import fastgpt.ops.autograd as autograd  # `from fastgpt.ops import` would find the None above
 
 
 def layer_norm(
