@@ -86,7 +86,8 @@ class Steps:
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
             tokens = f"{float(f'{row.tokens_per_second:.3g}'):,.0f}"
             said = f" ({row.note})" if row.note else ""
-            lines.append(f"| {row.what}{said} | {1e3 * row.median:.3g} | {tokens} | {peak} | {ratio} |")
+            milliseconds = f"{1e3 * row.median:.1f}" if row.median >= 0.01 else f"{1e3 * row.median:.3g}"
+            lines.append(f"| {row.what}{said} | {milliseconds} | {tokens} | {peak} | {ratio} |")
         return "\n".join(lines)
 
     def markdown(self) -> str:

@@ -223,11 +223,12 @@ class Allowed(NamedTuple):
     descent: float  # of what the loss went down by in the compared steps
 
 
-# What was seen of right rows, with room: in bfloat16 the loss within 1e-4 and the norm within 0.6% of the reference.
+# Some ten times what right rows were seen to be off by, at 124M with 512 tokens on a CPU: in bfloat16 5e-5 of the loss,
+# 0.13% of the norm and 0.5% of the descent. With half the heads left out the loss alone is off by more.
 ALLOWED = {
     None: Allowed(1e-5, 1e-3, 0.02),
-    torch.bfloat16: Allowed(1e-3, 0.05, 0.2),
-    torch.float16: Allowed(5e-4, 0.02, 0.2),
+    torch.bfloat16: Allowed(5e-4, 0.02, 0.1),
+    torch.float16: Allowed(5e-4, 0.02, 0.1),
 }
 
 
