@@ -13,6 +13,7 @@ COMMANDS = {
     "tune": "search tiles for each kernel and propose rows",
     "profile": "the kernels of one training step: time, share, floor",
     "loop": "what the trainer's loop adds to a bare step",
+    "steps": "whole training steps as people run them: theirs eager, compiled, accelerated, and fastgpt's",
     "smoke": "every kernel once at small shapes",
     "sanitize": "the same under NVIDIA's compute-sanitizer",
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",

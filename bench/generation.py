@@ -17,6 +17,7 @@ from fastgpt.generation.decoder import Decoder
 from fastgpt.model import GPT, GPTConfig
 
 KEPT, BOOK_CACHED = f"{SUBJECT}, a Decoder kept", "the book, its cached file"
+STATIC = f"{HUGGING_FACE}, static cache"  # which its generate compiles on a GPU
 HUGGING_FACE_FLOAT32 = f"{HUGGING_FACE}, float32"
 _TO_BE_WRITTEN = 10_000  # by a decoder that is kept
 _RECOMPUTED = 16  # tokens at most, on a CPU, of a loop that computes all of it anew a token
@@ -64,6 +65,7 @@ def generation(
         variants[EAGER] = lambda p: _ours(with_backend(p[0], "torch"), p[1], new)
     variants |= {
         HUGGING_FACE: lambda p: _hugging_face(*p, new),
+        **({STATIC: lambda p: _hugging_face(*p, new, static=True)} if new > 1 else {}),
         NANOGPT: nanogpt,
         BOOK: lambda p: recomputing(families.book(p[0]), p),
     }
@@ -100,16 +102,21 @@ def _kept(model: GPT, ids: Tensor, new: int) -> Subject:
     )
 
 
-def _hugging_face(ours: GPT, ids: Tensor, new: int) -> Subject:
+def _hugging_face(ours: GPT, ids: Tensor, new: int, static: bool = False) -> Subject:
+    """Its generate, with the cache that grows or, static, with one of a fixed size."""
     model = families.hugging_face(ours)
+    options: dict = dict(attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0)
+    if static:
+        options["cache_implementation"] = "static"
 
     @torch.no_grad()
     def logits():
-        return (model(ids).logits[:, -1],)
+        if not static:
+            return (model(ids).logits[:, -1],)
+        one = dict(max_new_tokens=1, output_logits=True, return_dict_in_generate=True)  # through its cache
+        return (model.generate(ids, **options, **one).logits[0].to(model.dtype),)
 
-    options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
-    mask = torch.ones_like(ids)
-    return Subject(lambda: model.generate(ids, attention_mask=mask, **options), logits)
+    return Subject(lambda: model.generate(ids, **options, max_new_tokens=new, min_new_tokens=new), logits)
 
 
 def _cached(model: nn.Module, continued: Callable, ids: Tensor, new: int) -> Subject:

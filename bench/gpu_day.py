@@ -1,4 +1,7 @@
-"""Everything that a GPU should tell, in a few minutes, from a bare checkout and with no network.
+"""Everything that a GPU should tell, in two parts of a few minutes, from a bare checkout and with no network.
+
+Part 1 says whether it is right (every test that needs a GPU) and how fast whole training steps are; part 2 all else.
+They may run on different days on different machines: the folder, or the archive in its place, carries what was done.
 
 Each stage is a process of its own with a limit of its own: one that fails or hangs costs the others nothing, and what
 it printed, its traceback included, stays in the folder. The most telling come first, and time that one leaves goes
@@ -26,6 +29,7 @@ from bench import dry
 from bench.machine import commit
 
 ROOT = Path(__file__).parent.parent
+PARTS = (1, 2)
 ARCHIVE_LIMIT = 16 * 2**20
 _LOG_TAIL = 2**20  # bytes of a log that are packed
 _GRACE = 5.0  # seconds for a stopped process to print its stack
@@ -37,13 +41,13 @@ _DRY_TESTS = ("tests/test_cross_entropy.py", "-m", "interpreter", "-k", "257")
 @dataclasses.dataclass(frozen=True)
 class Stage:
     name: str
-    part: float  # of the whole time
+    share: float  # of its part's time
     command: Callable[[float], list[str]]  # given its limit in seconds
     resume_code: int | None = None  # an exit status after which it is started again
 
 
-def stages(folder: Path, dry_run: bool) -> list[Stage]:
-    """The day, in order."""
+def stages(folder: Path, dry_run: bool, part: int, nanogpt: Path | None = None) -> list[Stage]:
+    """A part of the day, in order."""
     python, flag = sys.executable, ["--dry-run"] if dry_run else []
     workers = str(max(1, min(15, (os.cpu_count() or 1) - 1)))  # Triton compiles on many cores
     spread = ["-n", workers, "--dist", "worksteal"] if find_spec("xdist") and not dry_run else []
@@ -56,48 +60,68 @@ def stages(folder: Path, dry_run: bool) -> list[Stage]:
     def pytest(*arguments):
         return [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
 
+    theirs = [] if nanogpt is None else ["--nanogpt", str(nanogpt)]
+    if part == 1:
+        return [
+            Stage("parity", 0.5, lambda limit: pytest(*tests, "-rfE", f"--junitxml={folder / 'parity.xml'}")),
+            Stage(
+                "steps",
+                0.5,
+                lambda limit: bench(
+                    "steps", "--out", str(folder / "steps"), "--resume", "--seconds", f"{0.85 * limit:.0f}", *theirs
+                ),
+                resume_code=3,
+            ),
+        ]
     cases = folder / "cases"
     return [
-        Stage("roofs", 0.04, lambda limit: bench("roofs", "--out", str(folder / "machine.json"))),
-        Stage("parity", 0.20, lambda limit: pytest(*tests, "-rfE", f"--junitxml={folder / 'parity.xml'}")),
+        Stage("roofs", 0.05, lambda limit: bench("roofs", "--out", str(folder / "machine.json"))),
         Stage(
             "cases",
-            0.40,
+            0.46,
             lambda limit: pytest(
-                "bench/", *machine, "--bench-out", str(cases), "--bench-resume", "--benchmark-columns=median,iqr,rounds"
+                "bench/",
+                *machine,
+                *theirs,
+                "--bench-out",
+                str(cases),
+                "--bench-resume",
+                "--benchmark-columns=median,iqr,rounds",
             ),
             resume_code=3,
         ),
-        Stage("profile", 0.07, lambda limit: bench("profile", "--out", str(folder / "profile.json"))),
+        Stage("profile", 0.08, lambda limit: bench("profile", "--out", str(folder / "profile.json"))),
         Stage(
             "tune",
-            0.13,
+            0.17,
             lambda limit: bench("tune", "--out", str(folder / "tune.jsonl"), "--minutes", f"{0.8 * limit / 60:.2f}"),
         ),
         Stage(
             "sanitize",
-            0.11,
+            0.16,
             lambda limit: bench("sanitize", "--out", str(folder / "sanitize"), "--seconds", f"{0.9 * limit:.0f}"),
         ),
         Stage(
             "report",
-            0.05,
+            0.08,
             lambda limit: [python, "-m", "bench", "report", str(cases), "--out", str(folder / "report")],
         ),
     ]
 
 
 def run_day(folder: Path, day: Sequence[Stage], seconds: float, environment: dict[str, str]) -> dict[str, dict]:
-    """Run what is not done yet of `day` within `seconds`; each stage's outcome, as it is kept in state.json."""
+    """Run what is not done yet of `day` within `seconds`; the outcomes of these and of all earlier stages, as they are
+    kept in state.json. Where the folder is gone and its archive is there, it is unpacked first."""
+    unpack(folder)
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = _load(folder)
     saved, end = 0.0, time.monotonic() + seconds  # saved: what earlier stages left of their time
     for stage in day:
         if outcomes.get(stage.name, {}).get("status") == "done":
-            saved += stage.part * seconds
+            saved += stage.share * seconds
             print(f"{stage.name}: done before", flush=True)
             continue
-        limit = min(stage.part * seconds + saved, end - time.monotonic())
+        limit = min(stage.share * seconds + saved, end - time.monotonic())
         if limit < 1:
             outcome = {"status": "no time left", "seconds": 0.0, "limit": limit}
         else:
@@ -204,6 +228,23 @@ def pack(folder: Path, limit: int = ARCHIVE_LIMIT) -> Path:
     return archive
 
 
+def unpack(folder: Path) -> None:
+    """What `pack` put into FOLDER.tar.gz, where there is no FOLDER: a part may run where another did not."""
+    archive = folder.with_name(folder.name + ".tar.gz")
+    if folder.exists() or not archive.exists():
+        return
+    with tarfile.open(archive) as tar:
+        for entry in tar:
+            _, *inside = Path(entry.name).parts
+            data = tar.extractfile(entry)
+            if data is None or not inside or ".." in inside or Path(entry.name).is_absolute():
+                raise ValueError(f"{archive} holds {entry.name!r}, which gpu-day has not packed")
+            target = folder.joinpath(*inside)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(data.read())
+    print(f"{folder} was unpacked from {archive}", flush=True)
+
+
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     entry = tarfile.TarInfo(name)
     entry.size, entry.mtime = len(data), int(time.time())
@@ -211,22 +252,30 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default 8)")
+    parser.add_argument("--part", type=int, choices=PARTS, help="1: parity and training steps; 2: the rest; or both")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for each part (default 5)")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu-day")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="nanoGPT's checkout, to compare with its model.py")
     parser.add_argument("--dry-run", action="store_true", help="every stage without a GPU, tiny, with a fake clock")
-    parser.add_argument("--restart", action="store_true", help="forget what that folder holds")
+    parser.add_argument("--restart", action="store_true", help="forget what that folder and its archive hold")
 
 
 def main(options: argparse.Namespace) -> int:
-    """0 if every stage was done; the archive is there in any case."""
+    """0 if every stage of the parts that were asked for was done; the archive is there in any case."""
     folder = options.out.resolve()
-    if options.restart and folder.exists():
-        shutil.rmtree(folder)
-    environment = dry.interpreter_environment() if options.dry_run else {}
-    day = stages(folder, options.dry_run)
-    outcomes = run_day(folder, day, 60 * options.minutes, environment)
-    for stage in day:
-        print(f"{stage.name:10}{outcomes[stage.name]['status']}")
     archive = folder.with_name(folder.name + ".tar.gz")
+    if options.restart:
+        archive.unlink(missing_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+    environment = dry.interpreter_environment() if options.dry_run else {}
+    nanogpt = None if options.nanogpt is None else options.nanogpt.resolve()
+    wanted, outcomes = [], {}
+    for part in PARTS if options.part is None else (options.part,):
+        day = stages(folder, options.dry_run, part, nanogpt)
+        outcomes = run_day(folder, day, 60 * options.minutes, environment)
+        wanted += day
+    for stage in wanted:
+        print(f"{stage.name:10}{outcomes[stage.name]['status']}")
     print(f"all of it is in {archive} ({archive.stat().st_size / 2**20:.1f} MiB)")
-    return int(any(outcomes[stage.name]["status"] != "done" for stage in day))
+    return int(any(outcomes[stage.name]["status"] != "done" for stage in wanted))

@@ -3,6 +3,8 @@
 python -m bench report out/bench                 report beside the rows
 python -m bench report out/bench --keep          into bench/results/<device>/<date>-<commit>/, and README renewed
 python -m bench report --readme                  README from what is committed already
+
+FOLDER may also be what `python -m bench steps` left: its table of training steps leads README.
 """
 
 import argparse
@@ -17,6 +19,8 @@ from pathlib import Path
 from bench.cases import COMPILED, SUBJECT
 from bench.measure import Folder, Row, noise
 from bench.page import page
+from bench.step_rows import FILE as STEPS_FILE
+from bench.step_rows import Steps
 from bench.units import duration, size
 from bench.work import Work
 
@@ -229,11 +233,24 @@ def _chose(report: Report) -> bool:
     return " -k " in report.machine.get("command", "")
 
 
+def committed_steps(results: Path = RESULTS) -> list[tuple[Path, Steps]]:
+    """The newest committed table of training steps of each GPU."""
+    newest: dict[str, tuple[Path, Steps]] = {}
+    found = [(file, Steps.load(file)) for file in sorted(results.glob(f"*/*/{STEPS_FILE}"))]
+    for file, steps in sorted(found, key=lambda one: one[1].machine["measured"]):
+        if steps.machine["kind"] == "cuda":
+            newest[steps.machine["device"]] = file, steps
+    return list(newest.values())
+
+
 def readme_block(results: Path = RESULTS) -> str:
     """What stands between README's markers."""
-    found = committed(results)
+    found, steps_found = committed(results), committed_steps(results)
     measured = [report.machine["kind"] == "cuda" for _, report in found]
-    lines = [BEGIN, ""] if any(measured) else [BEGIN, "", NO_GPU, ""]
+    lines = [BEGIN, ""] if any(measured) or steps_found else [BEGIN, "", NO_GPU, ""]
+    for file, steps in steps_found:
+        place = file.parent.relative_to(results.parent.parent).as_posix()
+        lines += [steps.conditions(), "", steps.table(), "", f"The same rows: [{place}]({place}/steps.md).", ""]
     for file, report in sorted(found, key=lambda one: one[1].machine["kind"] != "cuda"):
         place = file.parent.relative_to(results.parent.parent).as_posix()
         lines += [report.conditions(), "", report.summary(most=3), ""]
@@ -255,8 +272,13 @@ def renew_readme(readme: Path = README, results: Path = RESULTS) -> None:
     readme.write_text(before + readme_block(results) + after, encoding="utf-8")
 
 
+def _hold_worth_keeping(machine: dict) -> None:
+    if machine["kind"] == "dry":
+        raise ValueError("report: a dry run's times mean nothing, they are not kept")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, nargs="?", help="where pytest bench/ or a gpu-day left rows.jsonl")
+    parser.add_argument("folder", type=Path, nargs="?", help="where pytest bench/, bench steps or a gpu-day left rows")
     parser.add_argument("--out", type=Path, help="the folder to write; FOLDER/report if not given")
     parser.add_argument("--keep", action="store_true", help="write to bench/results/ and renew README")
     parser.add_argument("--readme", action="store_true", help="renew README from bench/results/")
@@ -265,15 +287,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Write the report; its folder is printed."""
-    if options.folder is not None:
+    if options.folder is not None and (options.folder / STEPS_FILE).exists():
+        steps = Steps.load(options.folder / STEPS_FILE)
+        target = options.out or options.folder
+        if options.keep:
+            _hold_worth_keeping(steps.machine)
+            target = RESULTS / slug(steps.machine) / f"{steps.machine['measured'][:10]}-{steps.machine['commit']}"
+        steps.write(target)
+        print(steps.conditions(), "", steps.table(), "", f"written: {target / STEPS_FILE}", sep="\n")
+    elif options.folder is not None:
         folder = Folder(options.folder)
         report = Report.of(folder)
         if not report.rows:
             raise ValueError(f"report: {folder.rows_file} holds no rows")
         target = options.out or options.folder / "report"
         if options.keep:
-            if report.machine["kind"] == "dry":
-                raise ValueError("report: a dry run's times mean nothing, they are not kept")
+            _hold_worth_keeping(report.machine)
             day = datetime.date.fromtimestamp(folder.rows_file.stat().st_mtime).isoformat()
             target = RESULTS / slug(report.machine) / f"{day}-{report.machine['commit']}"
         report.write(target)

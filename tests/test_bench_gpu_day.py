@@ -3,6 +3,7 @@ one."""
 
 import json
 import os
+import shutil
 import stat
 import sys
 import tarfile
@@ -17,6 +18,7 @@ from bench.__main__ import main
 from bench.generation import BOOK_CACHED
 from bench.gpu_day import Stage
 from bench.measure import Folder
+from bench.step_rows import Steps
 
 
 def python(name, code, part=0.2, **options):
@@ -125,6 +127,53 @@ def test_a_folder_of_another_commit_is_refused(folder, capsys):
     assert "0000000" in capsys.readouterr().err
 
 
+def test_two_parts_on_two_machines(tmp_path, monkeypatch, capsys):
+    """The second finds the first one's outcomes in the folder, or in the archive alone; a part looks at its own."""
+    parts = {1: [python("parity", "1 / 0"), python("steps", "print('ms')")], 2: [python("cases", "print('rows')")]}
+    monkeypatch.setattr(gpu_day, "stages", lambda folder, dry_run, part, nanogpt: parts[part])
+    first, second = tmp_path / "one" / "day", tmp_path / "two" / "day"
+    assert main(["gpu-day", "--part", "1", "--out", str(first)]) == 1
+    assert json.loads((first / "state.json").read_text())["stages"].keys() == {"parity", "steps"}
+    second.parent.mkdir()
+    shutil.copy(first.with_name("day.tar.gz"), second.parent)
+    assert main(["gpu-day", "--part", "2", "--out", str(second)]) == 0
+    stages = json.loads((second / "state.json").read_text())["stages"]
+    assert {name: outcome["status"] for name, outcome in stages.items()} == {
+        "parity": "failed",
+        "steps": "done",
+        "cases": "done",
+    }
+    assert "ZeroDivisionError" in (second / "parity.log").read_text()
+    with tarfile.open(second.with_name("day.tar.gz")) as tar:
+        assert {"day/parity.log", "day/steps.log", "day/cases.log"} <= set(tar.getnames())
+
+    parts[1] = [python("parity", "pass"), python("steps", "1 / 0")]  # steps was done: it is not repeated
+    capsys.readouterr()
+    assert main(["gpu-day", "--out", str(second)]) == 0
+    told = capsys.readouterr().out
+    assert "steps: done before" in told and "cases: done before" in told and "parity: done after" in told
+    assert main(["gpu-day", "--part", "2", "--out", str(second), "--restart"]) == 0
+    assert json.loads((second / "state.json").read_text())["stages"].keys() == {"cases"}
+
+
+def test_an_archive_that_names_files_outside_is_refused(folder, capsys):
+    folder.parent.mkdir(exist_ok=True)
+    with tarfile.open(folder.with_name("day.tar.gz"), "w:gz") as tar:
+        gpu_day._add(tar, "day/../../state.json", b"{}")
+    assert main(["gpu-day", "--out", str(folder)]) == 2
+    assert "day/../../state.json" in capsys.readouterr().err and not (folder.parent.parent / "state.json").exists()
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_parts_stages_share_its_time(folder, part):
+    day = gpu_day.stages(folder, dry_run=False, part=part)
+    assert sum(stage.share for stage in day) == pytest.approx(1)
+    for stage in day:
+        assert stage.command(60.0)[0] == sys.executable
+    names = [stage.name for stage in day]
+    assert names == [["parity", "steps"], ["roofs", "cases", "profile", "tune", "sanitize", "report"]][part - 1]
+
+
 def test_the_archive_stays_within_its_limit(folder):
     folder.mkdir(parents=True)
     (folder / "rows.jsonl").write_text("{}\n")
@@ -181,14 +230,28 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     pytest.importorskip("triton", reason="Triton is not to be had on this platform")
     out = tmp_path / "dry"
     sanitizer.write_text(sanitizer.read_text().replace("3 if tool == 'racecheck' else 0", "0"))
-    code = main(["gpu-day", "--dry-run", "--minutes", "15", "--out", str(out)])
+    code = main(["gpu-day", "--part", "1", "--dry-run", "--minutes", "15", "--out", str(out)])
+    first = json.loads((out / "state.json").read_text())["stages"]
+    assert list(first) == ["parity", "steps"] and code == 0
+    shutil.rmtree(out)  # the second part runs elsewhere, where only the archive was brought
+    code = main(["gpu-day", "--part", "2", "--dry-run", "--minutes", "15", "--out", str(out)])
     for log in out.glob("*.log"):
         print(f"--- {log.name}", log.read_text()[-2000:], sep="\n")
     outcomes = json.loads((out / "state.json").read_text())["stages"]
     assert {name: outcome["status"] for name, outcome in outcomes.items()} == dict.fromkeys(
-        ("roofs", "parity", "cases", "profile", "tune", "sanitize", "report"), "done"
+        ("parity", "steps", "roofs", "cases", "profile", "tune", "sanitize", "report"), "done"
     )
-    assert code == 0
+    assert code == 0 and outcomes["parity"] == first["parity"]
+
+    steps = {row.what: row for row in Steps.load(out / "steps" / "steps.json").rows}
+    skipped = {what for what, row in steps.items() if row.status == "skipped"}
+    assert {row.status for row in steps.values()} == {"ok", "skipped"}
+    assert steps.keys() - skipped >= {
+        "fastgpt.GPT",
+        "nanoGPT, accelerate(loss=True), compiled",
+        "Hugging Face, compiled",
+    }
+    assert all(steps[what].median == pytest.approx(1e-3) for what in steps.keys() - skipped)
 
     rows = Folder(out / "cases").rows()
     timed = [row for row in rows if row.status == "ok"]
@@ -207,4 +270,10 @@ def test_the_whole_day_runs_dry(sanitizer, tmp_path):
     assert "training step B 1" in (out / "sanitize" / "memcheck.log").read_text()
     with tarfile.open(out.with_name("dry.tar.gz")) as tar:
         names = set(tar.getnames())
-    assert {"dry/report/report.md", "dry/report/bars.png", "dry/cases/rows.jsonl", "dry/parity.xml"} <= names
+    assert {
+        "dry/steps/steps.md",
+        "dry/report/report.md",
+        "dry/report/bars.png",
+        "dry/cases/rows.jsonl",
+        "dry/parity.xml",
+    } <= names

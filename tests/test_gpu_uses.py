@@ -1,0 +1,330 @@
+"""What people do with fastgpt, from one end to the other, on a CPU with small models and on a GPU at GPT-2's width.
+
+The tests of the kernels hold each of them to float64. These hold the ways that lead to them: `fastgpt train` with its
+defaults, under autocast and as a CUDA graph; the families' training steps under autocast; `fastgpt generate`; a Decoder
+that is kept. Each body runs on both devices, so it is known to work before a GPU sees it. No network, no encoding but
+"byte".
+"""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt import GPT, GPTConfig, accelerate, cli, generate, monitor
+from fastgpt.decoder import Decoder
+from fastgpt.settings import TrainConfig
+from fastgpt.testing import assert_accurate
+from fastgpt.tokenizer import encoding
+from fastgpt.train import fit
+from fastgpt.weights import load_model
+from tests import models
+
+ROOT = Path(__file__).parent.parent
+DEVICES = [pytest.param("cpu", id="fallback"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
+
+# On a GPU the width, the heads and the vocabulary are GPT-2's: what is compiled for them is not what serves small ones.
+SMALL = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
+WIDE = GPTConfig(vocab_size=50304, block_size=256, n_layer=2, n_head=12, n_embd=768)
+
+# All steps are looked at, and the learning rate is the same in a run of any length.
+STEPS = TrainConfig(
+    max_iters=6,
+    batch_size=4,
+    learning_rate=1e-3,
+    warmup_iters=0,
+    decay_lr=False,
+    eval_interval=1,
+    eval_iters=1,
+    log_interval=1,
+    sample_tokens=4,
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_plot(monkeypatch):
+    monkeypatch.setattr(monitor, "plot_losses", lambda rows, path: None)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder of two documents."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "fox.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    (folder / "jabber.txt").write_text("twas brillig, and the slithy toves did gyre and gimble in the wabe. " * 130)
+    return folder
+
+
+def metrics(out):
+    """What metrics.csv says of each step: training loss, validation loss, norm of the gradients."""
+    names = ("train_loss", "val_loss", "grad_norm")
+    with open(out / "metrics.csv") as file:
+        return [tuple(float(row[name]) for name in names) for row in csv.DictReader(file)]
+
+
+def trained(out, texts, device, model=None, resume=False, **changes):
+    """Fit in the folder `out`; the metrics of its steps. `model`: fields of GPTConfig."""
+    shape = dataclasses.replace(WIDE if device == "cuda" else SMALL, **(model or {}))
+    config = dataclasses.replace(STEPS, device=device, **changes)
+    fit(shape, config, encoding("byte"), texts, out, resume=resume)
+    return metrics(out)
+
+
+def assert_learned(rows, start):
+    """It begins where an untrained model stands, nothing is ever not finite, and it goes down."""
+    losses = [train for train, _, _ in rows]
+    assert losses[0] == pytest.approx(start, rel=0.05)
+    assert all(math.isfinite(number) for row in rows for number in row[:2])
+    assert losses[-1] < losses[0] - 0.02 and rows[-1][1] < rows[0][1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_train_with_its_defaults(device, tmp_path, texts):
+    """The command as typed: on a GPU with the built-in corpus and bfloat16, in fewer steps."""
+    out = tmp_path / "out"
+    few = ["--max_iters", "6", "--eval_interval", "1", "--eval_iters", "1"]
+    small = ["--data", texts, "--preset", "byte-0.1M", "--sample_tokens", "8", "--device", "cpu"]
+    arguments = ["train", "--out", out, *few, *(small if device == "cpu" else [])]
+    assert cli.main(list(map(str, arguments))) == 0
+    rows = metrics(out)
+    assert len(rows) == 6 and all(math.isfinite(number) for row in rows for number in row)
+    assert rows[0][0] == pytest.approx(math.log(257), rel=0.05)
+    assert (out / "samples.txt").read_text().count("--- step") == 6
+    assert isinstance(load_model(out)[0], GPT)
+
+
+WAYS = {
+    "bfloat16": dict(dtype="bfloat16"),
+    "float16": dict(dtype="float16", max_iters=10),  # its first steps find the scale of the loss
+    "float32": dict(dtype="float32"),
+    "dropout": dict(dtype="bfloat16", model=dict(dropout=0.2)),
+    "documents": dict(dtype="bfloat16", document_mask=True),
+    "accumulation": dict(dtype="bfloat16", gradient_accumulation_steps=2),
+    "recomputed blocks": dict(dtype="bfloat16", model=dict(activation_checkpointing="block", dropout=0.2)),
+    "a float32 stream": dict(dtype="bfloat16", model=dict(residual="float32")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_way_to_train_learns(device, way, tmp_path, texts):
+    rows = trained(tmp_path / "out", texts, device, **WAYS[way])
+    assert_learned(rows, math.log(WIDE.vocab_size if device == "cuda" else SMALL.vocab_size))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_kernels_train_as_pytorch_does(device, dtype, tmp_path, texts):
+    """The same seed, steps and windows with backend="torch"."""
+    found = [
+        trained(tmp_path / backend, texts, device, dict(backend=backend), dtype=dtype) for backend in ("auto", "torch")
+    ]
+    first, last = (0.002, 0.05) if dtype == "bfloat16" else (1e-5, 1e-3)
+    for which, close in ((0, first), (-1, last)):
+        assert found[0][which][:2] == pytest.approx(found[1][which][:2], rel=close)
+    assert found[0][0][2] == pytest.approx(found[1][0][2], rel=10 * first)  # the first gradients
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["bfloat16", "float32", "documents", "accumulation"])
+def test_a_cuda_graph_trains_to_the_same_losses(way, tmp_path, texts):
+    """Two steps run as usual, the third is captured: the rest are replays."""
+    how = {**WAYS[way], "max_iters": 8}
+    plain, graph = (trained(tmp_path / str(graph), texts, "cuda", cuda_graph=graph, **how) for graph in (False, True))
+    assert graph[0] == plain[0]
+    for ours, theirs in zip(graph, plain, strict=True):  # its learning rate is a float32 on the device
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert plain[-1][0] < plain[0][0] - 0.02
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_with_dropout(tmp_path, texts):
+    rows = trained(tmp_path / "out", texts, "cuda", dict(dropout=0.2), cuda_graph=True, max_iters=8)
+    assert_learned(rows, math.log(WIDE.vocab_size))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_resumed_run_has_the_same_losses(device, dropout, tmp_path, texts):
+    how = dict(model=dict(dropout=dropout), dtype="bfloat16")
+    expected = trained(tmp_path / "whole", texts, device, **how)
+    trained(tmp_path / "two", texts, device, **how, max_iters=3)
+    assert trained(tmp_path / "two", texts, device, **how, resume=True) == expected
+
+
+@pytest.mark.gpu
+def test_a_resumed_cuda_graph_goes_on(tmp_path, texts):
+    how = dict(cuda_graph=True, max_iters=10)
+    expected = trained(tmp_path / "whole", texts, "cuda", **how)
+    trained(tmp_path / "two", texts, "cuda", **{**how, "max_iters": 5})
+    resumed = trained(tmp_path / "two", texts, "cuda", **how, resume=True)
+    for ours, theirs in zip(resumed, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+# The families under autocast.
+
+
+def hugging_face_loss(model, idx, targets):
+    return model(idx, labels=idx).loss
+
+
+def nanogpt_loss(model, idx, targets):
+    return model(idx, targets)[1]
+
+
+def book_loss(model, idx, targets):
+    return F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+
+
+# How a model is made, its loss as its users write it, and its sizes on a GPU.
+FAMILIES = {
+    "hugging face": (models.hugging_face, hugging_face_loss, dict(n_positions=256, n_embd=768, n_head=12)),
+    "nanogpt": (models.nanogpt, nanogpt_loss, dict(block_size=256, n_embd=768, n_head=12)),
+    "book": (
+        lambda **changes: models.book(qkv_bias=False, **changes),
+        book_loss,
+        dict(context_length=256, emb_dim=768, n_heads=12),
+    ),
+}
+STEPS_OF_FAMILIES = [(name, loss) for name in FAMILIES for loss in (False, True) if not (name == "book" and loss)]
+
+
+SCALE = 2.0**10  # of the loss, without which float16 would lose small gradients
+
+
+def training_step(model, loss_of, idx, targets, dtype=None):
+    """The loss and every gradient, by name; autocast to `dtype`, None for the weights' own."""
+    model.zero_grad()
+    with torch.autocast(idx.device.type, dtype, enabled=dtype is not None):
+        loss = loss_of(model, idx, targets)
+    (loss * SCALE).backward()
+    return {"loss": loss.detach(), **{name: p.grad / SCALE for name, p in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "loss"), STEPS_OF_FAMILIES, ids=lambda value: str(value))
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_familys_step_under_autocast(device, name, loss, dtype):
+    """Accelerated, with and without loss=True, it is as near to float64 as before."""
+    build, loss_of, large = FAMILIES[name]
+    vocabulary, time = (1009, 256) if device == "cuda" else (models.VOCAB, 24)
+    size = large if device == "cuda" else {}
+    model = build(vocab_size=vocabulary, **size).to(device).train()
+    idx = torch.randint(vocabulary, (2, time), device=device)
+    targets = idx.roll(-1, dims=1)
+    oracle = training_step(copy.deepcopy(model).double(), loss_of, idx, targets)
+    before = training_step(model, loss_of, idx, targets, dtype)
+    turned = training_step(model, loss_of, idx.flip(0), targets.flip(0), dtype)
+    report = accelerate(model, loss=loss)
+    assert all(row.now for row in report.rows)
+    after = training_step(model, loss_of, idx, targets, dtype)
+    # one number's error before may be small by luck: what its operands can tell is enough
+    assert after["loss"].item() == pytest.approx(oracle["loss"].item(), rel=torch.finfo(dtype).eps / 2)
+    oracle.pop("loss")
+    for parameter, expected in oracle.items():
+        theirs = max(before[parameter], turned[parameter], key=lambda found: (found - expected).norm().item())
+        assert after[parameter].dtype == torch.float32
+        assert_accurate(*(t.flatten() for t in (after[parameter], expected, theirs)), name=parameter)
+
+
+# Text from a model that was trained.
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def folder(request, tmp_path_factory, texts):
+    """Of a model that learned the texts a little, and the device that it was trained on."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    with mock.patch.object(monitor, "plot_losses", lambda rows, path: None):
+        rate = 1e-3 if request.param == "cuda" else 1e-2
+        trained(out, texts, request.param, max_iters=60, eval_interval=60, learning_rate=rate)
+    return out, request.param
+
+
+PROMPT = "the qu"
+GREEDY = ("--temperature", "0")
+SAMPLED = ("--temperature", "0.9", "--top_k", "20", "--top_p", "0.95", "--seed", "5")
+
+
+def arguments(out, device, *more):
+    """Of a command that goes on after six letters; ten more fit into the smaller context."""
+    words = ["generate", "--checkpoint", out, "--prompt", PROMPT, "--max_new_tokens", "10", "--device", device]
+    return list(map(str, (*words, *more)))
+
+
+def written(capsys, out, device, *more):
+    """The tokens of each sample, by the command in this process."""
+    capsys.readouterr()
+    assert cli.main(arguments(out, device, "--json", *more)) == 0
+    return [sample["tokens"] for sample in json.loads(capsys.readouterr().out)["samples"]]
+
+
+def assert_likeliest(model, ids, count, slack):
+    """Each of the last `count` ids is the likeliest in float64 after those before it, but for `slack`, a share of what
+    the logits span. model: on the CPU."""
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(torch.tensor([ids]))[0, -count - 1 : -1, : encoding("byte").n_vocab]
+    chosen = logits.gather(1, torch.tensor(ids[-count:])[:, None])[:, 0]
+    behind = (logits.amax(1) - chosen) / (logits.amax(1) - logits.amin(1))
+    assert behind.max() <= slack, f"a token is behind the likeliest one by {behind.max():.2g} of the logits' span"
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_generate_writes_the_likeliest_tokens(folder, dtype, slack, capsys):
+    out, device = folder
+    (tokens,) = written(capsys, out, device, *GREEDY, "--dtype", dtype)
+    assert_likeliest(load_model(out)[0], [*PROMPT.encode(), *tokens], 10, slack)
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_generate_says_the_same_in_a_process_of_its_own(folder, how, capsys):
+    out, device = folder
+    capsys.readouterr()
+    assert cli.main(arguments(out, device, *how)) == 0
+    expected = capsys.readouterr().out
+    command = [sys.executable, "-m", "fastgpt", *arguments(out, device, *how)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == expected and expected.startswith(PROMPT)
+
+
+def test_a_seed_repeats_what_is_sampled(folder, capsys):
+    out, device = folder
+    first, again = (written(capsys, out, device, *SAMPLED, "--num_samples", "3") for _ in range(2))
+    assert first == again and len(set(map(tuple, first))) > 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_kept_decoder_in_bfloat16(folder, rows):
+    out, device = folder
+    model = load_model(out)[0].to(device).eval()
+    prompts = torch.randint(97, 123, (rows, 5), device=device)
+    decoder = Decoder(model, dtype=torch.bfloat16, tokens=1000, rows=rows)
+
+    plain = GPT(dataclasses.replace(model.config, backend="torch")).to(device)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        oracle = copy.deepcopy(plain).double()(prompts)
+        theirs = copy.deepcopy(plain).bfloat16()(prompts)
+        logits = decoder.logits(decoder.features(prompts))
+    assert_accurate(logits.bfloat16(), oracle, theirs, name="logits")
+
+    first, again = (generate(decoder, prompts, 10, temperature=0).tokens for _ in range(2))
+    assert first == again
+    for prompt, tokens in zip(prompts.tolist(), first, strict=True):
+        assert_likeliest(copy.deepcopy(model).cpu(), [*prompt, *tokens], 10, 0.05)
+    drawn = generate(decoder, prompts, 10, temperature=0.8, top_k=50, seed=1).tokens
+    assert drawn == generate(decoder, prompts, 10, temperature=0.8, top_k=50, seed=1).tokens
+    with torch.no_grad():
+        model.ln_f.weight.mul_(2)
+    with pytest.raises(ValueError, match="the model has changed since this Decoder"):
+        generate(decoder, prompts, 1)
