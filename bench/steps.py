@@ -30,9 +30,9 @@ from bench.measure import device_is_lost
 from bench.models import gpt, with_backend
 from bench.step_rows import FILE, StepRow, Steps
 from bench.timing import interleaved
-from fastgpt import families
+from fastgpt.families import nanogpt
 from fastgpt.model import GPT, PRESETS, GPTConfig
-from fastgpt.optimizer import TrainingStep, adamw
+from fastgpt.training.optimizer import TrainingStep, adamw
 
 BASELINE = "fastgpt.GPT"
 GRAPH = f"{BASELINE}, one CUDA graph"
@@ -158,7 +158,7 @@ def _build(name: str, family: Family, model: GPT, machine: Machine) -> nn.Module
         from tests.models import NanoGPT  # of a checkout; it needs pytest
     except ModuleNotFoundError as error:
         raise Unavailable(f"no checkout of nanoGPT was given (--nanogpt DIR), and there is no {error.name}") from None
-    settings, weights, _ = families.nanogpt.write_weights(model.config, model.state_dict())
+    settings, weights, _ = nanogpt.write_weights(model.config, model.state_dict())
     theirs = NanoGPT(SimpleNamespace(**settings, flash=True))
     theirs.load_state_dict(weights)
     return theirs.to(model.wte.weight.device)
@@ -445,6 +445,7 @@ def main(options: argparse.Namespace) -> int:
         missing.insert(0, bench.entries[0])  # what the others are compared with
     missing.sort(key=lambda entry: entry.what in stopped)  # what did not end before comes last
     print(steps.conditions(), flush=True)
+    steps.write(options.out)
     try:
         bench.run(missing, end)
     except RuntimeError as error:

@@ -20,12 +20,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt import GPT, GPTConfig, accelerate, cli, generate, monitor
-from fastgpt.decoder import Decoder
-from fastgpt.settings import TrainConfig
+from fastgpt import GPT, GPTConfig, accelerate, cli, generate
+from fastgpt.data.tokenizer import encoding
+from fastgpt.generation.decoder import Decoder
 from fastgpt.testing import assert_accurate
-from fastgpt.tokenizer import encoding
-from fastgpt.train import fit
+from fastgpt.training import fit, monitor
+from fastgpt.training.settings import TrainConfig
 from fastgpt.weights import load_model
 from tests import models
 
@@ -325,6 +325,6 @@ def test_a_kept_decoder_in_bfloat16(folder, rows):
     drawn = generate(decoder, prompts, 10, temperature=0.8, top_k=50, seed=1).tokens
     assert drawn == generate(decoder, prompts, 10, temperature=0.8, top_k=50, seed=1).tokens
     with torch.no_grad():
-        model.ln_f.weight.mul_(2)
+        model.h[0].mlp.c_fc.weight.mul_(2)  # of which it has a copy in bfloat16
     with pytest.raises(ValueError, match="the model has changed since this Decoder"):
         generate(decoder, prompts, 1)
