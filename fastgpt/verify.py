@@ -76,7 +76,7 @@ def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE,
     model.eval()
     try:
         with accelerated(copy.deepcopy(model).double(), attention=False, layer_norm=False, mlp=False) as plain:
-            oracle = _ask(on_reference(plain) if isinstance(model, GPT) else plain, ids)
+            oracle = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, ids)
         report = None
         if isinstance(model, GPT):
             before, after = _ask(on_reference(model), ids), _ask(model, ids)

@@ -71,7 +71,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     """-Σ p log softmax(x weightᵀ) + z_loss · logsumexp², where p is 1 - label_smoothing at the target, and
     label_smoothing shared out evenly over the vocabulary."""
     logits = wide(linear(x, weight))
-    at_target = targets[..., None] == torch.arange(len(weight), device=x.device)
+    at_target = (targets[..., None] == torch.arange(len(weight), device=x.device)).to(logits.dtype)
     p = (1 - label_smoothing) * at_target + label_smoothing / len(weight)
     losses = -(p * logits.log_softmax(-1)).sum(-1) + z_loss * logits.logsumexp(-1) ** 2
     counted = targets != ignore_index
