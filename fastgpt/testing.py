@@ -1,7 +1,13 @@
 """How a kernel's result is judged: against float64, by PyTorch's own error in the same dtype."""
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastgpt.model import GPT
+from fastgpt.ops import reference
 
 # How many times PyTorch's own error (or, where that happens to be small, the floor) a result may be off.
 _ALLOWED = {torch.float64: 8.0, torch.float32: 4.0, torch.bfloat16: 2.0, torch.float16: 2.0}
@@ -76,3 +82,13 @@ def _share(value: Tensor, limit: Tensor) -> float:
     if value.numel() == 0:
         return 0.0
     return torch.where(value == 0, 0.0, value / limit).max().item()
+
+
+def on_reference(model: GPT) -> GPT:
+    """A copy of `model`, in its weights' dtype, that calls fastgpt.ops.reference for every function of fastgpt.ops."""
+    twin = copy.deepcopy(model)
+    module: Any
+    for module in (twin.config, *twin.modules()):
+        if hasattr(module, "backend"):
+            object.__setattr__(module, "backend", reference)  # a GPTConfig is frozen
+    return twin

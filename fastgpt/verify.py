@@ -1,8 +1,11 @@
 """A model before and after accelerate: how far its logits, loss and gradients are from float64, by its own error.
 
+What is compared with shares nothing with what is compared: a stranger's model is compared with itself as it was,
+fastgpt's own GPT and the functions of fastgpt.ops with the naive reference (fastgpt.ops.reference).
+
 `fastgpt verify FOLDER` or `fastgpt verify MODULE:FACTORY` on the command line, `verify_model` in Python, and the
 fixtures of fastgpt.pytest_plugin in a test suite. `fastgpt verify` alone is `verify_functions`: fastgpt.ops as this
-machine runs it, by PyTorch's error.
+machine runs it, by the error of the naive reference in the same dtype.
 """
 
 import copy
@@ -22,8 +25,9 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.atomic import read_json
 from fastgpt.model import GPT
-from fastgpt.ops import pytorch
+from fastgpt.ops import reference
 from fastgpt.swap import Report, accelerate, accelerated
+from fastgpt.testing import on_reference
 from fastgpt.training.distributed import device_named
 from fastgpt.weights import from_pretrained
 from fastgpt.weights.files import CONFIG
@@ -41,7 +45,7 @@ class Difference(NamedTuple):
 
 
 class Verification(NamedTuple):
-    report: Report | None  # of accelerate; None for fastgpt's own GPT, whose kernels are compared with PyTorch
+    report: Report | None  # of accelerate; None for fastgpt's own GPT
     differences: tuple[Difference, ...]
     tolerance: float
 
@@ -98,12 +102,12 @@ def verify_model(
     try:
         write(f"{name} on {size}: in float64 … ")
         with accelerated(copy.deepcopy(model).double(), attention=False, layer_norm=False, mlp=False) as plain:
-            oracle = _ask(_on_torch(plain), ids)
+            oracle = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, ids)
         report = None
         served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)}"
         write("before … ")
         if isinstance(model, GPT):
-            before = _ask(_on_torch(copy.deepcopy(model)), ids)
+            before = _ask(on_reference(model), ids)
             write(f"after, {served}\n")
             after = _ask(model, ids)
         else:
@@ -121,8 +125,8 @@ def verify_model(
 def verify_functions(
     device: str = "auto", *, tolerance: float = TOLERANCE, write: Callable[[str], object] = _unheard
 ) -> Verification:
-    """Every function of fastgpt.ops, values and gradients, in the dtypes of the device: before is PyTorch's own error,
-    after fastgpt's, each the largest of that call; dropout and masks included.
+    """Every function of fastgpt.ops, values and gradients, in the dtypes of the device: before is the naive reference's
+    error in that dtype, after fastgpt's, each the largest of that call; dropout and masks included.
 
     device: "auto" is cuda where there is one. On a cpu only float32 is asked of the fallback, all three of the kernels
     in Triton's interpreter (TRITON_INTERPRET=1), which is sanitized for it. write: gets the table as it grows, a row's
@@ -150,8 +154,8 @@ def _verify_functions(
             what = f"{label}, {str(dtype).removeprefix('torch.')}"
             write(f"{what:42}")
             rounded = [tensor.to(dtype) for tensor in floats]
-            oracle = _results(getattr(pytorch, name), [tensor.double() for tensor in rounded], options)
-            theirs = _results(getattr(pytorch, name), rounded, options)
+            oracle = _results(getattr(reference, name), [tensor.double() for tensor in rounded], options)
+            theirs = _results(getattr(reference, name), rounded, options)
             ours = _results(getattr(ops, name), rounded, options)
             worst = max(
                 (_difference(label, *three, 0.0) for three in zip(oracle, theirs, ours, strict=True)),
@@ -208,15 +212,6 @@ def _results(function: Any, floats: list[Tensor], options: dict[str, Any]) -> li
         return [out.detach() for out in outs]
     upstream = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out.dtype) for out in outs]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
-
-
-def _on_torch(model: nn.Module) -> nn.Module:
-    """fastgpt's own GPT with PyTorch's functions for its kernels; any other model as it is."""
-    module: Any
-    for module in model.modules() if isinstance(model, GPT) else ():
-        if hasattr(module, "backend"):
-            module.backend = "torch"
-    return model
 
 
 def _ask(model: Any, ids: Tensor) -> dict[str, Tensor]:
