@@ -7,10 +7,8 @@ mode; else it is left as it is, and the report says so. One trial serves all mod
 
 import contextlib
 import copy
-import functools
-import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -65,10 +63,10 @@ def accelerate(
     """Let fastgpt's functions do the work of `model`'s blocks, attention, norms and MLPs, on this instance alone.
 
     The model stays the same object with the same parameters, state-dict keys, hooks, mode, dtype and device; no class
-    is touched. Known are Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any
+    is touched. A module that is served gets a class of its own, a subclass of its class with the same name. Known are Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any
     nn.LayerNorm and linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
-    all logits: while it trains, it then returns None in their place. A second call replaces the first. nn.DataParallel
-    is not served: its replicas would run on the first one's weights.
+    all logits: while it trains, it then returns None in their place. A second call replaces the first. A class that is
+    set later, or whose forward is patched later, is heard: that module then does what its class says.
     Returns a Report; print it. TypeError and ValueError for bad arguments, before anything is changed.
     """
     if not isinstance(model, nn.Module):
@@ -104,39 +102,46 @@ def _recognised(module: nn.Module) -> Swap | str | None:
 def restore(model: nn.Module) -> None:
     """Undo accelerate: every module does again what its class says. Another model stays as it is."""
     for module in model.modules():
-        _put_back(module, {})
+        _put_back(module)
 
 
 @contextlib.contextmanager
 def accelerated(model: nn.Module, **options) -> Iterator[nn.Module]:
     """accelerate(model, **options) for the length of a with block; then the model is as it was before."""
-    before = {
-        module: {name: module.__dict__[name] for name in ("forward", "fastgpt_swap") if name in module.__dict__}
-        for module in model.modules()
-    }
+    before = {module: module.__dict__.get("fastgpt_swap") for module in model.modules()}
     try:
         accelerate(model, **options)
         yield model
     finally:
         for module in model.modules():
-            _put_back(module, before.get(module, {}))
+            _put_back(module)
+            if (swap := before.get(module)) is not None:
+                _put_in(module, swap)
 
 
-def _put_back(module: nn.Module, state: dict) -> None:
-    """Take our two attributes away, or set them as they were. A forward that a stranger wrapped around ours stays."""
+def _put_back(module: nn.Module) -> None:
+    """Take the Swap and its class away. A forward that a stranger wrapped around ours stays."""
     module.__dict__.pop("fastgpt_swap", None)
-    if families.is_ours(module.__dict__.get("forward")):
+    if "forward" in module.__dict__ and families.is_ours(module, module.__dict__["forward"]):
         del module.__dict__["forward"]
-    if "fastgpt_swap" in state:
-        module.__dict__["fastgpt_swap"] = state["fastgpt_swap"]
-        module.__dict__.setdefault("forward", state["forward"])
+    if "fastgpt_made" in type(module).__dict__:  # else it is below a class that fully_shard made, and does nothing
+        module.__class__ = type(module).__mro__[2]
+
+
+def _put_in(module: nn.Module, swap: Swap) -> None:
+    module.__dict__["fastgpt_swap"] = swap
+    if not families.runs(module):
+        module.__class__ = families.swapped_class(type(module))
 
 
 def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
-    """Set the module's two attributes, or say why not."""
-    state = module.__dict__
-    if "forward" in state:
+    """Put the swap in, or say why not."""
+    if "forward" in module.__dict__:
         return "it has a forward of its own"
+    if "parametrizations" in module._modules:  # whose removal looks for its own class right behind the module's
+        return "it is parametrized"
+    if hasattr(type(module), "fastgpt_made") and families.made_of(type(module)) is None:
+        return "its class was made of a swapped module's"
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
     buffers = tuple((name, _bytes(buffer)) for name, buffer in module.named_buffers())
     parts = tuple(
@@ -146,23 +151,8 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
     if key not in tried:
         tried[key] = _trial(module, swap)
     if tried[key] is None:
-        state["fastgpt_swap"] = swap
-        state["forward"] = forward = functools.partial(families.run, module)
-        forward.__dict__["__signature__"] = _signature(module)
+        _put_in(module, swap)
     return tried[key]
-
-
-def _signature(module: nn.Module) -> inspect.Signature:
-    """Of the class's forward, for those who ask what it takes, as transformers' Trainer and generate() do.
-
-    Without annotations, and with plain defaults alone, so that it can be pickled.
-    """
-    parameters = list(inspect.signature(families.own_type(module).forward).parameters.values())[1:]
-    empty = inspect.Parameter.empty
-    plain = (type(None), bool, int, float, str, type)
-    return inspect.Signature(
-        [p.replace(annotation=empty, default=p.default if isinstance(p.default, plain) else None) for p in parameters]
-    )
 
 
 def _settings(module: nn.Module) -> list[tuple]:
@@ -178,6 +168,8 @@ def _is_setting(value: Any) -> bool:
 
 def _bytes(buffer: Tensor) -> int:
     """What a buffer holds, as a number; of one that does not show it, as a sparse or a distributed one, its own."""
+    if buffer.is_meta:
+        return hash((buffer.shape, buffer.dtype))
     try:
         return hash(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     except (RuntimeError, TypeError, NotImplementedError):
@@ -188,25 +180,32 @@ def _trial(module: nn.Module, swap: Swap) -> str | None:
     """Why the swap won't do for modules like this one: other numbers, or an error. None if it will."""
     if swap.width == 0:
         return None
+    if not any(buffer.is_meta for buffer in module.buffers()):
+        return _tried(module, swap)
+    # what a buffer on the meta device will hold is not known: a mask may say where to look, or where not to
+    lower = _tried(module, swap, torch.tril)
+    return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower
+
+
+def _tried(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor] = torch.tril) -> str | None:
     kind = families.own_type(module).__name__
     whose = "a copy of it"
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            torch.manual_seed(0)
-            with torch.no_grad():
-                twin, inputs = _twin(module, swap), _inputs(swap)
-                for training in (False, True):
-                    twin.train(training)
-                    torch.manual_seed(1)  # dropout, or a stranger's part, must draw the same at the same time
-                    whose = "its own forward"
-                    expected = families.class_forward(twin, *inputs)
-                    torch.manual_seed(1)
-                    whose = "fastgpt's"
-                    actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
-                    if swap.flag == "loss" and training:  # without its logits
-                        expected, actual = expected[-1], actual[-1]
-                    if not _agree(actual, expected):
-                        return f"this {kind} computes something else"
+        with families.aside():
+            torch.default_generator.manual_seed(0)
+            twin, inputs = _twin(module, swap, mask), _inputs(swap)
+            for training in (False, True):
+                twin.train(training)
+                torch.default_generator.manual_seed(1)  # dropout, or a stranger's part, must draw the same both times
+                whose = "its own forward"
+                expected = families.class_forward(twin, *inputs)
+                torch.default_generator.manual_seed(1)
+                whose = "fastgpt's"
+                actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
+                if swap.flag == "loss" and training:  # without its logits
+                    expected, actual = expected[-1], actual[-1]
+                if not _agree(actual, expected):
+                    return f"this {kind} computes something else"
     except Exception as error:  # a stranger's code: whatever it raises, it is left alone
         said = str(error).splitlines()[0] if str(error) else ""
         return f"a trial of {whose} failed with {type(error).__name__}: {said}"
@@ -239,7 +238,7 @@ def _agree(actual, expected) -> bool:
     return bool((actual - expected).norm() <= 1e-6 * expected.norm())
 
 
-def _twin(module: nn.Module, swap: Swap) -> Any:
+def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor]) -> Any:
     """A copy with random float64 weights on the CPU, without hooks and with dropout everywhere, its children swapped as
     the module's.
 
@@ -252,6 +251,8 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
     parts = [part for part in module.modules() if part not in skipped]
     for part in parts:
         kind = families.own_type(part)
+        if part is not module and families.swap_of(part) is not None:
+            kind = families.swapped_class(kind)
         memo[id(part)] = kind.__new__(kind)
         for name, value in part.__dict__.items():
             if name.endswith("_hooks") or "hooks_with_kwargs" in name or "hooks_always_called" in name:
@@ -264,7 +265,7 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
                 memo[id(parameter)] = nn.Parameter(_random(shape), requires_grad=False)
         for buffer in part._buffers.values():
             if buffer is not None:
-                memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+                memo[id(buffer)] = _filled(buffer, mask) if buffer.is_meta else buffer.detach().to("cpu", copy=True)
     for layers in lists:  # a whole model is tried with its first layer in the place of all
         memo.update({id(layer): memo[id(layers[0])] for layer in list(layers)[1:]})
     for part in parts:
@@ -283,6 +284,13 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
     twin = memo[id(module)]
     twin.__dict__["fastgpt_swap"] = copy.deepcopy(swap._replace(backend="torch"), memo)
     return twin
+
+
+def _filled(buffer: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a buffer on the meta device may hold: a square matrix is taken for a mask."""
+    if buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2]:
+        return mask(torch.ones(buffer.shape)).to(buffer.dtype)
+    return torch.randn(buffer.shape).to(buffer.dtype)
 
 
 def _random(shape: list[int]) -> Tensor:

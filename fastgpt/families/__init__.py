@@ -1,16 +1,22 @@
 """What fastgpt puts in place of a live module's forward, and the parts that every family shares.
 
-A swapped module keeps its class, its parameters and its hooks. Two plain attributes are set on the instance:
-`fastgpt_swap`, a Swap that says what runs, and `forward`, a partial of `run` below. Both survive deepcopy and pickle,
-and a module whose `fastgpt_swap` is taken away does what its class says, even where a stranger wrapped its forward.
+A swapped module keeps its parameters and its hooks. It gets an attribute, `fastgpt_swap`, a Swap that says what runs,
+and the class that `swapped_class` makes of its own: a subclass with the same name, whose forward runs the Swap. Nothing
+on the instance holds the instance, so it is freed with its last name, and a copy of any kind, DataParallel's replicas
+among them, runs on its own weights. A class that is set later, or whose forward is patched later, is heard. A module
+whose `fastgpt_swap` is taken away does what its class says, even where a stranger wrapped its forward.
 
 A function of a Swap reads eps, scale, dropout and weights from the module at each call, and calls the class's own
 forward for what it does not cover. A child is bypassed only where `free` says so: one with hooks, a parametrization, an
 adapter around it, a quantised weight or a forward of its own is called.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,20 +36,91 @@ class Swap(NamedTuple):
     width: int = 0  # channels of the input, for the trial; 0 needs none
     gelu: Literal["tanh", "none"] = "tanh"
     act: Any = None  # the activation that was found to be that GELU
+    children: tuple[str, ...] = ()  # all names of the MLP's children, in order
     backend: ops.Backend = "auto"
 
 
-def run(module: nn.Module, /, *args, **kwargs):
-    """The forward of a swapped module."""
-    swap = module.__dict__.get("fastgpt_swap")
-    if swap is None:
-        return class_forward(module, *args, **kwargs)
-    return swap.function(module, swap, *args, **kwargs)
+class _Swapped:
+    """What the classes of swapped modules have in front of the module's own."""
+
+    def __init_subclass__(cls, **_):
+        """Not what a stranger's class does with its subclasses, as entering them in a list, but for one of
+        transformers: it checkpoints the forward of a layer's very class, and wraps that of each subclass for it."""
+        if any(each.__name__ == "GradientCheckpointingLayer" for each in cls.__mro__):
+            super().__init_subclass__()
+
+    def __reduce_ex__(self, protocol):
+        """As the module's own class, and on the other side made swapped again: the subclass has no name to import."""
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        made, kind = type(self), made_of(type(self)).plain
+        function, args, *state = reduced
+        function, *args = (kind if each is made else each for each in (function, *args))
+        return (_swapped_again, (function, *args), *state)
+
+
+def _swapped_again(function: Callable, *args) -> Any:
+    module = function(*args)
+    if not isinstance(module, _Swapped):
+        module.__class__ = swapped_class(type(module))
+    return module
+
+
+class Made(NamedTuple):
+    """What the class of a swapped module says of itself."""
+
+    forward: Callable  # its own, and what __init_subclass__ put around it
+    plain: Any  # the class whose forward that stands for
+    written: Callable  # what `plain`'s forward was
+
+
+_CLASSES: weakref.WeakValueDictionary[tuple, type] = weakref.WeakValueDictionary()
+
+
+def swapped_class(kind: Any) -> Any:
+    """A subclass of the module class `kind`, named as it is, whose forward runs the module's Swap.
+
+    While the module has no Swap, and once the forward of `kind` is another one than now, it runs that of `kind`.
+    """
+    made = made_of(kind)
+    plain: Any = kind if made is None else made.plain
+    written = plain.forward
+    found = _CLASSES.get((kind, written))
+    if found is not None:
+        return found
+
+    def forward(self, /, *args, **kwargs):
+        swap = self.__dict__.get("fastgpt_swap")
+        if swap is None or plain.forward is not written:
+            return plain.forward(self, *args, **kwargs)
+        return swap.function(self, swap, *args, **kwargs)
+
+    # of its own code, by which torch.compile counts; and without __wrapped__, past which Accelerate would unwrap it
+    own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+    own.__dict__["__signature__"] = inspect.signature(written)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    found = _CLASSES[kind, written] = type(kind)(kind.__name__, (_Swapped, kind), {**names, "forward": own})
+    found.fastgpt_made = Made(found.forward, plain, written)
+    return found
+
+
+def made_of(kind: Any) -> Made | None:
+    """Where the forward of a class is ours, not a stranger's that was written over it."""
+    made = getattr(kind, "fastgpt_made", None)
+    return made if made is not None and kind.forward is made.forward else None
+
+
+def is_ours(module: nn.Module, forward) -> bool:
+    """Whether a forward on the instance is but its class's, and that ours: as Accelerate leaves it once unwrapped."""
+    made = made_of(type(module))
+    return made is not None and getattr(forward, "__func__", None) is made.forward and forward.__self__ is module
 
 
 def class_forward(module: nn.Module, *args, **kwargs):
     """What the module did before."""
-    return type(module).forward(module, *args, **kwargs)
+    made = getattr(type(module), "fastgpt_made", None)
+    return (type(module) if made is None else made.plain).forward(module, *args, **kwargs)
 
 
 def of_one_input(function: Callable) -> Callable:
@@ -62,11 +139,14 @@ def swap_of(module) -> Swap | None:
     """The module's Swap, where its forward is still ours and calling it would do nothing more."""
     if not isinstance(module, nn.Module) or occupied(module):
         return None
-    return module.__dict__.get("fastgpt_swap")
+    swap = module.__dict__.get("fastgpt_swap")
+    return swap if swap is not None and runs(module) else None
 
 
-def is_ours(forward) -> bool:
-    return isinstance(forward, functools.partial) and forward.func is run
+def runs(module: nn.Module) -> bool:
+    """Whether a call of the module runs its Swap: its class is ours, and the forward that it stands for is as it was."""
+    made = made_of(type(module))
+    return made is not None and made.plain.forward is made.written
 
 
 # What a module's call does beside its class's forward.
@@ -84,7 +164,7 @@ def occupied(module: nn.Module) -> str | None:
         return "it is parametrized"
     if state.get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
-    if "forward" in state and not is_ours(state["forward"]):
+    if "forward" in state and not is_ours(module, state["forward"]):
         return "it has a forward of its own"
     return None
 
@@ -101,8 +181,9 @@ def plain(*tensors) -> bool:
 
 
 def own_type(module: nn.Module) -> Any:
-    """The module's class as it was written: fully_shard puts one of its own in front."""
-    kind = type(module)
+    """The module's class as it was written: fully_shard puts one of its own in front, as accelerate does."""
+    made = made_of(type(module))
+    kind: Any = type(module) if made is None else made.plain
     return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
 
 
@@ -170,7 +251,7 @@ _AFFINE = (["weight", "bias"], ["weight"], ["scale", "shift"])  # a norm's param
 def recognise_norm(module: Any) -> Swap | str | None:
     """nn.LayerNorm, nanoGPT's (weight, bias or none) and the book's (scale, shift)."""
     own = list(module._parameters)
-    if type(module).forward is nn.LayerNorm.forward:
+    if own_type(module).forward is nn.LayerNorm.forward:
         if len(module.normalized_shape) != 1:
             return f"it normalises {len(module.normalized_shape)} axes"
         if module.weight is None:
@@ -203,6 +284,8 @@ def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: 
 
 @of_one_input
 def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
+    if tuple(module._modules) != swap.children:  # one was added to an nn.Sequential, or taken from it
+        return class_forward(module, x)
     parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
     linear_in, linear_out, act, dropout = parts
     if act is not swap.act or occupied(act) or not (free_linear(linear_in) and free_linear(linear_out)):
@@ -239,21 +322,38 @@ def recognise_mlp(module: nn.Module) -> Swap | str | None:
     if gelu is None:
         return f"its activation, {type(act).__name__}, is no GELU"
     names = (*linears, others[0], dropouts[0] if dropouts else None)
-    return Swap(mlp, "mlp", f"gelu_mlp ({gelu})", names, width=first.shape[1], gelu=gelu, act=act)
+    return Swap(mlp, "mlp", f"gelu_mlp ({gelu})", names, first.shape[1], gelu, act, children=tuple(children))
 
 
 def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
     """Which GELU an activation computes, by its values: GPT-2's or the exact one; None for anything else."""
-    points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
-    try:
-        with torch.no_grad(), torch.device("cpu"):
+    with aside():
+        points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
+        try:
             values = type(act).forward(act, points.clone())
-    except Exception:  # whatever it is, it takes no tensor alone
+        except Exception:  # whatever it is, it takes no tensor alone
+            return None
+        if not isinstance(values, Tensor) or values.shape != points.shape:
+            return None
+        kinds: tuple[Literal["tanh", "none"], ...] = ("tanh", "none")
+        for kind in kinds:  # the two differ by 5e-4; a constant kept in float32 makes 1e-7
+            if (values - F.gelu(points, approximate=kind)).abs().max() < 1e-6:
+                return kind
         return None
-    if not isinstance(values, Tensor) or values.shape != points.shape:
-        return None
-    kinds: tuple[Literal["tanh", "none"], ...] = ("tanh", "none")
-    for kind in kinds:  # the two differ by 5e-4; a constant kept in float32 makes 1e-7
-        if (values - F.gelu(points, approximate=kind)).abs().max() < 1e-6:
-            return kind
-    return None
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Where a trial computes: on the CPU, and in float32 where nothing is said, whatever the user's defaults are.
+
+    What is drawn comes from the CPU's generator, which is put back. (torch.manual_seed would move those of all devices.)
+    """
+    dtype, generator = torch.get_default_dtype(), torch.default_generator
+    drawn = generator.get_state()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        generator.set_state(drawn)
