@@ -1,8 +1,10 @@
 """What fastgpt puts in place of a live module's forward, and the parts that every family shares.
 
-A swapped module keeps its class, its parameters and its hooks. Two plain attributes are set on the instance:
-`fastgpt_swap`, a Swap that says what runs, and `forward`, a partial of `run` below. Both survive deepcopy and pickle,
-and a module whose `fastgpt_swap` is taken away does what its class says, even where a stranger wrapped its forward.
+A swapped module keeps its parameters and its hooks. It gets an attribute, `fastgpt_swap`, a Swap that says what runs,
+and the class that `swapped_class` makes of its own: a subclass with the same name, whose forward runs the Swap. Nothing
+on the instance holds the instance, so it is freed with its last name, and a copy of any kind, DataParallel's replicas
+among them, runs on its own weights. A class that is set later, or whose forward is patched later, is heard. A module
+whose `fastgpt_swap` is taken away does what its class says, even where a stranger wrapped its forward.
 
 A function of a Swap reads eps, scale, dropout and weights from the module at each call, and calls the class's own
 forward for what it does not cover. A child is bypassed only where `free` says so: one with hooks, a parametrization, an
@@ -10,6 +12,9 @@ adapter around it, a quantised weight or a forward of its own is called.
 """
 
 import functools
+import inspect
+import types
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -29,20 +34,91 @@ class Swap(NamedTuple):
     width: int = 0  # channels of the input, for the trial; 0 needs none
     gelu: Literal["tanh", "none"] = "tanh"
     act: Any = None  # the activation that was found to be that GELU
+    children: tuple[str, ...] = ()  # all names of the MLP's children, in order
     backend: ops.Backend = "auto"
 
 
-def run(module: nn.Module, /, *args, **kwargs):
-    """The forward of a swapped module."""
-    swap = module.__dict__.get("fastgpt_swap")
-    if swap is None:
-        return class_forward(module, *args, **kwargs)
-    return swap.function(module, swap, *args, **kwargs)
+class _Swapped:
+    """What the classes of swapped modules have in front of the module's own."""
+
+    def __init_subclass__(cls, **_):
+        """Not what a stranger's class does with its subclasses, as entering them in a list, but for one of
+        transformers: it checkpoints the forward of a layer's very class, and wraps that of each subclass for it."""
+        if any(each.__name__ == "GradientCheckpointingLayer" for each in cls.__mro__):
+            super().__init_subclass__()
+
+    def __reduce_ex__(self, protocol):
+        """As the module's own class, and on the other side made swapped again: the subclass has no name to import."""
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        made, kind = type(self), made_of(type(self)).plain
+        function, args, *state = reduced
+        function, *args = (kind if each is made else each for each in (function, *args))
+        return (_swapped_again, (function, *args), *state)
+
+
+def _swapped_again(function: Callable, *args) -> Any:
+    module = function(*args)
+    if not isinstance(module, _Swapped):
+        module.__class__ = swapped_class(type(module))
+    return module
+
+
+class Made(NamedTuple):
+    """What the class of a swapped module says of itself."""
+
+    forward: Callable  # its own, and what __init_subclass__ put around it
+    plain: Any  # the class whose forward that stands for
+    written: Callable  # what `plain`'s forward was
+
+
+_CLASSES: weakref.WeakValueDictionary[tuple, type] = weakref.WeakValueDictionary()
+
+
+def swapped_class(kind: Any) -> Any:
+    """A subclass of the module class `kind`, named as it is, whose forward runs the module's Swap.
+
+    While the module has no Swap, and once the forward of `kind` is another one than now, it runs that of `kind`.
+    """
+    made = made_of(kind)
+    plain: Any = kind if made is None else made.plain
+    written = plain.forward
+    found = _CLASSES.get((kind, written))
+    if found is not None:
+        return found
+
+    def forward(self, /, *args, **kwargs):
+        swap = self.__dict__.get("fastgpt_swap")
+        if swap is None or plain.forward is not written:
+            return plain.forward(self, *args, **kwargs)
+        return swap.function(self, swap, *args, **kwargs)
+
+    # of its own code, by which torch.compile counts; and without __wrapped__, past which Accelerate would unwrap it
+    own = types.FunctionType(forward.__code__.replace(), globals(), "forward", None, forward.__closure__)
+    own.__dict__["__signature__"] = inspect.signature(written)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    found = _CLASSES[kind, written] = type(kind)(kind.__name__, (_Swapped, kind), {**names, "forward": own})
+    found.fastgpt_made = Made(found.forward, plain, written)
+    return found
+
+
+def made_of(kind: Any) -> Made | None:
+    """Where the forward of a class is ours, not a stranger's that was written over it."""
+    made = getattr(kind, "fastgpt_made", None)
+    return made if made is not None and kind.forward is made.forward else None
+
+
+def is_ours(module: nn.Module, forward) -> bool:
+    """Whether a forward on the instance is but its class's, and that ours: as Accelerate leaves it once unwrapped."""
+    made = made_of(type(module))
+    return made is not None and getattr(forward, "__func__", None) is made.forward and forward.__self__ is module
 
 
 def class_forward(module: nn.Module, *args, **kwargs):
     """What the module did before."""
-    return type(module).forward(module, *args, **kwargs)
+    made = getattr(type(module), "fastgpt_made", None)
+    return (type(module) if made is None else made.plain).forward(module, *args, **kwargs)
 
 
 def of_one_input(function: Callable) -> Callable:
@@ -61,11 +137,14 @@ def swap_of(module) -> Swap | None:
     """The module's Swap, where its forward is still ours and calling it would do nothing more."""
     if not isinstance(module, nn.Module) or occupied(module):
         return None
-    return module.__dict__.get("fastgpt_swap")
+    swap = module.__dict__.get("fastgpt_swap")
+    return swap if swap is not None and runs(module) else None
 
 
-def is_ours(forward) -> bool:
-    return isinstance(forward, functools.partial) and forward.func is run
+def runs(module: nn.Module) -> bool:
+    """Whether a call of the module runs its Swap: its class is ours, and the forward that it stands for is as it was."""
+    made = made_of(type(module))
+    return made is not None and made.plain.forward is made.written
 
 
 # What a module's call does beside its class's forward.
@@ -83,7 +162,7 @@ def occupied(module: nn.Module) -> str | None:
         return "it is parametrized"
     if state.get("_compiled_call_impl") is not None:
         return "it is compiled by itself"
-    if "forward" in state and not is_ours(state["forward"]):
+    if "forward" in state and not is_ours(module, state["forward"]):
         return "it has a forward of its own"
     return None
 
@@ -100,8 +179,9 @@ def plain(*tensors) -> bool:
 
 
 def own_type(module: nn.Module) -> Any:
-    """The module's class as it was written: fully_shard puts one of its own in front."""
-    kind = type(module)
+    """The module's class as it was written: fully_shard puts one of its own in front, as accelerate does."""
+    made = made_of(type(module))
+    kind: Any = type(module) if made is None else made.plain
     return kind.__mro__[2] if kind.__mro__[1].__name__ == "FSDPModule" else kind
 
 

@@ -6,8 +6,6 @@ mode; else it is left as it is, and the report says so. One trial serves all mod
 """
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,10 +30,11 @@ def accelerate(
     """Let fastgpt's functions do the work of `model`'s blocks, attention, norms and MLPs, on this instance alone.
 
     The model stays the same object with the same parameters, state-dict keys, hooks, mode, dtype and device; no class
-    is touched. Known are Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any
-    nn.LayerNorm and linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
-    all logits: while it trains, it then returns None in their place. A second call replaces the first. nn.DataParallel
-    is not served: its replicas would run on the first one's weights.
+    is touched. A module that is served gets a class of its own, a subclass of its class with the same name. Known are
+    Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any nn.LayerNorm and
+    linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
+    all logits: while it trains, it then returns None in their place. A second call replaces the first. A class that is
+    set later, or whose forward is patched later, is heard: that module then does what its class says.
     Returns a Report; print it. TypeError and ValueError for bad arguments, before anything is changed.
     """
     if not isinstance(model, nn.Module):
@@ -71,57 +70,49 @@ def _recognised(module: nn.Module) -> Swap | str | None:
 def restore(model: nn.Module) -> None:
     """Undo accelerate: every module does again what its class says. Another model stays as it is."""
     for module in model.modules():
-        _put_back(module, {})
+        _put_back(module)
 
 
 @contextlib.contextmanager
 def accelerated(model: nn.Module, **options) -> Iterator[nn.Module]:
     """accelerate(model, **options) for the length of a with block; then the model is as it was before."""
-    before = {
-        module: {name: module.__dict__[name] for name in ("forward", "fastgpt_swap") if name in module.__dict__}
-        for module in model.modules()
-    }
+    before = {module: module.__dict__.get("fastgpt_swap") for module in model.modules()}
     try:
         accelerate(model, **options)
         yield model
     finally:
         for module in model.modules():
-            _put_back(module, before.get(module, {}))
+            _put_back(module)
+            if (swap := before.get(module)) is not None:
+                _put_in(module, swap)
 
 
-def _put_back(module: nn.Module, state: dict) -> None:
-    """Take our two attributes away, or set them as they were. A forward that a stranger wrapped around ours stays."""
+def _put_back(module: nn.Module) -> None:
+    """Take the Swap and its class away. A forward that a stranger wrapped around ours stays."""
     module.__dict__.pop("fastgpt_swap", None)
-    if modules.is_ours(module.__dict__.get("forward")):
+    if "forward" in module.__dict__ and modules.is_ours(module, module.__dict__["forward"]):
         del module.__dict__["forward"]
-    if "fastgpt_swap" in state:
-        module.__dict__["fastgpt_swap"] = state["fastgpt_swap"]
-        module.__dict__.setdefault("forward", state["forward"])
+    if "fastgpt_made" in type(module).__dict__:  # else it is below a class that fully_shard made, and does nothing
+        module.__class__ = type(module).__mro__[2]
+
+
+def _put_in(module: nn.Module, swap: Swap) -> None:
+    module.__dict__["fastgpt_swap"] = swap
+    if not modules.runs(module):
+        module.__class__ = modules.swapped_class(type(module))
 
 
 def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
-    """Set the module's two attributes, or say why not."""
-    state = module.__dict__
-    if "forward" in state:
+    """Put the swap in, or say why not."""
+    if "forward" in module.__dict__:
         return "it has a forward of its own"
+    if "parametrizations" in module._modules:  # whose removal looks for its own class right behind the module's
+        return "it is parametrized"
+    if hasattr(type(module), "fastgpt_made") and modules.made_of(type(module)) is None:
+        return "its class was made of a swapped module's"
     key = trial.key(module, swap)
     if key not in tried:
         tried[key] = trial.why_not(module, swap)
     if tried[key] is None:
-        state["fastgpt_swap"] = swap
-        state["forward"] = forward = functools.partial(modules.run, module)
-        forward.__dict__["__signature__"] = _signature(module)
+        _put_in(module, swap)
     return tried[key]
-
-
-def _signature(module: nn.Module) -> inspect.Signature:
-    """Of the class's forward, for those who ask what it takes, as transformers' Trainer and generate() do.
-
-    Without annotations, and with plain defaults alone, so that it can be pickled.
-    """
-    parameters = list(inspect.signature(modules.own_type(module).forward).parameters.values())[1:]
-    empty = inspect.Parameter.empty
-    plain = (type(None), bool, int, float, str, type)
-    return inspect.Signature(
-        [p.replace(annotation=empty, default=p.default if isinstance(p.default, plain) else None) for p in parameters]
-    )

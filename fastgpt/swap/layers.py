@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.modules import (
     Swap,
+    aside,
     class_forward,
     free_linear,
     is_linear,
@@ -42,7 +43,7 @@ _AFFINE = (["weight", "bias"], ["weight"], ["scale", "shift"])  # a norm's param
 def recognise_norm(module: Any) -> Swap | str | None:
     """nn.LayerNorm, nanoGPT's (weight, bias or none) and the book's (scale, shift)."""
     own = list(module._parameters)
-    if type(module).forward is nn.LayerNorm.forward:
+    if own_type(module).forward is nn.LayerNorm.forward:
         if len(module.normalized_shape) != 1:
             return f"it normalises {len(module.normalized_shape)} axes"
         if module.weight is None:
@@ -75,6 +76,8 @@ def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: 
 
 @of_one_input
 def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
+    if tuple(module._modules) != swap.children:  # one was added to an nn.Sequential, or taken from it
+        return class_forward(module, x)
     parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
     linear_in, linear_out, act, dropout = parts
     if act is not swap.act or occupied(act) or not (free_linear(linear_in) and free_linear(linear_out)):
@@ -111,21 +114,38 @@ def recognise_mlp(module: nn.Module) -> Swap | str | None:
     if gelu is None:
         return f"its activation, {type(act).__name__}, is no GELU"
     names = (*linears, others[0], dropouts[0] if dropouts else None)
-    return Swap(mlp, "mlp", f"gelu_mlp ({gelu})", names, width=first.shape[1], gelu=gelu, act=act)
+    return Swap(mlp, "mlp", f"gelu_mlp ({gelu})", names, first.shape[1], gelu, act, children=tuple(children))
 
 
 def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
     """Which GELU an activation computes, by its values: GPT-2's or the exact one; None for anything else."""
-    points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
-    try:
-        with torch.no_grad(), torch.device("cpu"):
+    with aside():
+        points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
+        try:
             values = type(act).forward(act, points.clone())
-    except Exception:  # whatever it is, it takes no tensor alone
+        except Exception:  # whatever it is, it takes no tensor alone
+            return None
+        if not isinstance(values, Tensor) or values.shape != points.shape:
+            return None
+        kinds: tuple[Literal["tanh", "none"], ...] = ("tanh", "none")
+        for kind in kinds:  # the two differ by 5e-4; a constant kept in float32 makes 1e-7
+            if (values - F.gelu(points, approximate=kind)).abs().max() < 1e-6:
+                return kind
         return None
-    if not isinstance(values, Tensor) or values.shape != points.shape:
-        return None
-    kinds: tuple[Literal["tanh", "none"], ...] = ("tanh", "none")
-    for kind in kinds:  # the two differ by 5e-4; a constant kept in float32 makes 1e-7
-        if (values - F.gelu(points, approximate=kind)).abs().max() < 1e-6:
-            return kind
-    return None
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Where a trial computes: on the CPU, and in float32 where nothing is said, whatever the user's defaults are.
+
+    What is drawn comes from the CPU's generator, which is put back. (torch.manual_seed would move those of all devices.)
+    """
+    dtype, generator = torch.get_default_dtype(), torch.default_generator
+    drawn = generator.get_state()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        generator.set_state(drawn)

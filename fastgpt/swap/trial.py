@@ -5,12 +5,13 @@ in eval and in training mode. One trial serves all modules of a class and shape:
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastgpt.modules import Swap, class_forward, own_type
+from fastgpt.modules import Swap, aside, class_forward, own_type, swap_of, swapped_class
 
 _TOKENS = 16  # the vocabulary and context of a whole model's trial
 _DROPOUT = 0.25  # of a trial in training, so that its place shows
@@ -37,6 +38,8 @@ def _is_setting(value: Any) -> bool:
 
 def _bytes(buffer: Tensor) -> int:
     """What a buffer holds, as a number; of one that does not show it, as a sparse or a distributed one, its own."""
+    if buffer.is_meta:
+        return hash((buffer.shape, buffer.dtype))
     try:
         return hash(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     except (RuntimeError, TypeError, NotImplementedError):
@@ -47,25 +50,32 @@ def why_not(module: nn.Module, swap: Swap) -> str | None:
     """Why the swap won't do for modules like this one: other numbers, or an error. None if it will."""
     if swap.width == 0:
         return None
+    if not any(buffer.is_meta for buffer in module.buffers()):
+        return _tried(module, swap)
+    # what a buffer on the meta device will hold is not known: a mask may say where to look, or where not to
+    lower = _tried(module, swap, torch.tril)
+    return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower
+
+
+def _tried(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor] = torch.tril) -> str | None:
     kind = own_type(module).__name__
     whose = "a copy of it"
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-            torch.manual_seed(0)
-            with torch.no_grad():
-                twin, inputs = _twin(module, swap), _inputs(swap)
-                for training in (False, True):
-                    twin.train(training)
-                    torch.manual_seed(1)  # dropout, or a stranger's part, must draw the same at the same time
-                    whose = "its own forward"
-                    expected = class_forward(twin, *inputs)
-                    torch.manual_seed(1)
-                    whose = "fastgpt's"
-                    actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
-                    if swap.flag == "loss" and training:  # without its logits
-                        expected, actual = expected[-1], actual[-1]
-                    if not _agree(actual, expected):
-                        return f"this {kind} computes something else"
+        with aside():
+            torch.default_generator.manual_seed(0)
+            twin, inputs = _twin(module, swap, mask), _inputs(swap)
+            for training in (False, True):
+                twin.train(training)
+                torch.default_generator.manual_seed(1)  # dropout, or a stranger's part, must draw the same both times
+                whose = "its own forward"
+                expected = class_forward(twin, *inputs)
+                torch.default_generator.manual_seed(1)
+                whose = "fastgpt's"
+                actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, *inputs)
+                if swap.flag == "loss" and training:  # without its logits
+                    expected, actual = expected[-1], actual[-1]
+                if not _agree(actual, expected):
+                    return f"this {kind} computes something else"
     except Exception as error:  # a stranger's code: whatever it raises, it is left alone
         said = str(error).splitlines()[0] if str(error) else ""
         return f"a trial of {whose} failed with {type(error).__name__}: {said}"
@@ -98,7 +108,7 @@ def _agree(actual, expected) -> bool:
     return bool((actual - expected).norm() <= 1e-6 * expected.norm())
 
 
-def _twin(module: nn.Module, swap: Swap) -> Any:
+def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor]) -> Any:
     """A copy with random float64 weights on the CPU, without hooks and with dropout everywhere, its children swapped as
     the module's.
 
@@ -111,6 +121,8 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
     parts = [part for part in module.modules() if part not in skipped]
     for part in parts:
         kind = own_type(part)
+        if part is not module and swap_of(part) is not None:
+            kind = swapped_class(kind)
         memo[id(part)] = kind.__new__(kind)
         for name, value in part.__dict__.items():
             if name.endswith("_hooks") or "hooks_with_kwargs" in name or "hooks_always_called" in name:
@@ -123,7 +135,7 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
                 memo[id(parameter)] = nn.Parameter(_random(shape), requires_grad=False)
         for buffer in part._buffers.values():
             if buffer is not None:
-                memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+                memo[id(buffer)] = _filled(buffer, mask) if buffer.is_meta else buffer.detach().to("cpu", copy=True)
     for layers in lists:  # a whole model is tried with its first layer in the place of all
         memo.update({id(layer): memo[id(layers[0])] for layer in list(layers)[1:]})
     for part in parts:
@@ -142,6 +154,13 @@ def _twin(module: nn.Module, swap: Swap) -> Any:
     twin = memo[id(module)]
     twin.__dict__["fastgpt_swap"] = copy.deepcopy(swap._replace(backend="torch"), memo)
     return twin
+
+
+def _filled(buffer: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a buffer on the meta device may hold: a square matrix is taken for a mask."""
+    if buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2]:
+        return mask(torch.ones(buffer.shape)).to(buffer.dtype)
+    return torch.randn(buffer.shape).to(buffer.dtype)
 
 
 def _random(shape: list[int]) -> Tensor:
