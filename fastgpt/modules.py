@@ -52,7 +52,8 @@ class _Swapped:
         reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
-        made, kind = type(self), made_of(type(self)).plain
+        made: Any = type(self)
+        kind = made.fastgpt_made.plain
         function, args, *state = reduced
         function, *args = (kind if each is made else each for each in (function, *args))
         return (_swapped_again, (function, *args), *state)
@@ -142,7 +143,7 @@ def swap_of(module) -> Swap | None:
 
 
 def runs(module: nn.Module) -> bool:
-    """Whether a call of the module runs its Swap: its class is ours, and the forward that it stands for is as it was."""
+    """Whether a call of the module runs its Swap: its class is ours, and the forward it stands for is as it was."""
     made = made_of(type(module))
     return made is not None and made.plain.forward is made.written
 

@@ -247,7 +247,7 @@ def _differences(oracle: dict, before: dict, after: dict) -> tuple[Difference, .
 def _difference(what: str, oracle: Tensor, before: Tensor, after: Tensor, largest: float) -> Difference:
     """largest: the size of what else was computed on the way, a part of whose rounding is excused too."""
     unit = torch.finfo(before.dtype).eps
-    excuse = 2 * unit * oracle.abs().max().item() + unit * largest / 8
+    excuse = 2 * unit * oracle.abs().max().item() + unit * largest / 4
     theirs, ours = ((side.double() - oracle).abs().max().item() for side in (before, after))
     ratio = ours / max(theirs, excuse, torch.finfo(torch.float64).tiny)
     return Difference(what, theirs, ours, ratio if ratio == ratio else float("inf"))

@@ -31,7 +31,20 @@ def assert_as_before(model, idx, targets, **options):
     A gradient is judged as one row: rounding upstream reaches all of it, and rows that nearly cancel show it most. The
     model's own error is the larger one of two orders of the batch: a sum of few rows can be right by luck in one.
     """
-    oracle = results(copy.deepcopy(model).double(), idx, targets)
+    judge = copy.deepcopy(model).double()
+    terms: dict = {}  # what a bias' gradient is the sum of, as absolute values
+
+    def keep(name):
+        return lambda module, _, upstream: terms.update({name: upstream[0].abs().flatten(0, -2).sum(0)})
+
+    hooks = [
+        module.register_full_backward_hook(keep(f"{name}.bias"))
+        for name, module in judge.named_modules()
+        if name.endswith("W_key")
+    ]
+    oracle = results(judge, idx, targets)
+    for hook in hooks:
+        hook.remove()
     before, turned = results(model, idx, targets), results(model, idx.flip(0), targets.flip(0))
     turned["logits"] = turned["logits"].flip(0)
     for name, expected in oracle.items():
@@ -42,8 +55,7 @@ def assert_as_before(model, idx, targets, **options):
     for name, expected in oracle.items():
         size = None
         if name.endswith("W_key.bias"):  # zero but for rounding: softmax does not see it
-            terms = max(oracle[name.replace("key", "query")].abs().max(), oracle[name[:-4] + "weight"].abs().max())
-            size = torch.full_like(expected, terms).flatten()  # of what cancels, as the sums beside it show
+            size = terms[name].flatten()
         rows = (tensor.flatten() for tensor in (after[name], expected, before[name]))
         assert_accurate(*rows, size, logit_max=doubt, name=name)
     return report

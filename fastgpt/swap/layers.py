@@ -1,5 +1,7 @@
 """What takes the place of any LayerNorm, with the residual add before it, and of any linear-GELU-linear."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.modules import (
     Swap,
-    aside,
     class_forward,
     free_linear,
     is_linear,
@@ -138,7 +139,7 @@ def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
 def aside() -> Iterator[None]:
     """Where a trial computes: on the CPU, and in float32 where nothing is said, whatever the user's defaults are.
 
-    What is drawn comes from the CPU's generator, which is put back. (torch.manual_seed would move those of all devices.)
+    What is drawn comes from the CPU's generator, which is put back: torch.manual_seed would move those of all devices.
     """
     dtype, generator = torch.get_default_dtype(), torch.default_generator
     drawn = generator.get_state()

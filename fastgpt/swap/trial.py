@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.modules import Swap, aside, class_forward, own_type, swap_of, swapped_class
+from fastgpt.modules import Swap, class_forward, own_type, swap_of, swapped_class
+from fastgpt.swap.layers import aside
 
 _TOKENS = 16  # the vocabulary and context of a whole model's trial
 _DROPOUT = 0.25  # of a trial in training, so that its place shows
