@@ -55,7 +55,7 @@ def assert_as_before(model, idx, targets, **options):
     for name, expected in oracle.items():
         size = None
         if name.endswith("W_key.bias"):  # zero but for rounding: softmax does not see it
-            size = terms[name].flatten()
+            size = 2 * terms[name].flatten()  # each term is itself the difference of two
         rows = (tensor.flatten() for tensor in (after[name], expected, before[name]))
         assert_accurate(*rows, size, logit_max=doubt, name=name)
     return report
