@@ -91,6 +91,7 @@ SPECULATIVE, STEPS, MONITOR, CLI = (
     "fastgpt/cli/__init__.py",
 )
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
+WORLDLY = "test_swap_world.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 
@@ -367,6 +368,14 @@ MUTANTS = [
     Mutant("a finished run leaves no model", "fastgpt/training/loop.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
     Mutant("every file of tokens has two bytes an id", "fastgpt/data/corpora.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
     Mutant("a text of a folder is dropped", "fastgpt/data/corpora.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
+    # accelerate leaves the world as it was
+    Mutant("a trial reseeds every device", "fastgpt/swap/trial.py", "            torch.default_generator.manual_seed(0)\n", "            torch.manual_seed(0)\n", WORLDLY + "test_no_generator_of_any_device_moves", False),
+    Mutant("the CPU's generator is not put back", "fastgpt/swap/layers.py", "        generator.set_state(drawn)\n", "        pass\n", WORLDLY + "test_no_generator_of_any_device_moves", False),
+    Mutant("a module holds itself", "fastgpt/swap/__init__.py", '    module.__dict__["fastgpt_swap"] = swap\n', '    module.__dict__["fastgpt_swap"] = swap\n    module.__dict__["itself"] = module\n', WORLDLY + "test_del_frees_a_model_at_once", False),
+    Mutant("a trial in the user's default dtype", "fastgpt/swap/layers.py", "    torch.set_default_dtype(torch.float32)\n", "", WORLDLY + "test_a_default_dtype_changes_nothing", False),
+    Mutant("a trial on the user's default device", "fastgpt/swap/layers.py", 'with torch.no_grad(), torch.device("cpu"), torch.autocast', "with torch.no_grad(), torch.autocast", WORLDLY + "test_on_the_meta_device", False),
+    Mutant("a patched forward is not heard", "fastgpt/modules.py", "if swap is None or plain.forward is not written:", "if swap is None:", WORLDLY + "test_a_forward_patched_later_is_heard", False),
+    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "if tuple(module._modules) != swap.children:", "if False:", WORLDLY + "test_children_added_later_are_called_and_taken_ones_are_missed", False),
     # what shows a run, encodings with holes, no network
     Mutant("only a disk's error is told", MONITOR, "        except Exception as error:  # a disk, a", "        except (OSError, ValueError) as error:  # a disk, a", TOLD, False),
     Mutant("shown before it is saved", "fastgpt/training/loop.py", "            if saves or stop:\n                self.save(needed=last or bool(stop))\n            if evaluates:  # after the save: what only shows the run must not cost it\n                self.report()\n", "            if evaluates:\n                self.report()\n            if saves or stop:\n                self.save(needed=last or bool(stop))\n", SHOWN + "test_all_is_saved_before_anything_is_shown", False),
