@@ -42,6 +42,14 @@ def model():
     return model
 
 
+def written(model, prompt, count, **options):
+    """What generate makes with SMALL; an AssertionError where that fails."""
+    try:
+        return generate(model, prompt, count, encoding=SMALL, **options)
+    except (KeyError, ValueError) as error:
+        raise AssertionError(f"nothing was written: {error!r}") from error
+
+
 def test_the_holes_are_found():
     assert undecodable(SMALL) == HOLES and SMALL.n_vocab == VOCABULARY
     assert undecodable(BYTES) == tuple(range(257, 300))
@@ -55,13 +63,13 @@ def test_an_id_that_stands_for_nothing_is_not_drawn(model, way, drafted):
     prompt = [[0, HOLES[0], 4]] if way == "penalised by a hole" else PROMPT
     freely = generate(model, prompt, 60, **options).tokens[0]
     assert set(freely) & {*HOLES, 13, 14, 15}, "without an encoding all ids are as good"
-    found = generate(model, prompt, 60, encoding=SMALL, **options)
+    found = written(model, prompt, 60, **options)
     assert not set(found.tokens[0]) & {*HOLES, 13, 14, 15}
     assert found.texts == ["".join(SMALL.decode([token]) for token in found.tokens[0])]
 
 
 def test_a_vocabulary_asked_for_is_cut_to_the_encoding(model):
-    found = generate(model, PROMPT, 60, encoding=SMALL, vocab_size=16, temperature=0)
+    found = written(model, PROMPT, 60, vocab_size=16, temperature=0)
     assert max(found.tokens[0]) < SMALL.n_vocab
 
 

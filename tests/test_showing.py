@@ -1,5 +1,6 @@
 """What shows a run (samples, plot, metrics, TensorBoard's events) costs it nothing: saved first, told, passed over."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -25,6 +26,15 @@ def run(tmp_path, monkeypatch):
     return Runs(tmp_path, monkeypatch)
 
 
+@contextlib.contextmanager
+def costs_nothing():
+    """An AssertionError for whatever comes through."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"it cost the run: {error!r}") from error
+
+
 def fails(error):
     def fail(*arguments, **options):
         raise error
@@ -40,7 +50,8 @@ def test_what_it_raises_is_told_in_a_line_and_training_goes_on(run, monkeypatch,
     run("plain", eval_interval=3, sample_tokens=5)
     capsys.readouterr()
     monkeypatch.setattr(monitor, part, fails(error))
-    run(eval_interval=3, sample_tokens=5)
+    with costs_nothing():
+        run(eval_interval=3, sample_tokens=5)
     lines = capsys.readouterr().out.splitlines()
     for step in (3, 6):
         assert f"step {step}: {what} failed: {words}; training goes on" in lines
@@ -118,7 +129,8 @@ def test_the_last_sample_fails_behind_a_run_that_is_saved(tmp_path, monkeypatch,
     shape = ["--preset=byte-0.1M", "--block_size=16", "--n_layer=1", "--n_embd=16", "--device=cpu"]
     arguments = ["train", "--data", str(tmp_path / "fox.txt"), *shape, "--max_iters=2", "--eval_iters=1"]
     monkeypatch.setattr(cli_text, "stream", fails(KeyError(300)))
-    assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    with costs_nothing():
+        assert cli.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "the sample failed: KeyError: 300" in capsys.readouterr().out
     assert load_model(tmp_path / "out")[1]["step"] == 2
     assert cli.main([*arguments, "--out", str(tmp_path / "no sample"), "--sample_tokens=0"]) == 0
