@@ -1,17 +1,10 @@
-"""The instruction account: its arithmetic on a made-up listing, and that the docstrings' numbers are the machine's."""
-
-import re
+"""The instruction account: its arithmetic on a made-up listing."""
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-import torch
-import triton
-
-from bench import account
-from bench import compile as gate
-from fastgpt.kernels import attention, attention_backward, decode, linear_gelu
+from bench.gates import account
 
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -60,59 +53,3 @@ def test_a_wait_behind_each_product_is_seen():
 )
 def test_turns_of_causal_loops(kernel, tiles, expected):
     assert account.turns(kernel, 1024, *tiles) == expected
-
-
-@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="another compiler issues other instructions")
-def test_the_docstrings_tell_what_the_machine_code_holds():
-    lines = list(gate.accounts())
-    whole = [line.split() for line in lines if " whole " in line]
-    documented = [*_rows(attention.__doc__), *_rows(attention_backward.__doc__)]
-    assert len(whole) == len(documented) == 6
-    for words in whole:
-        name, dim, tile, warps, _, *counts = words
-        kind = name.split("_")[1]
-        busy = {unit: int(clocks) for unit, clocks in re.findall(r"(\w+) (\d+)", " ".join(words[19:]))}
-        numbers = [int(n) for n in (warps, *counts[:6])]
-        row = [kind, dim, tile, *numbers, busy["tensor"], busy["mufu"], busy["issue"], busy["l2"]]
-        assert row in documented, row
-    said = attention.__doc__ + attention_backward.__doc__
-    for line in (line for line in lines if "at most" in line):
-        serial, overlapped = re.search(r"at most (\d+) TFLOP/s serial, (\d+)", line).groups()
-        assert serial in said and overlapped in said, line
-        if "D 64" in line:
-            assert int(serial) >= 300, line
-
-
-def _rows(doc):
-    """[kernel, D, tile, numbers …] for each line of a docstring's table."""
-    for line in doc.splitlines():
-        if found := re.match(r"    (?:(\w+) +)?(\d+) +(\d+x\d+) +([\d ]+)$", line):
-            yield [found[1] or "fwd", found[2], found[3], *map(int, found[4].split())]
-
-
-@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="another compiler issues other instructions")
-def test_the_fused_matmuls_docstring_tells_it_too():
-    said = set(re.findall(r"\d+", linear_gelu.__doc__))
-    tiles = linear_gelu.candidate(torch.bfloat16, 90)
-    for launch in gate.launches(gate.cases()["K 768 bfloat16"], 90):
-        counted = account.of(gate.compile_for(launch, 90).asm["cubin"], gate._tool("nvdisasm"))
-        (loop,), turns = counted.loops, 768 // tiles.block_k
-        busy, serial = loop.clocks(tiles.num_warps), loop.serial(tiles.num_warps)
-        flops = 2 * tiles.block_m * tiles.block_n * tiles.block_k
-        ends = counted.outside * tiles.num_warps / account.RATES["issue"]
-        rates = account.teraflops(flops, serial), account.teraflops(flops * turns, serial * turns + ends)
-        numbers = [loop.instructions, busy["tensor"], busy["shared"], busy["l2"], *rates]
-        assert {str(round(number)) for number in numbers} <= said, numbers
-
-
-@pytest.mark.skipif(triton.__version__ != "3.7.1", reason="another compiler issues other instructions")
-def test_decodings_docstring_tells_it_too():
-    said = set(re.findall(r"\d+(?:\.\d+)?", decode.__doc__))
-    for dim in (64, 128):
-        launch = gate.launches(gate.cases()[f"cache D {dim} bfloat16"], 90)[0]
-        (loop,) = account.of(gate.compile_for(launch, 90).asm["cubin"], gate._tool("nvdisasm")).loops
-        busy = loop.clocks(launch.options["num_warps"])
-        assert max(clocks for unit, clocks in busy.items() if unit != "l2") == busy["issue"] == loop.instructions
-        read = 2 * launch.arguments["BLOCK_N"] * dim * 2  # bytes of keys and values
-        rate = read / busy["issue"] * account.MULTIPROCESSORS * account.CLOCK / 1e12
-        assert {str(loop.instructions), f"{read // 1024}", f"{rate:.1f}"} <= said

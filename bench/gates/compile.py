@@ -32,8 +32,12 @@ RESULTS = Path(__file__).parent.parent / "results"
 _MAY_SPILL = (
     ("attention_dkdv_kernel", r"(bf16|fp16).* D=(80|128) ", (90,), 128),  # at D 128, 16 queries take 2 to 9% longer
     ("attention_dq_kernel", r"^\d*x?fp32.* D=256 ", CAPABILITIES, 256),  # no work of tensor cores, and no GPT-2 has it
-    ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (120,), 8),  # more registers would leave fewer blocks
+    ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (90, 120), 8),  # more registers would leave fewer blocks
 )
+# What ptxas serializes all the same: kernel, case, capabilities. Dropout under a padding mask without documents, which
+# is Hugging Face's training with its defaults on padded rows: seven tiles were compiled, of 32 to 64 queries by 32 to
+# 128 keys, and those whose products are wgmma are all serialized. What it costs has not been measured.
+_MAY_SERIALIZE = (("attention_dkdv_kernel", r" i64 u1; D=64 .*no ids", (90,)),)
 _WGMMA = re.compile(r"(attention_(fwd|dq|dkdv)|linear_gelu_(fwd|bwd))_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
 
 
@@ -57,7 +61,11 @@ class Row(NamedTuple):
         promised, and on 9.0 nothing but wgmma for products of half-precision tiles for heads of up to 128."""
         within = self.spilled <= self.may_spill and self.shared <= feign.CARDS[self.capability].shared
         wgmma_only = self.capability == 90 and _WGMMA.match(f"{self.kernel} {self.case}")
-        well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and "serialized" not in self.matrix
+        overlaps = "serialized" not in self.matrix or any(
+            kernel == self.kernel and re.search(case, self.case) and self.capability in capabilities
+            for kernel, case, capabilities in _MAY_SERIALIZE
+        )
+        well_multiplied = overlaps and not (wgmma_only and "mma.sync" in self.matrix)
         promised = "tf32" not in self.matrix or "PRECISION=tf32" in self.case
         return self.compiles and within and promised and well_multiplied
 
