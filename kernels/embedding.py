@@ -107,12 +107,13 @@ def _run_sums_kernel(
         next_key = tl.load(keys_ptr + i + 1, i + 1 < M, 0).to(tl.int64)
         ends = (i + 1 == M) | (next_key != key)
         if ends | (i + 1 == end):
-            if ~begins_here:
-                tl.store(heads_ptr + chunk.to(tl.int64) * C + cols, total, in_cols)
-            elif ~ends:
-                tl.store(tails_ptr + chunk.to(tl.int64) * C + cols, total, in_cols)
-            elif (key >= 0) & (key < size):
-                tl.store(dweight_ptr + key * C + cols, total.to(dweight_ptr.dtype.element_ty), in_cols)
+            # Two stores: Triton 3.6.0 does not compile a tensor that a loop carries and three branches store.
+            if begins_here & ends:
+                if (key >= 0) & (key < size):
+                    tl.store(dweight_ptr + key * C + cols, total.to(dweight_ptr.dtype.element_ty), in_cols)
+            else:
+                part_ptr = tl.where(begins_here, tails_ptr, heads_ptr)
+                tl.store(part_ptr + chunk.to(tl.int64) * C + cols, total, in_cols)
             total = tl.zeros([BLOCK_C], ACC)
             begins_here = ends
         key = next_key

@@ -1,4 +1,12 @@
-"""What launchers ask of their tensors and their card."""
+"""What launchers ask of their tensors and their card.
+
+What Triton does not compile, for who writes a kernel (its layout pass then fails with "operand #1 does not dominate
+this use", for some dtypes and widths alone):
+- A tensor that a loop carries, stored in three branches of the loop's body (3.6.0): store it in two at most, with the
+  pointer selected by tl.where, or by masks without a branch. The kernel of runs in embedding.py does the former.
+- A tensor carried through a `while`: count the turns first, then go over them by `for`. The kernel that joins runs in
+  embedding.py does.
+"""
 
 import torch
 import triton.language as tl
