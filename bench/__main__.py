@@ -19,7 +19,13 @@ COMMANDS = {
     "history": "how fastgpt stood over time, and where it fell back",
     "plan": "what a training step on many GPUs would take: time, memory and what bounds it, on paper",
 }
-MODULES = {"bytes": "work", "roofs": "machine", "gpu-day": "gpu_day"}
+MODULES = {
+    "compile": "gates.compile",
+    "sanitize": "gates.sanitize",
+    "bytes": "work",
+    "roofs": "machine",
+    "gpu-day": "gpu_day",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,12 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
-        if arguments[:1] == [name] == ["compile"]:
-            gate = _module(name)
-            command.add_argument("--capability", type=int, nargs="*", default=gate.CAPABILITIES, help="80 is 8.0 …")
-            command.add_argument("--sass", action="store_true", help="the account of attention's loops instead")
-            command.set_defaults(main=lambda options, gate=gate: _compile(gate, options))
-        elif arguments[:1] == [name]:
+        if arguments[:1] == [name]:
             module = _module(name)
             module.add_arguments(command)
             command.set_defaults(main=module.main)
@@ -54,13 +55,6 @@ def _module(command: str):
             raise
         print(f"python -m bench {command}: needs Triton, which is not installed: pip install triton", file=sys.stderr)
         sys.exit(2)
-
-
-def _compile(gate, options: argparse.Namespace) -> int:
-    if options.sass:
-        print(*gate.accounts(), sep="\n")
-        return 0
-    return gate.main(options.capability)
 
 
 if __name__ == "__main__":
