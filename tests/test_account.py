@@ -9,8 +9,8 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 import torch
 import triton
 
-from bench import account
-from bench import compile as gate
+from bench.gates import account
+from bench.gates import compile as gate
 from fastgpt.kernels import attention, attention_backward, decode, linear_gelu
 
 LISTING = """
@@ -90,12 +90,16 @@ def _rows(doc):
             yield [found[1] or "fwd", found[2], found[3], *map(int, found[4].split())]
 
 
+def _fused():
+    return [launch for launch in gate.launches_of("gelu_mlp fused bfloat16", 90) if "linear" in launch.name]
+
+
 @pytest.mark.skipif(triton.__version__ != "3.7.1", reason="another compiler issues other instructions")
 def test_the_fused_matmuls_docstring_tells_it_too():
     said = set(re.findall(r"\d+", linear_gelu.__doc__))
     tiles = linear_gelu.candidate(torch.bfloat16, 90)
-    for launch in gate.launches(gate.cases()["K 768 bfloat16"], 90):
-        counted = account.of(gate.compile_for(launch, 90).asm["cubin"], gate._tool("nvdisasm"))
+    for launch in _fused():
+        counted = gate.counted(launch.compile())
         (loop,), turns = counted.loops, 768 // tiles.block_k
         busy, serial = loop.clocks(tiles.num_warps), loop.serial(tiles.num_warps)
         flops = 2 * tiles.block_m * tiles.block_n * tiles.block_k
@@ -109,10 +113,10 @@ def test_the_fused_matmuls_docstring_tells_it_too():
 def test_decodings_docstring_tells_it_too():
     said = set(re.findall(r"\d+(?:\.\d+)?", decode.__doc__))
     for dim in (64, 128):
-        launch = gate.launches(gate.cases()[f"cache D {dim} bfloat16"], 90)[0]
-        (loop,) = account.of(gate.compile_for(launch, 90).asm["cubin"], gate._tool("nvdisasm")).loops
-        busy = loop.clocks(launch.options["num_warps"])
+        launch = gate.launches_of(f"decode_attention D {dim}", 90)[0]
+        (loop,) = gate.counted(launch.compile()).loops
+        busy = loop.clocks(launch.options.num_warps)
         assert max(clocks for unit, clocks in busy.items() if unit != "l2") == busy["issue"] == loop.instructions
-        read = 2 * launch.arguments["BLOCK_N"] * dim * 2  # bytes of keys and values
+        read = 2 * launch.constexprs["BLOCK_N"] * dim * 2  # bytes of keys and values
         rate = read / busy["issue"] * account.MULTIPROCESSORS * account.CLOCK / 1e12
         assert {str(loop.instructions), f"{read // 1024}", f"{rate:.1f}"} <= said

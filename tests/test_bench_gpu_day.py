@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 
 from bench import gpu_day
-from bench.gates import sanitize
 from bench.__main__ import main
+from bench.gates import sanitize
 from bench.generation import BOOK_CACHED
 from bench.gpu_day import Stage
 from bench.measure import Folder
