@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from triton.runtime.jit import JITFunction
 
-from bench import compile as gate
 from bench import dry, tune
 from bench.cases import Subject
+from bench.gates import record, ways
 from bench.machine import Machine
 from bench.timing import DeviceClock
 
@@ -25,12 +25,12 @@ def machine():
 
 
 CALLS = {
-    "attention": lambda: gate._attention(64, torch.bfloat16),
-    "layer_norm": lambda: gate._layer_norm(768, torch.bfloat16, 0.0),
-    "gelu": lambda: gate._gelu_mlp(torch.bfloat16, True),
-    "linear_gelu": lambda: gate._gelu_mlp(torch.bfloat16, True),
-    "decode": lambda: gate._decode(64, torch.bfloat16),
-    "cross_entropy": lambda: gate._cross_entropy(50257, torch.bfloat16),
+    "attention": lambda: ways._attention(None, 64, torch.bfloat16),
+    "layer_norm": lambda: ways._norms(None, 768, torch.bfloat16, 0.0),
+    "gelu": lambda: ways._mlp(None, torch.bfloat16, "tanh", False),
+    "linear_gelu": lambda: ways._mlp(None, torch.bfloat16, "tanh", False),
+    "decode": lambda: ways._decoding(None, 64, torch.bfloat16),
+    "cross_entropy": lambda: ways._head(None, torch.bfloat16),
 }
 
 
@@ -39,17 +39,17 @@ def test_a_trial_reaches_the_launch_of_its_kernel(tunable):
     """Every field, in the constants or options that the kernel is launched with; the other kernels keep theirs."""
     call = next(call for name, call in CALLS.items() if tunable.name.startswith(name))
     trial = {field: values[-1] for field, values in tunable.trials.items()}
-    other = {launch.kernel.__name__: launch for launch in gate.launches(call, 90)}
+    other = {launch.kernel.__name__: launch for launch in record.launches(call, 90)}
     with tunable.patched(trial):
-        patched = {launch.kernel.__name__: launch for launch in gate.launches(call, 90)}
+        patched = {launch.kernel.__name__: launch for launch in record.launches(call, 90)}
     (mine,) = [name for name in patched if tunable.kernel in name]
-    given = {name.lower(): value for name, value in {**patched[mine].arguments, **patched[mine].options}.items()}
+    given = {name.lower(): value for name, value in {**patched[mine].constexprs, **vars(patched[mine].options)}.items()}
     trial.pop("resident", None)  # it is in the grid
     assert {field: given[field] for field in trial} == trial
-    assert {launch.kernel.__name__ for launch in gate.launches(call, 90)} == set(other)  # and it is taken off again
+    assert {launch.kernel.__name__ for launch in record.launches(call, 90)} == set(other)  # and it is taken off again
     for name, launch in patched.items():
         if name != mine:
-            changed = {key for key, value in launch.options.items() if value != other[name].options[key]}
+            changed = {key for key, value in vars(launch.options).items() if value != vars(other[name].options)[key]}
             assert changed <= ({"num_warps"} if "delta" in name else set())
 
 

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,10 +34,8 @@ _MAY_SPILL = (
     ("attention_dq_kernel", r"^\d*x?fp32.* D=256 ", CAPABILITIES, 256),  # no work of tensor cores, and no GPT-2 has it
     ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (90, 120), 8),  # more registers would leave fewer blocks
 )
-# What ptxas serializes all the same: kernel, case, capabilities. Dropout under a padding mask without documents, which
-# is Hugging Face's training with its defaults on padded rows: seven tiles were compiled, of 32 to 64 queries by 32 to
-# 128 keys, and those whose products are wgmma are all serialized. What it costs has not been measured.
-_MAY_SERIALIZE = (("attention_dkdv_kernel", r" i64 u1; D=64 .*no ids", (90,)),)
+# Where ptxas may serialize wgmma: padding and dropout in one backward. A single stage would not be; it is not measured.
+_MAY_SERIALIZE = (("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (90,)),)
 _WGMMA = re.compile(r"(attention_(fwd|dq|dkdv)|linear_gelu_(fwd|bwd))_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
 
 
@@ -61,22 +59,19 @@ class Row(NamedTuple):
         promised, and on 9.0 nothing but wgmma for products of half-precision tiles for heads of up to 128."""
         within = self.spilled <= self.may_spill and self.shared <= feign.CARDS[self.capability].shared
         wgmma_only = self.capability == 90 and _WGMMA.match(f"{self.kernel} {self.case}")
-        overlaps = "serialized" not in self.matrix or any(
-            kernel == self.kernel and re.search(case, self.case) and self.capability in capabilities
-            for kernel, case, capabilities in _MAY_SERIALIZE
-        )
-        well_multiplied = overlaps and not (wgmma_only and "mma.sync" in self.matrix)
+        overlaps = "serialized" not in self.matrix or any(map(self._is, _MAY_SERIALIZE))
+        well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and overlaps
         promised = "tf32" not in self.matrix or "PRECISION=tf32" in self.case
         return self.compiles and within and promised and well_multiplied
 
     @property
     def may_spill(self) -> int:
-        found = [
-            most
-            for kernel, case, capabilities, most in _MAY_SPILL
-            if kernel == self.kernel and re.search(case, self.case) and self.capability in capabilities
-        ]
-        return max(found, default=0)
+        return max((most for *which, most in _MAY_SPILL if self._is(which)), default=0)
+
+    def _is(self, which: Sequence) -> bool:
+        """Whether it is a row of this kernel, with this in its case, for one of these cards."""
+        kernel, case, capabilities = which
+        return kernel == self.kernel and self.capability in capabilities and bool(re.search(case, self.case))
 
 
 def recorded(capability: int, among: dict[str, Way] | None = None) -> Iterator[tuple[str, Launch]]:
@@ -245,8 +240,9 @@ def _limits(what: str, flops: float, clocks) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="every launch for every card, not one a kernel beside 9.0's")
-    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES, help="80 is 8.0 …")
-    parser.add_argument("--triton", type=Path, help="a folder that another version's wheel was unpacked in")
+    parser.add_argument("--capability", type=int, nargs="*", choices=CAPABILITIES, help="these cards alone; 80 is 8.0")
+    parser.add_argument("--triton", type=Path, help="a folder with another version's wheel: for 9.0 alone, or --all")
+    parser.add_argument("--ways", default="", help="of the ways to a kernel those alone whose names hold this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     parser.add_argument("--sass", action="store_true", help="the account of attention's loops instead")
 
@@ -261,7 +257,7 @@ def main(options: argparse.Namespace) -> int:
     print(f"Triton {triton.__version__}")
     print(_LINE.format("kernel", "cc", "registers", "spilled B", "shared B", "matrix", "tensors; constants", "way"))
     table, failed, found = committed(), 0, []
-    for row in rows(work(options.capability, options.all), options.jobs):
+    for row in rows(work(options.capability or CAPABILITIES, options.all, options.ways), options.jobs):
         found.append(row)
         failed += not row.passes
         print(line(row), flush=True)
@@ -273,23 +269,25 @@ def main(options: argparse.Namespace) -> int:
     return int(bool(lines))
 
 
-def work(capabilities: Iterable[int], everything: bool) -> Iterator[tuple[str, Launch]]:
+def work(capabilities: Iterable[int], everything: bool, named: str = "") -> Iterator[tuple[str, Launch]]:
     """What to compile: all that is launched on 9.0, and on other cards with `everything`; else one launch a kernel."""
-    full = None
+    chosen = {name: way for name, way in ways().items() if named in name}
+    if not chosen:
+        raise ValueError(f"no way to a kernel has {named!r} in its name; there are: {', '.join(ways())}")
+    full: list[tuple[str, Launch]] = []
     for capability in sorted(capabilities, key=lambda capability: capability != 90):
-        if everything or capability == 90:
-            found = list(recorded(capability))
-            full = found if capability == 90 else full
-            yield from found
-        else:
-            full = full or list(recorded(90))
-            yield from one_a_kernel(capability, full)
+        if everything:
+            yield from recorded(capability, chosen)
+            continue
+        full = full or list(recorded(90, chosen))
+        yield from full if capability == 90 else one_a_kernel(capability, full)
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
-    """Those of a command line that asks for the same, but for --triton."""
+    """Of a command line that asks for the same without --triton."""
     flags = [f"--{name}" for name in ("all", "sass") if getattr(options, name)]
-    return [*flags, "--jobs", str(options.jobs), "--capability", *map(str, options.capability)]
+    cards = options.capability or (CAPABILITIES if options.all else (90,))
+    return [*flags, "--jobs", str(options.jobs), "--ways", options.ways, "--capability", *map(str, cards)]
 
 
 def with_triton(folder: Path, command: list[str], **options) -> subprocess.CompletedProcess:
