@@ -289,6 +289,10 @@ MUTANTS = [
     Mutant("tokens after a rejection kept", SPECULATIVE, ".cumprod(dim=1)", "", SAMPLED + "test_a_draft_changes_no_greedy_token", False),
     Mutant("tokens counted twice in eval", "fastgpt/generation/evaluation.py", "begin + i + 1 >= counted", "begin + i + 1 >= 0", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     Mutant("an eval window that forgets a token", "fastgpt/generation/evaluation.py", "begin = max(0, end - window - 1)", "begin = max(0, end - window)", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
+    # the choice
+    Mutant("explain forgets that a backward writes over the hidden units", "fastgpt/ops/pytorch.py", 'return "differentiated in place" if eager_cpu else "plain"', 'return "plain"', "test_ops.py::test_explain_tells_the_form_of_the_mlp", False),
+    Mutant("a GELU's passes from one unit on", "fastgpt/ops/cpu/mlp.py", "units >= _AT_ONCE // 4", "units >= 1", "test_ops.py::test_explain_tells_the_form_of_the_mlp", False),
+    Mutant("logits by rows however few they are", "fastgpt/ops/cpu/logits.py", "chunk >= _FEWEST_ROWS and", "chunk >= 1 and", "test_ops.py::test_explain_tells_the_way_over_the_logits", False),
     # weights
     Mutant("the square c_proj not transposed", GPT2, '"attn.c_attn.weight", "attn.c_proj.weight", "mlp', '"attn.c_attn.weight", "mlp', "test_convert.py::test_square_weights_are_transposed_by_value", False),
     Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
