@@ -164,7 +164,7 @@ def _mlp_form(x, *, w_in, b_in, w_out, b_out, approximate, recompute) -> str:
 def _loss_form(x, *, weight, reduction, **_) -> str:
     rows = x.numel() // x.shape[-1]
     wanted = torch.is_grad_enabled() and weight.requires_grad and reduction != "none"
-    way = logits.way(rows, *weight.shape, loss.compute_dtype(x), wanted)
+    way = logits.way(rows, weight.shape, loss.compute_dtype(x), wanted)
     at_once = f"{rows:,} rows of {weight.shape[0]:,} logits"
     return {
         "at once": f"{at_once} are made at once: an MLP's hidden units take as much",

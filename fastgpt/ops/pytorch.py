@@ -156,8 +156,8 @@ def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=
 
 
 def mlp_form(operands, recompute) -> str:
-    """Which form gelu_mlp takes: "differentiated in place" or "without a derivative", which are for a CPU; "recomputed",
-    or "plain"."""
+    """The form that gelu_mlp takes: on a CPU "differentiated in place" or "without a derivative", elsewhere "plain";
+    "recomputed" on either."""
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     eager_cpu = operands[0].device.type == "cpu" and not transformed
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)

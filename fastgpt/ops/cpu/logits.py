@@ -15,16 +15,14 @@ class Way(NamedTuple):
     rows: int  # of a chunk, or of the part that is gone over by the vocabulary
 
 
-def way(rows: int, vocab: int, channels: int, dtype: torch.dtype, needs_weight: bool) -> Way:
+def way(rows: int, weight_shape: torch.Size, dtype: torch.dtype, needs_weight: bool) -> Way:
     """In chunks of rows or of the vocabulary, whichever leaves the matmuls large; none needs a tenth of the logits.
 
     (256 rows of GPT-2 124M's head take 2.7 times as long by rows as by the vocabulary, on a CPU of two cores.) Logits
     that are no wider than an MLP's hidden units are not worth a chunk: a model holds more than that for every layer.
     """
-    copies = dtype not in (
-        torch.float32,
-        torch.float64,
-    )  # a half's chunk is worked on in a float32 copy, three times it
+    vocab, channels = weight_shape
+    copies = dtype in (torch.float16, torch.bfloat16)  # a chunk is worked on in a float32 copy, three times it
     if vocab <= 4 * channels:
         return Way("at once", max(1, rows))
     chunk = -(-rows // (40 if copies else 12))
@@ -37,7 +35,7 @@ def way(rows: int, vocab: int, channels: int, dtype: torch.dtype, needs_weight: 
 
 
 def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight):
-    kind, rows = way(len(x), *weight.shape, settings.dtype, dweight is not None)
+    kind, rows = way(len(x), weight.shape, settings.dtype, dweight is not None)
     if kind != "by vocabulary":
         loss.by_rows(_pass_over_rows, rows, False, x, weight, targets, row_grads, settings, losses, dx, dweight)
         return
