@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastgpt import GPT, generate
-from fastgpt.generation import stream, walks
+from fastgpt.generation import stream
 from fastgpt.generation.decoder import Cache, Decoder
 from fastgpt.generation.evaluation import evaluate
 from fastgpt.ops import autograd
@@ -37,23 +37,24 @@ def test_bfloat16_weights(model):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 300, 10_000])
-def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens, monkeypatch):
-    """It has a walk of its own; a batch of two equal rows goes the long way."""
+def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens):
+    """As the last slots of a cache, and as two equal rows whose lengths are told by a tensor; without a cache too."""
     model = FAMILIES[name]() if dtype == torch.float16 else varied(FAMILIES[name]())  # whose numbers it does not hold
     decoder = Decoder(model.to(dtype), tokens=tokens)
-    entered = []
-    monkeypatch.setattr(walks, "one_row_on_cpu", lambda *a, walk=walks.one_row_on_cpu: entered.append(1) or walk(*a))
     logits = []
     for rows in (1, 2):
         cache, ids = Cache(decoder, rows, 9), PROMPT[:1].repeat(rows, 1)
         decoder.prefill(ids, torch.full((rows,), ids.shape[1]), cache)
         for new in range(3):
             length = ids.shape[1] + new + 1
-            ids_now, lengths = torch.full((rows, 1), 5 + new), torch.full((rows,), length)
-            logits.append(decoder.decode(ids_now, lengths, cache, length, True)[:1])
-    assert len(entered) == 3 * (decoder.stream_dtype == decoder.dtype)
+            ids_now = torch.full((rows, 1), 5 + new)
+            reached = (None, cache.first(length)) if rows == 1 else (torch.full((rows,), length), cache)
+            logits.append(decoder.decode(ids_now, *reached)[:1])
+    whole = torch.cat([PROMPT[:1], torch.tensor([[5, 6, 7]])], dim=1)
+    features = decoder.features(whole)[:, -3:]
+    logits += [decoder.logits(features[:, i : i + 1]) for i in range(3)]
     tolerance = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
-    for alone, among in zip(logits[:3], logits[3:], strict=True):
+    for alone, among in zip(logits[:3] * 2, logits[3:], strict=True):
         torch.testing.assert_close(alone, among, rtol=0, atol=tolerance * among.abs().max().item())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastgpt import cli, doctor, ops
+from fastgpt.ops import choice
 
 needs_triton = pytest.mark.skipif(ops.no_triton() is not None, reason="Triton is not to be had on this platform")
 
@@ -58,7 +59,7 @@ def test_a_machine_that_has_all(machine):
     assert facts["driver"] == "NVIDIA UNIX x86_64 Kernel Module  580.00"
     assert facts["kernel cache"] == str(machine.folder / "a" / "cache")
     assert not (machine.folder / "a").exists(), "looking leaves nothing behind"
-    assert set(diagnosis.functions) == set(ops._LIMITS)
+    assert set(diagnosis.functions) == {function.__name__ for function in ops.FUNCTIONS}
     assert all("Triton kernel on cuda:0" in sentence for sentence in diagnosis.functions.values())
     assert str(diagnosis).endswith("nothing is wrong")
 
@@ -84,8 +85,8 @@ def test_no_gpu_is_no_problem(machine, monkeypatch):
 
 
 def test_no_triton(machine, monkeypatch):
-    monkeypatch.setattr(ops, "autograd", None)
-    monkeypatch.setattr(ops, "NO_TRITON", "Triton is 3.5.1, the kernels need 3.6 or newer")
+    monkeypatch.setattr(choice, "autograd", None)
+    monkeypatch.setattr(choice, "NO_TRITON", "Triton is 3.5.1, the kernels need 3.6 or newer")
     found, diagnosis = problems()
     assert found == ["Triton is 3.5.1, the kernels need 3.6 or newer, so PyTorch serves on the GPU too"]
     assert all("Triton is 3.5.1" in sentence for sentence in diagnosis.functions.values())

@@ -1,5 +1,6 @@
 """The public functions: every bad argument is met by name and number, and the choice of road explains itself."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -264,6 +265,40 @@ def test_on_a_cpu_explain_says_so():
     )
     assert "asked for" in ops.explain(ops.layer_norm, X, W, backend="torch")
     assert "embedding runs on PyTorch" in ops.explain(ops.embedding, ids([1]), *TABLES)
+
+
+def test_explain_tells_the_form_of_the_mlp():
+    """The one that runs: each sentence is of its own condition alone."""
+    x, w_in, w_out = t(32, 8), t(2048, 8), t(8, 2048)
+    grad = w_in.clone().requires_grad_()
+    mlp = functools.partial(ops.explain, ops.gelu_mlp)
+    assert mlp(x, w_in, None, w_out).endswith(
+        "; without a derivative on a CPU 65,536 hidden units in torch.float32 make its GELU passes over what a core's "
+        "cache holds"
+    )
+    assert "65,536 hidden units in torch.float32 make its GELU PyTorch's own" in mlp(
+        x, w_in, None, w_out, approximate="none"
+    )
+    assert "63,488 hidden units in torch.float32 make its GELU PyTorch's own" in mlp(x[:31], w_in, None, w_out)
+    assert "on a CPU its backward writes over the hidden units" in mlp(x, grad, None, w_out)
+    assert mlp(x, grad, None, w_out, recompute=True).endswith("; its hidden units are computed again in the backward")
+    with torch.no_grad():
+        assert "without a derivative" in mlp(x, grad, None, w_out)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "dtype", "words"),
+    [
+        (40, 64, F32, "40 rows of 64 logits are made at once"),
+        (40, 65, F32, "40 rows of 65 logits are made some of the vocabulary at a time"),
+        (1908, 65, F32, "some of the vocabulary"),
+        (1909, 65, F32, "1,909 rows of 65 logits are made some rows at a time"),
+        (1909, 65, torch.bfloat16, "some of the vocabulary"),
+    ],
+)
+def test_explain_tells_the_way_over_the_logits(rows, vocab, dtype, words):
+    x, weight, targets = t(rows, 16, dtype=dtype), t(vocab, 16, dtype=dtype), torch.zeros(rows, dtype=I64)
+    assert words in ops.explain(ops.linear_cross_entropy, x, weight, targets)
 
 
 def test_triton_on_a_cpu_is_refused_with_the_reason():

@@ -12,7 +12,7 @@ from fastgpt.data.tokenizer import undecodable
 from fastgpt.generation.batch import Batch, Readback, Told, slots
 from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
 from fastgpt.generation.sampling import Sampling
-from fastgpt.generation.speculative import Speculation, room
+from fastgpt.generation.speculative import Speculation
 
 Reason = Literal["length", "stop_id", "stop_string"]
 DRAFT_TOKENS = 4
@@ -119,8 +119,9 @@ def stream(
         raise ValueError(f"generate: the draft's context is {helper.context}, the model's {decoder.context}")
     generator = None if seed is None else torch.Generator(decoder.device).manual_seed(seed)
     never = () if encoding is None else undecodable(encoding)
+    spare = 0 if helper is None else MAX_STEP  # what a round may write beyond the tokens asked for
     batch = Batch(
-        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, room(helper), never
+        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, spare, never
     )  # fmt: skip
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]

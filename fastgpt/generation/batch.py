@@ -41,18 +41,18 @@ class Batch:
         generator: torch.Generator | None,
         vocab_size: int,
         logprobs: bool,
-        room: int = 0,
+        spare: int = 0,
         never: Sequence[int] = (),
     ):
-        """room: tokens beyond new_tokens that may be written and not kept. never: ids that are not drawn."""
+        """spare: tokens beyond new_tokens that may be written and not kept. never: ids that are not drawn."""
         self.decoder, self.sampling, self.generator, self.vocab_size = decoder, sampling, generator, vocab_size
         device, longest = decoder.device, max(map(len, prompts))
         self.samples, self.longest, self.steps = samples, longest, 0
         self.rows = len(prompts) * samples
-        self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + room))
+        self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + spare))
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
         lengths = torch.tensor([len(ids) for ids in prompts])
-        self.history = torch.zeros(self.rows, longest + new_tokens + room, dtype=torch.int64, device=device)
+        self.history = torch.zeros(self.rows, longest + new_tokens + spare, dtype=torch.int64, device=device)
         self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(device)
         self.lengths = lengths.repeat_interleave(samples, 0).to(device)
         self.even = len(set(map(len, prompts))) == 1
@@ -111,7 +111,11 @@ class Batch:
 
     def _step(self, reach: int | None) -> None:
         last = self.history.gather(1, self.lengths[:, None] - 1)
-        self._take(self.decoder.decode(last, self.lengths, self.cache, reach, self.even and reach is not None)[:, 0])
+        if reach is None or self.decoder.on_kernels:  # a kernel reads no further than the lengths say
+            logits = self.decoder.decode(last, self.lengths, self.cache)
+        else:
+            logits = self.decoder.decode(last, None if self.even else self.lengths, self.cache.first(reach))
+        self._take(logits[:, 0])
 
     def _take(self, logits: Tensor) -> None:
         """Sample from (rows, V) and write it down."""

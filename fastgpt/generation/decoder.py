@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.generation import walks
 from fastgpt.generation.parts import Mlp, Norm, Reader, anatomy, is_plain_gpt, unwrapped
+from fastgpt.generation.walks import fused_step
 from fastgpt.model import GPT
 from fastgpt.modules import free_embedding
 from fastgpt.ops import pytorch
@@ -35,6 +35,13 @@ class Cache:
         shape = (len(decoder.layers), rows, decoder.heads, slots, decoder.head_dim)
         self.whole = torch.zeros((2, *shape), dtype=decoder.dtype, device=decoder.device)
         self.k, self.v = (half.unbind() for half in self.whole)  # of each layer
+
+    def first(self, slots: int) -> "Cache":
+        """A view of its first slots, for tokens that reach no further."""
+        view = object.__new__(Cache)
+        view.rows, view.slots, view.whole = self.rows, slots, self.whole[..., :slots, :]
+        view.k, view.v = (half.unbind() for half in view.whole)
+        return view
 
     @staticmethod
     def size(decoder: "Decoder", rows: int, slots: int) -> int:
@@ -91,8 +98,6 @@ class Decoder:
         self.head_dim = width // self.heads
         short = self._all_plain()
         self._fused = short and self.steps.fuses(width, self.dtype)
-        on_cpu = self._torch and self.device.type == "cpu" and not self.called
-        self._one_row = short and on_cpu and self._as_one_row_needs()
         self._sources = reader.sources
         self._sources.seal()
         if self.called and dtype is not None and dtype != embedded:
@@ -149,37 +154,38 @@ class Decoder:
         x = self._walk(ids, None, attend)
         return self.logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
 
-    def decode(
-        self, ids: Tensor, lengths: Tensor, cache: Cache, longest: int | None = None, even: bool = False
-    ) -> Tensor:
+    def decode(self, ids: Tensor, lengths: Tensor | None, cache: Cache) -> Tensor:
         """The next few tokens (B, Tq) of each row -> logits (B, Tq, V).
 
-        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
-        longest: the largest of lengths, if the host knows it; the cache is read no further. even: all are the longest.
+        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first; None
+        where they are the last slots of the cache in every row, which only PyTorch's functions are told
+        (cache.first(n) is a cache of its first n slots).
         """
         batch, new = ids.shape
-        if even and longest is not None and self._one_row and ids.numel() == 1:
-            with self._inference():
-                row = self._embed(ids, None, longest - 1).view(1, -1)
-                return self._logits(walks.one_row_on_cpu(self, row, longest - 1, cache)).view(1, 1, -1)
-        positions = (lengths[:, None] - new) + torch.arange(new, device=ids.device)
-        reach = cache.slots if longest is None else longest
+        newest = cache.whole[..., cache.slots - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
+        steps = torch.arange(new, device=ids.device)
+        positions = cache.slots - new + steps if lengths is None else (lengths[:, None] - new) + steps
 
         def attend(index: int, qkv: Tensor) -> Tensor:
-            q, _, _ = self._split(qkv)
             keys, values, scale = cache.k[index], cache.v[index], self.layers[index].scale
-            self.steps.append(qkv, keys, values, lengths, reach if even else None)
-            if self._torch:  # the kernel reads no further than the lengths say
-                keys, values = keys[:, :, :reach], values[:, :, :reach]
-            if even and new == 1 and self._torch:  # nothing to be hidden: no mask, and no look at the lengths
-                y = F.scaled_dot_product_attention(q, keys, values, scale=scale)
-            else:
+            if lengths is not None:
+                q, _, _ = self._split(qkv)
+                self.steps.append(qkv, keys, values, lengths)
                 y = self._functions.decode_attention(q, keys, values, lengths, scale=scale, **self._backend)
+            else:
+                packed = qkv.view(batch, new, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+                newest[index].copy_(packed[1:])
+                if new == 1:  # nothing to be hidden: no mask
+                    y = F.scaled_dot_product_attention(packed[0], keys, values, scale=scale)
+                else:
+                    y = self._functions.causal_attention(packed[0], keys, values, scale=scale)
             return y.transpose(1, 2).reshape(batch, new, -1)
 
         with self._inference():
             if self._fused and all(self.steps.fits(ids.numel(), linear.weight) for linear in self._linears()):
-                return self._logits(walks.few_rows_on_kernels(self, self._embed(ids, positions), attend))
+                x = self._embed(ids, positions)
+                norm: Any = self.norm
+                return self._logits(fused_step(self.steps, self.layers, norm, x, attend))
             return self._logits(self._walk(ids, positions, attend))
 
     def features(self, ids: Tensor) -> Tensor:
@@ -214,7 +220,7 @@ class Decoder:
             return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        few = self._fused and isinstance(self.head, Linear) and x.dim() == 3
+        few = self._fused and self.on_kernels and isinstance(self.head, Linear) and x.dim() == 3
         if few and self.steps.fits(x.shape[0] * x.shape[1], self.head.weight):
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             linear: Any = self.head
@@ -256,12 +262,6 @@ class Decoder:
         parts = (*self._norms(), *self._linears())
         return packed and all(isinstance(part, (Norm, Linear, BagLinear)) for part in parts)
 
-    def _as_one_row_needs(self) -> bool:
-        """Whether the dtypes are those that PyTorch's own norm takes on a CPU, and the stream is of the weights'."""
-        fit = self.dtype, torch.promote_types(self.dtype, torch.float32)
-        alike = all(norm.bias is None or norm.bias.dtype == norm.weight.dtype for norm in self._norms())
-        return self.stream_dtype == self.dtype and alike and all(norm.weight.dtype in fit for norm in self._norms())
-
     def _norms(self) -> Iterator[Any]:
         for layer in self.layers:
             yield from (layer.norm_1, layer.norm_2)
@@ -282,16 +282,14 @@ class Decoder:
     def _free_tables(self) -> bool:
         return free_embedding(self.anatomy.tokens) and free_embedding(self.anatomy.positions)
 
-    def _embed(self, ids: Tensor, positions: Tensor | None, start: int = 0) -> Tensor:
-        """positions (B, T), or None for those from `start` on."""
+    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """positions (B, T) or (T,), or None for the first T."""
         tokens, places = self.anatomy.tokens, self.anatomy.positions
         token_weight, weight = tokens.weight, places.weight
         if not self._free_tables():
             if positions is None:
-                positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+                positions = torch.arange(ids.shape[1], device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
-        if start:
-            weight = weight[start:]
         return self._functions.embedding(ids, token_weight, weight, positions, dtype=self.stream_dtype, **self._backend)
 
     def add_norm(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.generation.batch import Batch, Told
-from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.generation.decoder import Cache, Decoder
 from fastgpt.generation.sampling import race
 
 
@@ -41,9 +41,8 @@ class Speculation:
         lengths = batch.lengths.clamp(max=longest)  # a row that has ended goes along, and writes nothing down
         proposals, guesses, seen = self._propose(count, lengths, longest)
         last = batch.history.gather(1, lengths[:, None] - 1)
-        logits = batch.decoder.decode(
-            torch.cat((last, proposals), dim=1), lengths + count, batch.cache, longest + count, batch.rows == 1
-        )
+        ids = torch.cat((last, proposals), dim=1)
+        logits = self._decode(batch.decoder, ids, lengths + count, batch.cache, longest + count)
         logits = batch.allowed(logits)  # (B, count + 1, V)
         if count and not logits[torch.tensor(self.active, device=logits.device)].isfinite().all():
             return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
@@ -70,7 +69,7 @@ class Speculation:
                 ids = batch.history.gather(1, places)
             else:
                 ids = proposals[:, i - 1 : i]
-            logits = draft.decode(ids, lengths + i, self.cache, longest + i, batch.rows == 1)[:, -1]
+            logits = self._decode(draft, ids, lengths + i, self.cache, longest + i)[:, -1]
             logits = batch.allowed(logits)
             guess = batch.sampling.probabilities(logits, seen[-1])
             if not logits.isfinite().all():
@@ -80,6 +79,12 @@ class Speculation:
             before = seen[-1]
             seen.append(None if before is None else before.scatter(1, proposals[:, i : i + 1], True))
         return proposals, torch.stack(guesses, dim=1) if guesses else proposals, seen
+
+    def _decode(self, decoder: Decoder, ids: Tensor, lengths: Tensor, cache: Cache, longest: int) -> Tensor:
+        """longest: of the lengths, as far as the cache is to be read; the kernels see to that themselves."""
+        if decoder.on_kernels:
+            return decoder.decode(ids, lengths, cache)
+        return decoder.decode(ids, None if self.batch.rows == 1 else lengths, cache.first(longest))
 
     def _taken(self, proposals: Tensor, guesses: Tensor, wanted: Tensor) -> Tensor:
         """How many proposals of each row are taken: all before the first that is not."""
@@ -109,8 +114,3 @@ class Speculation:
         if batch.logprobs is not None:
             logprobs = logits.log_softmax(-1).gather(2, new[..., None])[..., 0].tolist()
         return Told(ids, logprobs)
-
-
-def room(draft: Decoder | None) -> int:
-    """Tokens that a round may write beyond those asked for."""
-    return 0 if draft is None else MAX_STEP

@@ -10,29 +10,43 @@ Dropout takes p in [0, 1]. With an explicit `seed` (an int, or an int64 tensor o
 that a CUDA graph can advance it) both roads drop the same elements; with None, torch.manual_seed repeats each road.
 """
 
-import inspect
 import math
-from collections.abc import Callable
-from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, decoding, pytorch
+from fastgpt.ops import checks
+from fastgpt.ops.choice import (
+    Backend,
+    autograd,
+    backend_for,
+    backend_in_words,
+    decoding_steps,
+    explain,
+    interpreted,
+    no_triton,
+)
 
-Backend = Literal["auto", "triton", "torch"]
-
-autograd: Any = None  # the Triton road, where there is a Triton to import
-NO_TRITON = "Triton is not installed"
-if find_spec("triton") is not None:
-    import triton
-
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
-        NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
-    else:
-        import fastgpt.ops.autograd as autograd  # `from fastgpt.ops import` would find the None above
+__all__ = [
+    "FUNCTIONS",
+    "Backend",
+    "add_layer_norm",
+    "autograd",
+    "backend_in_words",
+    "causal_attention",
+    "causal_attention_qkv",
+    "decode_attention",
+    "decoding_steps",
+    "document_ids",
+    "embedding",
+    "explain",
+    "gelu_mlp",
+    "interpreted",
+    "layer_norm",
+    "linear_cross_entropy",
+    "no_triton",
+]
 
 
 def layer_norm(
@@ -43,7 +57,7 @@ def layer_norm(
     weight, bias: (C,), in any floating dtype. Source: Ba, Kiros, Hinton, "Layer Normalization", 2016, section 3.
     """
     checks.norm("layer_norm", x, weight, bias, eps)
-    return road("layer_norm", backend, x).layer_norm(x, weight, bias, eps)
+    return backend_for("layer_norm", backend, x).layer_norm(x, weight, bias, eps)
 
 
 def add_layer_norm(
@@ -73,7 +87,7 @@ def add_layer_norm(
     if residual_dtype is not None and residual_dtype not in checks.FLOATS:
         raise TypeError(f"{name}: residual_dtype is {residual_dtype}, not one of {checks.names(checks.FLOATS)}")
     checks.dropout(name, dropout_p, seed, x.device)
-    return road(name, backend, x).add_layer_norm(
+    return backend_for(name, backend, x).add_layer_norm(
         x, residual, weight, bias, eps, x_bias=x_bias, residual_dtype=residual_dtype, dropout_p=dropout_p, seed=seed
     )
 
@@ -108,7 +122,7 @@ def causal_attention(
         )
     checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return road(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
+    return backend_for(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
 
 
 def causal_attention_qkv(
@@ -133,7 +147,7 @@ def causal_attention_qkv(
     shape = (batch, heads, time, packed // 3 // heads)
     checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
     options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
-    return road(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
+    return backend_for(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
 
 
 def document_ids(cu_seqlens: Tensor, time: int) -> Tensor:
@@ -177,7 +191,7 @@ def decode_attention(
     checks.integers(name, q.device, lengths=lengths)
     checks.shape(name, "lengths", lengths, q.shape[:1])
     checks.in_range(name, "length", lengths, k_cache.shape[2] + 1, f"a cache of {k_cache.shape[2]} slots")
-    return road(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
+    return backend_for(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
         q, k_cache, v_cache, lengths, scale=scale
     )
 
@@ -210,7 +224,9 @@ def gelu_mlp(
     checks.shape(name, "b_out", b_out, x.shape[-1:])
     if approximate not in ("tanh", "none"):
         raise ValueError(f"{name}: approximate is {approximate!r}, not 'tanh' or 'none'")
-    return road(name, backend, x).gelu_mlp(x, w_in, b_in, w_out, b_out, approximate=approximate, recompute=recompute)
+    return backend_for(name, backend, x).gelu_mlp(
+        x, w_in, b_in, w_out, b_out, approximate=approximate, recompute=recompute
+    )
 
 
 def linear_cross_entropy(
@@ -248,7 +264,7 @@ def linear_cross_entropy(
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{name}: z_loss is {z_loss}, not a finite number of at least 0")
     checks.in_range(name, "target", targets, weight.shape[0], f"a vocabulary of {weight.shape[0]}", ignore_index)
-    return road(name, backend, x).linear_cross_entropy(
+    return backend_for(name, backend, x).linear_cross_entropy(
         x,
         weight,
         targets,
@@ -296,122 +312,18 @@ def embedding(
     checks.in_range(name, "token", ids, token_weight.shape[0], f"a vocabulary of {token_weight.shape[0]}")
     if positions is not None:
         checks.in_range(name, "position", positions, context, f"a context of {context}")
-    return road(name, backend, token_weight).embedding(
+    return backend_for(name, backend, token_weight).embedding(
         ids, token_weight, position_weight, positions, dropout_p=dropout_p, seed=seed, dtype=dtype
     )
 
 
-def explain(function: Callable, *args, **kwargs) -> str:
-    """Which road `function` (one of this module) would take for these arguments, and why, in a sentence.
-
-    explain(layer_norm, x, weight) -> "layer_norm runs on PyTorch: the tensors are on cpu, …"
-    """
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    backend = arguments.pop("backend")
-    label = next(name for name, a in arguments.items() if isinstance(a, Tensor) and a.is_floating_point())
-    operand = arguments.pop(label)
-    _, sentence = _choose(function.__name__, backend, operand, arguments)
-    return sentence
-
-
-# The choice: the one place that decides between Triton and PyTorch. `operand` is a call's first floating-point
-# tensor, `arguments` what else the kernel's limits ask about.
-
-
-def road(name: str, backend: Backend, operand: Tensor, **arguments) -> ModuleType:
-    """The module whose function of that name serves such a call; for a caller that checks once and calls often."""
-    return _choose(name, backend, operand, arguments)[0]
-
-
-def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
-    """The steps of decoding of a model of which `operand` is a weight, chosen once for all its calls."""
-    return decoding.OnPyTorch() if road("layer_norm", backend, operand) is pytorch else decoding.OnKernels(autograd)
-
-
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device's tensors."""
-    return autograd is not None and autograd.INTERPRETED
-
-
-def no_triton() -> str | None:
-    """Why no Triton kernel can run in this process, whatever the device; None where one can."""
-    return NO_TRITON if autograd is None else None
-
-
-def backend_in_words(backend: Backend, operand: Tensor) -> str:
-    """What serves a model of which `operand` is a weight, as words after "on the CPU, " or "on cuda:0, "."""
-    found, sentence = _choose("layer_norm", backend, operand, {})
-    if found is not pytorch:
-        return "with the Triton kernels" + (" in Triton's interpreter" if interpreted() else "")
-    ours = "with PyTorch's own functions"
-    if backend == "torch":
-        return f"{ours}, as backend='torch' asks"
-    if operand.device.type == "cuda":  # an NVIDIA GPU that lacks something, or an AMD one
-        return f"{ours}: {sentence.partition(': ')[2]}"
-    return f"{ours}; the Triton kernels need an NVIDIA GPU"
-
-
-def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tuple[ModuleType, str]:
-    if isinstance(backend, ModuleType):  # the naive reference, for who judges a whole model; ops does not know it
-        return backend, f"{name} runs on {backend.__name__}"
-    if backend not in ("auto", "triton", "torch"):
-        raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
-    if backend == "torch":
-        return pytorch, f"{name} runs on PyTorch: backend='torch' was asked for"
-    obstacle = _obstacle(name, operand, arguments)
-    if autograd is not None and obstacle is None:
-        where = "Triton's interpreter" if autograd.INTERPRETED else f"its Triton kernel on {operand.device}"
-        return autograd, f"{name} runs on {where}"
-    if backend == "triton":
-        raise ValueError(f"{name}: backend='triton' can't be had: {obstacle}")
-    return pytorch, f"{name} runs on PyTorch: {obstacle}"
-
-
-def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
-    """What keeps the Triton kernel from serving this call, or None."""
-    if not interpreted() and (operand.device.type != "cuda" or torch.version.hip):  # with a Triton or without
-        kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device
-        return f"the tensors are on {kind}, the kernels run on NVIDIA GPUs"
-    if autograd is None:
-        return NO_TRITON
-    if not autograd.INTERPRETED:
-        capability = torch.cuda.get_device_capability(operand.device)
-        if capability < (8, 0):
-            return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
-        if operand.dtype == torch.float64:
-            return "the kernels compute in float32 at most, the operand is torch.float64"
-    return _LIMITS[name](operand, **arguments)
-
-
-def _row_limit(x, **_):
-    if x.shape[-1] > autograd.layernorm.MAX_COLUMNS:
-        return f"rows of {x.shape[-1]} channels are wider than the kernel's {autograd.layernorm.MAX_COLUMNS}"
-    return None
-
-
-def _attention_limit(q, *, heads=None, **_):
-    """q (B, H, T, D), or a packed qkv with its heads."""
-    head_dim = q.shape[-1] if heads is None else q.shape[-1] // 3 // heads
-    if head_dim > autograd.attention.MAX_HEAD_DIM:
-        return f"heads of {head_dim} channels are wider than the kernel's {autograd.attention.MAX_HEAD_DIM}"
-    return None
-
-
-def _decode_limit(q, *, k_cache, v_cache, **_):
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
-        return "the decode kernel has no derivative, and an operand requires one"
-    return _attention_limit(q)
-
-
-_LIMITS: dict[str, Callable[..., str | None]] = {
-    "layer_norm": _row_limit,
-    "add_layer_norm": _row_limit,
-    "causal_attention": _attention_limit,
-    "causal_attention_qkv": _attention_limit,
-    "decode_attention": _decode_limit,
-    "gelu_mlp": lambda x, **_: None,  # none
-    "linear_cross_entropy": lambda x, **_: None,
-    "embedding": lambda x, **_: None,
-}
+FUNCTIONS = (
+    layer_norm,
+    add_layer_norm,
+    causal_attention,
+    causal_attention_qkv,
+    decode_attention,
+    gelu_mlp,
+    linear_cross_entropy,
+    embedding,
+)

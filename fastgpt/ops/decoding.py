@@ -7,38 +7,54 @@ tokens, `H` heads, `D` head dim, `V` vocabulary; `N K` a linear layer's weight.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from fastgpt.ops import pytorch
+from fastgpt.ops.cpu import mlp
 
 
 class OnPyTorch:
-    """PyTorch's own functions. There is nothing to fuse for few rows: `fuses` and `fits` say so."""
+    """PyTorch's own functions."""
 
     on_kernels = False
 
-    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, even: int | None) -> None:
+    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """The keys and values of the newest tokens, in qkv (B, Tq, 3HD), into the caches (B, H, Tmax, D).
 
-        lengths: (B,), with the new tokens counted in. even: the length of all rows, where the host knows that they are
-        alike; then no index is made of lengths.
+        lengths: (B,), with the new tokens counted in.
         """
         batch, new, heads = *qkv.shape[:2], keys.shape[1]
         k, v = qkv.view(batch, new, 3, heads, -1)[:, :, 1:].unbind(2)  # (B, Tq, H, D)
-        if even is not None:
-            keys[:, :, even - new : even] = k.transpose(1, 2)
-            values[:, :, even - new : even] = v.transpose(1, 2)
-            return
         rows = torch.arange(batch, device=qkv.device)[:, None]
         places = (lengths[:, None] - new) + torch.arange(new, device=qkv.device)
         keys[rows, :, places] = k
         values[rows, :, places] = v
 
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
-        """Whether a layer of that width and dtype may take norm_linear and linear."""
-        return False
+        """Whether a layer of that width and dtype may take norm_linear and product."""
+        return True
 
     def fits(self, rows: int, weight: Tensor) -> bool:
-        """Whether so few rows of a product with that weight (N, K) are faster by linear."""
-        return False
+        """Whether so few rows of a product with that weight (N, K) are faster by norm_linear and product."""
+        return True
+
+    def norm_linear(
+        self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, linear: Any, gelu: str
+    ) -> tuple[Tensor, Tensor]:
+        """The sum x + branch + branch_bias (M, K), and its norm (weight, bias, eps) through a linear layer (weight,
+        bias) and a GELU, (M, N), in the order (M, N), sum. gelu: "tanh", "none" for the exact one, "" for no GELU."""
+        x = _sum(x, branch, branch_bias)
+        y = linear(_norm(x, linear.weight.dtype, norm))
+        return (_gelu(y, gelu) if gelu else y), x
+
+    def product(self, x: Tensor, linear: Any) -> tuple[Tensor, Tensor | None]:
+        """x (M, K) through a linear layer -> (M, N), and the bias that it still lacks."""
+        return linear(x), None
+
+    def add_norm(self, x: Tensor, branch: Any, branch_bias: Tensor | None, norm: Any) -> Tensor:
+        """The norm of x + branch + branch_bias (M, K), in branch's dtype."""
+        return _norm(_sum(x, branch, branch_bias), branch.dtype, norm)
 
 
 class OnKernels(OnPyTorch):
@@ -50,9 +66,10 @@ class OnKernels(OnPyTorch):
         """autograd: the module of that name, which only ops imports."""
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
+        self._add_norm = autograd.add_layer_norm
         self._widest: int = autograd.few_rows.MAX_NORMED
 
-    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, even: int | None) -> None:
+    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         self._append(qkv, keys, values, lengths)
 
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
@@ -65,14 +82,33 @@ class OnKernels(OnPyTorch):
         """x (M, K) -> (M, N), rounded to weight's dtype and given in it or in `dtype`."""
         return self._linear(x, weight, bias, dtype)
 
+    def product(self, x: Tensor, linear: Any) -> tuple[Tensor, Tensor | None]:
+        return self._linear(x, linear.weight, None), linear.bias
+
+    def add_norm(self, x: Tensor, branch: Any, branch_bias: Tensor | None, norm: Any) -> Tensor:
+        return self._add_norm(branch, x, *norm, x_bias=branch_bias)[0]
+
     def norm_linear(
         self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, linear: Any, gelu: str
     ) -> tuple[Tensor, Tensor]:
-        """The sum x + branch + branch_bias (M, K), and its norm (weight, bias, eps) through a linear layer (weight,
-        bias) and a GELU, (M, N), in the order (M, N), sum. gelu: "tanh", "none" for the exact one, "" for no GELU."""
         return self._norm_linear(x, branch, branch_bias, *norm, *linear, gelu)
 
     def take_likeliest(self, logits: Tensor, history: Tensor, lengths: Tensor, ids: Tensor) -> None:
         """The likeliest of (B, V) into history (B, room) at lengths (B,), which grow by one, and into ids (B,), which
         gets -1 where a logit is not finite."""
         self._likeliest(logits, history, lengths, ids)
+
+
+def _sum(x: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:
+    total = x if branch is None else x + branch
+    return total if bias is None else total + bias
+
+
+def _gelu(x: Tensor, approximate: str) -> Tensor:
+    return mlp.gelu(x, approximate) if x.is_cpu else F.gelu(x, approximate=approximate)
+
+
+def _norm(x: Tensor, dtype: torch.dtype, norm: Any) -> Tensor:
+    """x was rounded when it was summed up: to centre it, a twentieth of a token's time, would not make it exact."""
+    y = pytorch.uncentred_layer_norm(x, *norm)
+    return y if y.dtype == dtype else y.to(dtype)

@@ -16,14 +16,19 @@ from torch import Tensor
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index, reduction, label_smoothing, z_loss, chunked_losses):
     """fastgpt.ops.linear_cross_entropy with `chunked_losses`, an op that `chunked_op` made."""
-    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(x.device.type) if cast else x.dtype
+    dtype = compute_dtype(x)
     rows, flat = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if not torch.is_grad_enabled():  # a Function can't tell, and would make gradients that nobody asks for
         rows, weight = rows.detach(), weight.detach()
     settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
     losses = LinearCrossEntropy.apply(rows, weight, flat, reduction, settings, chunked_losses)
     return losses.view(targets.shape) if reduction == "none" else losses
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of a matmul with x: autocast's where it is on."""
+    cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if cast else x.dtype
 
 
 class LossSettings(NamedTuple):

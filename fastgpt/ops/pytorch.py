@@ -136,15 +136,13 @@ def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
     """(..., C) -> (..., C) through the hidden (..., F). recompute keeps only the pre-activation for the backward."""
     operands = [x, w_in, b_in, w_out, b_out]
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    eager_cpu = x.device.type == "cpu" and not transformed
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    if eager_cpu and differentiable and not recompute:
+    form = mlp_form(operands, recompute)
+    if form == "differentiated in place":
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # whose casts inside would have no derivative
             dtype = torch.get_autocast_dtype("cpu")
             operands = [None if t is None else _in(dtype, t) for t in operands]
         return mlp.GeluMlp.apply(*operands, approximate)
-    gelu = mlp.gelu if eager_cpu and not differentiable else F.gelu
+    gelu = mlp.gelu if form == "without a derivative" else F.gelu
 
     def second_half(hidden):
         return linear(gelu(hidden, approximate=approximate), w_out, b_out)
@@ -152,9 +150,22 @@ def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=
     hidden = linear(x, w_in, b_in)
     return (
         checkpoint(second_half, hidden, use_reentrant=False, preserve_rng_state=False)
-        if recompute
+        if form == "recomputed"
         else second_half(hidden)
     )
+
+
+def mlp_form(operands, recompute) -> str:
+    """The form that gelu_mlp takes: on a CPU "differentiated in place" or "without a derivative", elsewhere "plain";
+    "recomputed" on either."""
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    eager_cpu = operands[0].device.type == "cpu" and not transformed
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    if eager_cpu and not differentiable:
+        return "without a derivative"
+    if recompute:
+        return "recomputed"
+    return "differentiated in place" if eager_cpu else "plain"
 
 
 def linear(x, weight, bias=None):

@@ -1,5 +1,7 @@
 """The fallback's two ways over the logits of linear_cross_entropy: by rows, and for few rows by the vocabulary."""
 
+from typing import Literal, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,23 +10,35 @@ from fastgpt.ops import loss
 _FEWEST_ROWS = 160  # of a chunk: with fewer the matmuls wait for weight and dweight to be read and written
 
 
-def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight):
+class Way(NamedTuple):
+    kind: Literal["at once", "by rows", "by vocabulary"]
+    rows: int  # of a chunk, or of the part that is gone over by the vocabulary
+
+
+def way(rows: int, weight_shape: torch.Size, dtype: torch.dtype, needs_weight: bool) -> Way:
     """In chunks of rows or of the vocabulary, whichever leaves the matmuls large; none needs a tenth of the logits.
 
     (256 rows of GPT-2 124M's head take 2.7 times as long by rows as by the vocabulary, on a CPU of two cores.) Logits
     that are no wider than an MLP's hidden units are not worth a chunk: a model holds more than that for every layer.
     """
-    vocab, channels = weight.shape
-    copies = settings.dtype != losses.dtype  # a chunk in half precision is worked on in a float32 copy, three times it
-    at_once = vocab <= 4 * channels
-    rows = max(1, len(x)) if at_once else -(-len(x) // (40 if copies else 12))
-    if at_once or (rows >= _FEWEST_ROWS and (copies or not _has_room(dweight, x, losses))):
+    vocab, channels = weight_shape
+    copies = dtype in (torch.float16, torch.bfloat16)  # a chunk is worked on in a float32 copy, three times it
+    if vocab <= 4 * channels:
+        return Way("at once", max(1, rows))
+    chunk = -(-rows // (40 if copies else 12))
+    if chunk >= _FEWEST_ROWS and (copies or not (needs_weight and _fit_in_gradient(rows, channels))):
+        return Way("by rows", chunk)
+    parts = max(1, -(-rows // channels))  # the first has room in dweight
+    if copies:  # dx is summed up in float32, and x copied where halves are not multiplied: a part's copies are small
+        parts = -(-40 * channels // vocab) if loss.multiplies(dtype) else 4
+    return Way("by vocabulary", max(1, -(-rows // parts)))
+
+
+def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight):
+    kind, rows = way(len(x), weight.shape, settings.dtype, dweight is not None)
+    if kind != "by vocabulary":
         loss.by_rows(_pass_over_rows, rows, False, x, weight, targets, row_grads, settings, losses, dx, dweight)
         return
-    parts = max(1, -(-len(x) // channels))  # the first has room in dweight
-    if copies:  # dx is summed up in float32, and x copied where halves are not multiplied: a part's copies are small
-        parts = -(-40 * channels // vocab) if loss.multiplies(settings.dtype) else 4
-    rows = max(1, -(-len(x) // parts))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         grads, dx_part = (None if t is None else t[part] for t in (row_grads, dx))
@@ -33,9 +47,9 @@ def _go_over_logits(x, weight, targets, row_grads, settings, losses, dx, dweight
         )
 
 
-def _has_room(dweight, x, losses) -> bool:
+def _fit_in_gradient(rows: int, channels: int) -> bool:
     """Whether dweight (V, C) can keep the logits (N, V), transposed, until it is itself written."""
-    return dweight is not None and dweight.dtype == losses.dtype and x.shape[0] <= x.shape[1]
+    return rows <= channels
 
 
 class _Rows:
@@ -101,7 +115,7 @@ def _by_vocabulary(x, weight, targets, row_grads, settings, losses, dx, dweight,
     when nothing needs that slice's logits any more.
     """
     vocab, dtype, wide = weight.shape[0], settings.dtype, losses.dtype
-    keeps = first and row_grads is not None and _has_room(dweight, x, losses)
+    keeps = first and row_grads is not None and dweight is not None and _fit_in_gradient(*x.shape)
     fast = dtype != wide and loss.multiplies(dtype)
     step = -(-vocab // (24 if dtype == wide else 96 if fast else 48))
     slices = [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]

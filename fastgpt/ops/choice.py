@@ -1,0 +1,176 @@
+"""The one place that chooses a backend for a call, for a model that is decoded too, and that explains the choice.
+
+A form of its own that a backend has for some calls (few rows, a CPU's MLP and loss) is chosen where that form stands;
+here it is put into words, by the same functions.
+"""
+
+import inspect
+from collections.abc import Callable
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastgpt.ops import decoding, loss, pytorch
+from fastgpt.ops.cpu import logits, mlp
+
+Backend = Literal["auto", "triton", "torch"]
+
+autograd: Any = None  # the Triton backend, where there is a Triton to import
+NO_TRITON = "Triton is not installed"
+if find_spec("triton") is not None:
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
+        NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
+    else:
+        import fastgpt.ops.autograd as autograd  # `from fastgpt.ops import` would find the None above
+
+
+def backend_for(name: str, backend: Backend, operand: Tensor, **arguments) -> ModuleType:
+    """The module whose function of that name serves such a call.
+
+    operand: the call's first floating-point tensor. arguments: what else the kernel's limits ask about.
+    """
+    return _choose(name, backend, operand, arguments)[0]
+
+
+def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
+    """The steps of decoding of a model of which `operand` is a weight, chosen once for all its calls."""
+    if backend_for("layer_norm", backend, operand) is pytorch:
+        return decoding.OnPyTorch()
+    return decoding.OnKernels(autograd)
+
+
+def explain(function: Callable, *args, **kwargs) -> str:
+    """Which backend `function` (one of fastgpt.ops) would take for these arguments, and why, in a sentence; and which
+    special form of it, where the backend has one for such a call.
+
+    explain(layer_norm, x, weight) -> "layer_norm runs on PyTorch: the tensors are on cpu, …"
+    """
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    backend = arguments.pop("backend")
+    label = next(name for name, a in arguments.items() if isinstance(a, Tensor) and a.is_floating_point())
+    operand = arguments.pop(label)
+    name = function.__name__
+    chosen, sentence = _choose(name, backend, operand, arguments)
+    form = _FORMS[name](operand, **arguments) if chosen is pytorch and name in _FORMS else ""
+    return f"{sentence}; {form}" if form else sentence
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device's tensors."""
+    return autograd is not None and autograd.INTERPRETED
+
+
+def no_triton() -> str | None:
+    """Why no Triton kernel can run in this process, whatever the device; None where one can."""
+    return NO_TRITON if autograd is None else None
+
+
+def backend_in_words(backend: Backend, operand: Tensor) -> str:
+    """What serves a model of which `operand` is a weight, as words after "on the CPU, " or "on cuda:0, "."""
+    found, sentence = _choose("layer_norm", backend, operand, {})
+    if found is not pytorch:
+        return "with the Triton kernels" + (" in Triton's interpreter" if interpreted() else "")
+    ours = "with PyTorch's own functions"
+    if backend == "torch":
+        return f"{ours}, as backend='torch' asks"
+    if operand.device.type == "cuda":  # an NVIDIA GPU that lacks something, or an AMD one
+        return f"{ours}: {sentence.partition(': ')[2]}"
+    return f"{ours}; the Triton kernels need an NVIDIA GPU"
+
+
+def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tuple[ModuleType, str]:
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
+    if backend == "torch":
+        return pytorch, f"{name} runs on PyTorch: backend='torch' was asked for"
+    obstacle = _obstacle(name, operand, arguments)
+    if autograd is not None and obstacle is None:
+        where = "Triton's interpreter" if autograd.INTERPRETED else f"its Triton kernel on {operand.device}"
+        return autograd, f"{name} runs on {where}"
+    if backend == "triton":
+        raise ValueError(f"{name}: backend='triton' can't be had: {obstacle}")
+    return pytorch, f"{name} runs on PyTorch: {obstacle}"
+
+
+def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
+    """What keeps the Triton kernel from serving this call, or None."""
+    if not interpreted() and (operand.device.type != "cuda" or torch.version.hip):  # with a Triton or without
+        kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device
+        return f"the tensors are on {kind}, the kernels run on NVIDIA GPUs"
+    if autograd is None:
+        return NO_TRITON
+    if not autograd.INTERPRETED:
+        capability = torch.cuda.get_device_capability(operand.device)
+        if capability < (8, 0):
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+        if operand.dtype == torch.float64:
+            return "the kernels compute in float32 at most, the operand is torch.float64"
+    return _LIMITS[name](operand, **arguments) if name in _LIMITS else None
+
+
+def _row_limit(x, **_):
+    if x.shape[-1] > autograd.layernorm.MAX_COLUMNS:
+        return f"rows of {x.shape[-1]} channels are wider than the kernel's {autograd.layernorm.MAX_COLUMNS}"
+    return None
+
+
+def _attention_limit(q, *, heads=None, **_):
+    """q (B, H, T, D), or a packed qkv with its heads."""
+    head_dim = q.shape[-1] if heads is None else q.shape[-1] // 3 // heads
+    if head_dim > autograd.attention.MAX_HEAD_DIM:
+        return f"heads of {head_dim} channels are wider than the kernel's {autograd.attention.MAX_HEAD_DIM}"
+    return None
+
+
+def _decode_limit(q, *, k_cache, v_cache, **_):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        return "the decode kernel has no derivative, and an operand requires one"
+    return _attention_limit(q)
+
+
+_LIMITS: dict[str, Callable[..., str | None]] = {  # of functions whose kernels have one
+    "layer_norm": _row_limit,
+    "add_layer_norm": _row_limit,
+    "causal_attention": _attention_limit,
+    "causal_attention_qkv": _attention_limit,
+    "decode_attention": _decode_limit,
+}
+
+
+# The fallback's special forms, in words.
+
+
+def _mlp_form(x, *, w_in, b_in, w_out, b_out, approximate, recompute) -> str:
+    form = pytorch.mlp_form([x, w_in, b_in, w_out, b_out], recompute)
+    if form in ("plain", "recomputed"):
+        return "its hidden units are computed again in the backward" if form == "recomputed" else ""
+    dtype = loss.compute_dtype(x)
+    units = x.numel() // x.shape[-1] * w_in.shape[0]
+    gelu = f"{units:,} hidden units in {dtype} make its GELU " + (
+        "passes over what a core's cache holds" if mlp.by_passes(units, dtype, approximate) else "PyTorch's own"
+    )
+    if form == "differentiated in place":
+        return f"on a CPU its backward writes over the hidden units, and {gelu}"
+    return f"without a derivative on a CPU {gelu}"
+
+
+def _loss_form(x, *, weight, reduction, **_) -> str:
+    rows = x.numel() // x.shape[-1]
+    wanted = torch.is_grad_enabled() and weight.requires_grad and reduction != "none"
+    way = logits.way(rows, weight.shape, loss.compute_dtype(x), wanted)
+    at_once = f"{rows:,} rows of {weight.shape[0]:,} logits"
+    return {
+        "at once": f"{at_once} are made at once: an MLP's hidden units take as much",
+        "by rows": f"{at_once} are made some rows at a time",
+        "by vocabulary": f"{at_once} are made some of the vocabulary at a time, which leaves the matmuls larger",
+    }[way.kind]
+
+
+_FORMS: dict[str, Callable[..., str]] = {"gelu_mlp": _mlp_form, "linear_cross_entropy": _loss_form}
