@@ -31,12 +31,12 @@ def test_schedules(fields, rates):
         (dict(total_batch_size=0), "total_batch_size is 0, not at least 1"),
         (dict(checkpoint_interval=0), "checkpoint_interval is 0, not at least 1"),
         (dict(decay_share=0.0), r"decay_share is 0.0, not in \(0, 1\]"),
-        (dict(schedule="step"), "schedule is 'step', not one of cosine, wsd"),
-        (dict(dtype="int8"), "dtype is 'int8', not one of auto, float32"),
-        (dict(max_iters=1.5), "max_iters is 1.5, not int"),
-        (dict(max_iters=True), "max_iters is True, not int"),
-        (dict(learning_rate="fast"), "learning_rate is 'fast', not float"),
-        (dict(compile=1), "compile is 1, not bool"),
+        (dict(schedule="step"), "schedule is 'step', not 'cosine' or 'wsd'"),
+        (dict(dtype="int8"), "dtype is 'int8', not 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (dict(max_iters=1.5), "max_iters is 1.5, not a whole number"),
+        (dict(max_iters=True), "max_iters is True, not a whole number"),
+        (dict(learning_rate="fast"), "learning_rate is 'fast', not a number"),
+        (dict(compile=1), "compile is 1, not True or False"),
         (dict(total_batch_size=64, gradient_accumulation_steps=2), "say the same thing; give one of them"),
     ],
 )
@@ -87,7 +87,7 @@ def fitted(monkeypatch):
     """The arguments that `fit` gets; nothing is trained and no sample written."""
     got = []
     monkeypatch.setattr(cli, "fit", lambda *arguments: got.append(arguments))
-    monkeypatch.setattr(cli.cli_text, "write", lambda *arguments, **options: None)
+    monkeypatch.setattr(cli.text, "write", lambda *arguments, **options: None)
     return got
 
 

@@ -19,7 +19,8 @@ from fastgpt.data.tokenizer import Named, Unavailable, encoding, is_local, named
 from fastgpt.data.tokens import meta_beside, meta_of, tokenize
 from fastgpt.doctor import examine
 from fastgpt.families.book import VARIANTS
-from fastgpt.model import PRESETS, GPTConfig, nearest
+from fastgpt.fields import nearest
+from fastgpt.model import PRESETS, GPTConfig
 from fastgpt.training import CHECKPOINTS, fit, pretrained
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import device_named
