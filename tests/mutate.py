@@ -292,13 +292,13 @@ MUTANTS = [
     # weights
     Mutant("the square c_proj not transposed", GPT2, '"attn.c_attn.weight", "attn.c_proj.weight", "mlp', '"attn.c_attn.weight", "mlp', "test_convert.py::test_square_weights_are_transposed_by_value", False),
     Mutant("queries and keys swapped", RASCHKA, 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
-    Mutant("an untied head lost", "fastgpt/weights/__init__.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
+    Mutant("an untied head lost", "fastgpt/weights/pretrained.py", 'fields["tie"] = head is None or torch.equal', 'fields["tie"] = head is None or True or torch.equal', "test_convert.py::test_the_books_model_gives_its_own_logits", False),
     Mutant("nanoGPT's GELU taken for GPT-2's", "fastgpt/families/nanogpt.py", '{"gelu": "none", **fields}', '{"gelu": "tanh", **fields}', "test_convert.py::test_nanogpts_model_gives_its_own_logits", False),
     Mutant("sizes of storages unchecked", FILES, "if tensor.numel() * tensor.element_size() >", "if 0 >", "test_convert_files.py::test_a_claim_of_more_than_is_stored", False),
     Mutant("names that leave the folder", FILES, 'if Path(part).name != part or "', 'if "', "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
     Mutant("old mask buffers kept", FILES, "if _MASK.search(plain):", "if False:", "test_convert.py::test_mask_buffers_say_nothing", False),
     Mutant("files of weights that may run code", "fastgpt/weights/files.py", "weights_only=True", "weights_only=False", "test_convert_files.py::test_nothing_is_unpickled_or_unpacked", False),
-    Mutant("padding with copies", "fastgpt/weights/__init__.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
+    Mutant("padding with copies", "fastgpt/weights/pretrained.py", "rows.new_zeros(vocab_size - len(rows), rows.shape[1])", "rows[: vocab_size - len(rows)]", "test_convert.py::test_the_vocabulary_is_padded_and_cropped", False),
     # training
     Mutant("resume without RNG", "fastgpt/training/loop.py", "if not state.restore_generators(saved, self.world):", "if False:", RESUMED, False),
     Mutant("resume without data position", "fastgpt/training/loop.py", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),

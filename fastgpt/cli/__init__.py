@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--vocab_size", type=int, metavar="N", help="crop the vocabulary, or pad it with zeros")
     change.add_argument("--gelu", choices=("tanh", "none"), help="the GELU, where it is not the family's own")
     change.add_argument("--encoding", help="for fastgpt: byte, gpt2, … (default: what the vocabulary's size tells)")
-    change.add_argument("--variant", default="GPTModel", choices=VARIANTS, help="for the book (default: GPTModel)")
+    change.add_argument("--variant", choices=VARIANTS, help="for the book (default: GPTModel)")
     change.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
 
     check = commands.add_parser("verify", help="compare with float64 what this machine computes", allow_abbrev=False)
