@@ -7,9 +7,7 @@ the next LayerNorm adds it, with the bias of the linear layer that made it and w
 """
 
 import dataclasses
-import difflib
 import math
-import typing
 from typing import Any, Literal
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.fields import check_fields, nearest
 from fastgpt.modules import free_embedding, free_linear, is_linear, occupied
 
 
@@ -41,28 +40,17 @@ class GPTConfig:
     backend: ops.Backend = "auto"
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        check_fields(self)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-                raise ValueError(f"GPTConfig: {name} is {value!r}, not a whole number of at least 1 and below 2**31")
+            if value is not None and not 1 <= value < 2**31:
+                raise ValueError(f"GPTConfig: {name} is {value}, not a whole number of at least 1 and below 2**31")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd = {self.n_embd} does not divide into n_head = {self.n_head} heads")
-        if self.n_inner is not None and (not isinstance(self.n_inner, int) or self.n_inner < 1):
-            raise ValueError(f"GPTConfig: n_inner is {self.n_inner!r}, not a whole number of at least 1 or None")
-        for name, kind in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if kind is bool and not isinstance(value, bool):
-                raise ValueError(f"GPTConfig: {name} is {value!r}, not True or False")
-            if kind is float and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise ValueError(f"GPTConfig: {name} is {value!r}, not a number")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"GPTConfig: dropout is {self.dropout}, not in [0, 1]")
         if not 0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps}, not a positive number")
-        for name, choices in typing.get_type_hints(type(self)).items():
-            allowed = typing.get_args(choices)
-            if typing.get_origin(choices) is Literal and getattr(self, name) not in allowed:
-                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)!r}, not {_either(allowed)}")
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
@@ -91,17 +79,6 @@ PRESETS: dict[str, dict] = {
     "byte-0.8M": dict(vocab_size=257, block_size=128, n_layer=4, n_head=4, n_embd=128),
     "byte-10M": dict(vocab_size=257, block_size=256, n_layer=6, n_head=6, n_embd=384),
 }
-
-
-def _either(names) -> str:
-    """'a', 'b' or 'c'"""
-    *most, last = map(repr, names)
-    return f"{', '.join(most)} or {last}"
-
-
-def nearest(name: str, known) -> str:
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

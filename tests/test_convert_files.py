@@ -8,10 +8,11 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastgpt import GPT
 from fastgpt.weights import convert
-from tests.converted import logits, save_nanogpt
+from tests.converted import logits, ours, save_nanogpt
 from tests.models import hugging_face, nanogpt
 
 # Wrong files
@@ -228,3 +229,32 @@ def test_with_no_network_it_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match=r"pip install huggingface_hub` reaches. With no network"):
         GPT.from_pretrained("gpt2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(to="fastgpt", encoding="klingon"), "unknown encoding 'klingon'; there are byte, "),
+        (dict(to="fastgpt", encoding="gpt"), r"unknown encoding 'gpt' \(did you mean 'gpt2'\?\)"),
+        (dict(to="huggingface", encoding="byte"), "encoding = 'byte' is for fastgpt alone, not for huggingface"),
+        (dict(to="nanogpt", variant="GPTModelFast"), "variant = 'GPTModelFast' is for book alone, not for nanogpt"),
+        (dict(to="nanogpt", n_head=2), "n_head is 2, and its settings say 4"),
+    ],
+)
+def test_what_the_new_family_would_not_hear_is_refused(tmp_path, options, message):
+    ours().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "model", tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_layers_in_several_dtypes_load_in_the_widest(tmp_path):
+    """Halves beside float32 norms, as mixed precision leaves them."""
+    model = ours().bfloat16()
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    tensors = {name: t.float() if "ln_" in name else t for name, t in stored.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = GPT.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(logits(loaded), logits(model.float()))

@@ -169,6 +169,7 @@ def test_small_batches(batch, time):
         (dict(vocab_size=-1), "vocab_size is -1"),
         (dict(block_size=8.5), "block_size is 8.5"),
         (dict(n_inner=0), "n_inner is 0"),
+        (dict(n_inner=True), "n_inner is True, not a whole number or None"),
         (dict(dropout=1.5), "dropout is 1.5"),
         (dict(dropout="0.1"), "dropout is '0.1', not a number"),
         (dict(bias="false"), "bias is 'false', not True or False"),

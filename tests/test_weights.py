@@ -105,7 +105,7 @@ def test_truncated_weights(folder, keep):
 )
 def test_bad_config(folder, content):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config.json is not a fastgpt configuration: \w+Error: ") as error:
+    with pytest.raises(ValueError, match=r"config.json(: | is not | holds a )") as error:
         load_model(folder)
     assert len(str(error.value)) < 500, "the content is not part of the message"
 

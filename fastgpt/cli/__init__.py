@@ -19,7 +19,8 @@ from fastgpt.data.tokenizer import Named, Unavailable, encoding, is_local, named
 from fastgpt.data.tokens import meta_beside, meta_of, tokenize
 from fastgpt.doctor import examine
 from fastgpt.families.book import VARIANTS
-from fastgpt.model import PRESETS, GPTConfig, nearest
+from fastgpt.fields import nearest
+from fastgpt.model import PRESETS, GPTConfig
 from fastgpt.training import CHECKPOINTS, fit, pretrained
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import device_named
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     change.add_argument("--vocab_size", type=int, metavar="N", help="crop the vocabulary, or pad it with zeros")
     change.add_argument("--gelu", choices=("tanh", "none"), help="the GELU, where it is not the family's own")
     change.add_argument("--encoding", help="for fastgpt: byte, gpt2, … (default: what the vocabulary's size tells)")
-    change.add_argument("--variant", default="GPTModel", choices=VARIANTS, help="for the book (default: GPTModel)")
+    change.add_argument("--variant", choices=VARIANTS, help="for the book (default: GPTModel)")
     change.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
 
     check = commands.add_parser("verify", help="compare with float64 what this machine computes", allow_abbrev=False)

@@ -12,7 +12,6 @@ import numpy as np
 import tiktoken
 import torch
 
-from fastgpt.atomic import read_json
 from fastgpt.data import holds_tokens, read_tokens
 from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable, encoding, named
 from fastgpt.data.tokens import meta_beside, meta_of
@@ -21,11 +20,9 @@ from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.evaluation import evaluate
 from fastgpt.model import GPT
 from fastgpt.training.distributed import device_named
-from fastgpt.weights import HUB, from_pretrained, load_model
-from fastgpt.weights.files import CONFIG, holds_weights
+from fastgpt.weights import load_named
 
 DTYPES = ("float32", "bfloat16", "float16")
-_ENCODINGS = {257: "byte", 50257: "gpt2", 50304: "gpt2"}  # by the vocabulary's size
 
 
 def add_generate(commands: Any) -> None:
@@ -77,23 +74,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def load(path: str, name: str | None, n_head: int | None = None) -> tuple[GPT, tiktoken.Encoding]:
     """The model at `path`, of any family, and its encoding, or the one of that name.
 
-    ValueError where none is named and the vocabulary's size tells none.
+    ValueError where none is named and nothing tells it.
     """
-    model, name = load_named(path, name, n_head)
+    model, name = named_model(path, name, n_head)
     return model, encoding(name)
 
 
-def load_named(path: str, name: str | None, n_head: int | None = None) -> tuple[GPT, str]:
+def named_model(path: str, name: str | None, n_head: int | None = None) -> tuple[GPT, str]:
     """load with no more of the encoding than its name."""
-    folder = Path(path)
-    settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    if "model" in settings or not (holds_weights(folder) or path in HUB):
-        model, config = load_model(path)
-        return model, name or config["encoding"]
-    model = from_pretrained(path, n_head=n_head)
-    if name is None and model.config.vocab_size not in _ENCODINGS:
+    model, told = load_named(path, n_head=n_head)
+    name = name or told
+    if name is None:
         raise ValueError(f"{path} has a vocabulary of {model.config.vocab_size}: name its --encoding")
-    return model, name or _ENCODINGS[model.config.vocab_size]
+    return model, name
 
 
 def _model(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
@@ -193,7 +186,7 @@ def _converse(decoder: Decoder, tokens: tiktoken.Encoding, max_new_tokens: int, 
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    model, name = load_named(options.checkpoint, options.encoding, options.n_head)
+    model, name = named_model(options.checkpoint, options.encoding, options.n_head)
     model = model.to(device_named(options.device))
     tokens = _encoding_of(name, options)
     ids = read_tokens(options.data, tokens)

@@ -8,7 +8,10 @@ from typing import NamedTuple
 import tiktoken
 import tiktoken.load
 
+from fastgpt.fields import nearest
+
 END_OF_TEXT = "<|endoftext|>"
+BY_SIZE = {257: "byte", 50257: "gpt2", 50304: "gpt2"}  # a vocabulary's size, and the encoding that it tells
 
 # GPT-2's two vocabulary files: name, SHA-256 as tiktoken pins it, and the name tiktoken's cache gives it.
 GPT2_FILES = (
@@ -68,6 +71,13 @@ def undecodable(encoding: tiktoken.Encoding) -> tuple[int, ...]:
     return tuple(holes)
 
 
+def check_name(name: str) -> None:
+    """ValueError unless encoding(name) knows it; its files are not looked for."""
+    known = ("byte", *tiktoken.list_encoding_names())
+    if name not in known:
+        raise ValueError(f"unknown encoding {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+
+
 @functools.cache
 def encoding(name: str) -> tiktoken.Encoding:
     """The encoding of that name: "byte", "gpt2", or any other that tiktoken knows.
@@ -83,8 +93,7 @@ def encoding(name: str) -> tiktoken.Encoding:
             mergeable_ranks={bytes([value]): value for value in range(256)},
             special_tokens={END_OF_TEXT: 256},
         )
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"unknown encoding {name!r}; there are byte, {', '.join(tiktoken.list_encoding_names())}")
+    check_name(name)
     if name == "gpt2" and (folder := _gpt2_folder()) is not None:
         return _gpt2_from(folder)
     try:

@@ -10,6 +10,7 @@ They move the same, but autocast keeps one set of weights, adds the gradients of
 no optimizer but PyTorch's own.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -122,14 +123,30 @@ class TrainingStep:
         return self._outputs
 
     def _step(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        batches = [(idx, targets)] if idx.dim() == 2 else list(zip(idx, targets, strict=True))
+        if idx.dim() == 2:
+            idx, targets = idx[None], targets[None]
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for batch in batches:
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                loss = self.model(*batch) / len(batches)
-            loss.backward()
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for number in range(len(idx)):
+            with self.batch(last=number + 1 == len(idx)):
+                loss = self.loss(self.model, idx[number], targets[number]) / len(idx)
+                self.backward(loss)
             total += loss.detach()
+        return self.update(total)
+
+    def loss(self, model: Any, idx: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return model(idx, targets)
+
+    def batch(self, last: bool) -> contextlib.AbstractContextManager:
+        """Around the forward and the backward of one batch; `last` is the step's last one."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def update(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        """The optimizer's step, from the gradients of all batches and their loss; what the whole step returns."""
         if self.max_norm is not None:
             return total, clipped_step(self.optimizer, self.max_norm)
         self.optimizer.step()

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 import sys
-import types
-import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgpt.model import GPTConfig, nearest
+from fastgpt.fields import check_fields, nearest
+from fastgpt.model import GPTConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,8 +59,7 @@ class TrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _hold(field.name, getattr(self, field.name), typing.get_type_hints(type(self))[field.name])
+        check_fields(self)
         whole = ("max_iters", "batch_size", "gradient_accumulation_steps", "total_batch_size", "lr_decay_iters")
         for name in (*whole, "eval_interval", "eval_iters", "log_interval", "checkpoint_interval"):
             value = getattr(self, name)
@@ -110,19 +108,6 @@ class TrainConfig:
         progress = min(1.0, max(0.0, (step - first) / max(1, last - first)))
         share = (1 + math.cos(math.pi * progress)) / 2 if self.schedule == "cosine" else 1 - progress
         return self.min_lr + (self.learning_rate - self.min_lr) * share
-
-
-def _hold(name: str, value: Any, hint: Any) -> None:
-    """ValueError unless a field's value is what its annotation says."""
-    if typing.get_origin(hint) is Literal:
-        if value not in typing.get_args(hint):
-            raise ValueError(f"TrainConfig: {name} is {value!r}, not one of {', '.join(typing.get_args(hint))}")
-        return
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise ValueError(f"TrainConfig: {name} is {value!r}, not {' or '.join(kind.__name__ for kind in kinds)}")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

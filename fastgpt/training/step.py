@@ -43,30 +43,26 @@ class Step(TrainingStep):
         self.own = torch.zeros((), device=self.device)  # this process's loss
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
 
-    def _step(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
-        for number in range(len(idx)):
-            with self._no_sync(number + 1 < len(idx)):
-                loss = self.loss(self.model, idx[number], targets[number]) / len(idx)
-                scaled: Any = self.scaler.scale(loss)
-                scaled.backward()
-            total += loss.detach()
-        self.own.copy_(total)
-        total = self.world.mean(total)
-        return total, self._scaled_update() if self.scaler.is_enabled() else self._update(total)
-
     def loss(self, model: Any, idx: Tensor, targets: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return model(idx, targets) if self.end is None else model(idx, targets, documents(idx, self.end))
 
-    def _no_sync(self, more: bool):
+    def batch(self, last: bool) -> contextlib.AbstractContextManager:
         """DDP averages gradients once a step, in the last batch's backward."""
-        if more and isinstance(self.model, DistributedDataParallel):
+        if not last and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def _update(self, total: Tensor) -> Tensor:
+    def backward(self, loss: Tensor) -> None:
+        scaled: Any = self.scaler.scale(loss)
+        scaled.backward()
+
+    def update(self, total: Tensor) -> tuple[Tensor, Tensor]:
+        self.own.copy_(total)
+        total = self.world.mean(total)
+        return total, self._scaled_update() if self.scaler.is_enabled() else self._guarded_update(total)
+
+    def _guarded_update(self, total: Tensor) -> Tensor:
         if self.skips:
             self.stopped.zero_()
         self.stopped += 1 - total.isfinite().float()

@@ -1,0 +1,120 @@
+"""Writing a GPT: as fastgpt's own folder, and as another family keeps it."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from fastgpt.atomic import read_json, replacing
+from fastgpt.data.tokenizer import BY_SIZE, check_name
+from fastgpt.model import GPT
+from fastgpt.weights.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, write_pickle, write_tensors
+from fastgpt.weights.pretrained import FAMILIES, from_pretrained
+
+Family = Literal["huggingface", "nanogpt", "book", "fastgpt"]
+_FILES = {
+    "huggingface": (CONFIG, WEIGHTS),
+    "nanogpt": (CHECKPOINT,),
+    "book": (CONFIG, STATE),
+    "fastgpt": (CONFIG, WEIGHTS),
+}
+
+
+def save_model(model: GPT, folder: Path, encoding: str, **facts) -> None:
+    """Write the model's two files into `folder`; `facts` (JSON values) go into config.json beside the shape."""
+    config = {"model": dataclasses.asdict(model.config), "encoding": encoding, **facts}
+    with replacing(folder / WEIGHTS) as new:
+        write_tensors(_apart(model.state_dict()), new)
+    with replacing(folder / CONFIG) as new:
+        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each in one piece and in memory of its own, as safetensors wants them; a file may tie any two."""
+    found: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        place = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if place in storages else whole
+        storages.add(place)
+    return found
+
+
+def save_pretrained(model: GPT, folder: str | Path) -> None:
+    """Write config.json and model.safetensors that transformers' GPT2LMHeadModel.from_pretrained reads.
+
+    A model without biases gets zeros for them, which change nothing; from_pretrained above leaves them out again.
+    """
+    write_family(model, Path(folder), "huggingface", "", "GPTModel")
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Family,
+    *,
+    n_head: int | None = None,
+    vocab_size: int | None = None,
+    gelu: Literal["tanh", "none"] | None = None,
+    encoding: str | None = None,
+    variant: str | None = None,
+    overwrite: bool = False,
+) -> list[str]:
+    """Write the weights at `source`, of any family, into the folder `target` as the family `to` keeps them.
+
+    Hugging Face: config.json and model.safetensors. nanoGPT: ckpt.pt, as its sample.py reads it. The book: model.pth, a
+    state dict for `variant` (GPTModel, GPTModelFast or cache; None is GPTModel), and cfg in config.json. fastgpt: its
+    own folder, which `fastgpt generate` reads with the named encoding. vocab_size crops or pads; gelu overrides what
+    the family implies.
+    Returns notes on what the new family computes otherwise. An error is raised before anything is written.
+    """
+    if to not in (*FAMILIES, "fastgpt"):
+        raise ValueError(f"to is {to!r}, not one of {', '.join((*FAMILIES, 'fastgpt'))}")
+    for option, value, whose in (("variant", variant, "book"), ("encoding", encoding, "fastgpt")):
+        if value is not None and to != whose:
+            raise ValueError(f"{option} = {value!r} is for {whose} alone, not for {to}")
+    if encoding is not None:
+        check_name(encoding)
+    changes = {name: value for name, value in (("vocab_size", vocab_size), ("gelu", gelu)) if value is not None}
+    model = from_pretrained(source, n_head=n_head, **changes)
+    if encoding is None:
+        folder = Path(source)
+        said = read_json(folder / CONFIG).get("encoding") if (folder / CONFIG).is_file() else None
+        encoding = said if isinstance(said, str) else BY_SIZE.get(model.config.vocab_size, "unknown")
+    folder, own = Path(target), _FILES[to]
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    for there in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not overwrite:
+            raise ValueError(f"{folder} holds {there.name} already; overwrite=True, or --overwrite, writes over it")
+        if there.name not in own:
+            raise ValueError(f"{folder} holds {there.name}, which is none of what would be written, {', '.join(own)}")
+    return write_family(model, folder, to, encoding, variant or "GPTModel")
+
+
+def write_family(model: GPT, folder: Path, to: Family, encoding: str, variant: str) -> list[str]:
+    if to == "fastgpt":
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(model, folder, encoding)
+        return []
+    more = (variant,) if to == "book" else ()
+    settings, tensors, notes = FAMILIES[to].write_weights(model.config, model.state_dict(), *more)
+    folder.mkdir(parents=True, exist_ok=True)
+    if to == "huggingface":
+        with replacing(folder / WEIGHTS) as new:
+            write_tensors(_apart(tensors), new, metadata={"format": "pt"})
+    elif to == "nanogpt":
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        content = {"model": tensors, "model_args": settings, "iter_num": 0, "best_val_loss": 1e9, "config": {}}
+        with replacing(folder / CHECKPOINT) as new:
+            write_pickle(content, new)
+        return notes
+    else:
+        with replacing(folder / STATE) as new:
+            write_pickle({name: tensor.contiguous() for name, tensor in tensors.items()}, new)
+    with replacing(folder / CONFIG) as new:
+        new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return notes
