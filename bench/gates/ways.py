@@ -9,10 +9,7 @@ import copy
 import functools
 from collections.abc import Callable
 from importlib.util import find_spec
-<<<<<<< HEAD
-=======
 from types import SimpleNamespace
->>>>>>> b
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -86,32 +83,18 @@ def _hugging_face(size: str, p: float) -> nn.Module:
 
 
 def _nanogpt(size: str, p: float) -> nn.Module:
-<<<<<<< HEAD
-    from types import SimpleNamespace
-
-=======
->>>>>>> b
     from tests.models import NanoGPT  # of its form: it is no package
 
     return NanoGPT(SimpleNamespace(**_shape(size), dropout=p, bias=False, flash=True))
 
 
 def _book(size: str, p: float) -> nn.Module:
-<<<<<<< HEAD
-    if find_spec("llms_from_scratch") is None:
-        raise Missing("llms-from-scratch is not installed (pip install --no-deps llms-from-scratch)")
-    from llms_from_scratch.ch04 import GPTModel
-
-    shape = _shape(size)
-    return GPTModel(
-=======
     from tests.models import BOOK, ROOT, book_package
 
     if find_spec("llms_from_scratch") is None and not (ROOT / ".pytest_cache" / BOOK).is_dir():
         raise Missing("llms-from-scratch is not installed (pip install --no-deps llms-from-scratch)")
     shape = _shape(size)
     return book_package("ch04").GPTModel(
->>>>>>> b
         dict(
             vocab_size=VOCAB,
             context_length=CONTEXT,
@@ -135,14 +118,9 @@ FAMILIES: dict[str, tuple[Callable, Callable]] = {  # the model, and its loss
 
 
 def _built(family: str, size: str, p: float) -> nn.Module:
-<<<<<<< HEAD
-    """With whatever memory held for weights: to draw them takes seconds, and nobody looks at them."""
-    with mock.patch.multiple(torch.Tensor, **dict.fromkeys(("normal_", "uniform_"), lambda tensor, *_, **__: tensor)):
-=======
     """With zeros where its author draws weights, which takes seconds, and nobody looks at them."""
     zeros = dict.fromkeys(("normal_", "uniform_"), lambda tensor, *_, **__: tensor.zero_())
     with mock.patch.multiple(torch.Tensor, **zeros):
->>>>>>> b
         return FAMILIES[family][0](size, p)
 
 
@@ -180,11 +158,7 @@ def _padded_step_of(model: nn.Module) -> None:
 
 
 def _generate(model: Any, rows: int, prompt: int = 16, dtype: torch.dtype | None = None, size: str = "", **how) -> None:
-<<<<<<< HEAD
-    model = _gpt(size) if model is None else model.to("cuda")
-=======
     model = _gpt(size) if model is None else copy.deepcopy(model).to("cuda")
->>>>>>> b
     prompts = [[1] * (prompt - row % 2) for row in range(rows)]
     fastgpt.generate(model, prompts, 4, dtype=dtype, **how)
 
