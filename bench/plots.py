@@ -1,6 +1,7 @@
 """The report's plots: times against the floor, attention over T, the roofline, peak memory and how it grows, where a
 step's time goes."""
 
+import csv
 import io
 import itertools
 import math
@@ -38,6 +39,31 @@ def draw(report, folder: Path) -> list[str]:
         if figure is not None:
             _save(figure, folder / name)
     return [name for name, figure in figures.items() if figure is not None]
+
+
+def steps(table: Path, file: Path) -> None:
+    """Draw a table of training steps as it is committed: `#` lines of conditions, then rows of group, variant, ms,
+    tokens_per_second and gib. Rows that run fastgpt's functions have fastgpt's colour."""
+    lines = table.read_text(encoding="utf-8").splitlines()
+    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    names = [f"{row['group']}, {row['variant']}" for row in rows]
+    colours = [_COLOURS[SUBJECT if "fastgpt" in name or "accelerate" in name else EAGER] for name in names]
+    places = [number + 0.6 * len({row["group"] for row in rows[: number + 1]}) for number in range(len(rows))]
+    figure = Figure(figsize=(11, 0.7 + 0.3 * len(rows)), layout="constrained")
+    panels = (("ms", "ms a step; shorter is better", 1), ("gib", "GiB of GPU memory; shorter is better", 1))
+    for axis, (key, label, digits) in zip(figure.subplots(1, 2, sharey=True, width_ratios=(2, 1)), panels, strict=True):
+        values = [float(row[key]) for row in rows]
+        axis.barh(places, values, color=colours)
+        for place, value in zip(places, values, strict=True):
+            _label(axis, place, value, f"{value:.{digits}f}")
+        axis.set_xlim(0, 1.12 * max(values))
+        axis.set_xlabel(label, fontsize=9)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    first = figure.axes[0]
+    first.set_yticks(places, names, fontsize=9)
+    first.invert_yaxis()
+    _save(figure, file)
 
 
 def _save(figure: Figure, file: Path) -> None:

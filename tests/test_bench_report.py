@@ -1,4 +1,4 @@
-"""The report says what was measured, and README says what is committed."""
+"""The report says what was measured, and docs/benchmarks.md what is committed."""
 
 import csv
 import dataclasses
@@ -200,33 +200,36 @@ def test_durations(seconds, text):
 
 
 def test_keeping_writes_by_device_day_and_commit(tmp_path, monkeypatch, capsys):
-    results, readme = tmp_path / "bench" / "results", tmp_path / "README.md"
+    results, docs = tmp_path / "bench" / "results", tmp_path / "docs" / "benchmarks.md"
     monkeypatch.setattr(report, "RESULTS", results)
-    monkeypatch.setattr(report, "README", readme)
-    readme.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
-    monkeypatch.setattr(report.renew_readme, "__defaults__", (readme, results))
+    docs.parent.mkdir()
+    docs.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    monkeypatch.setattr(report.renew_docs, "__defaults__", (docs, results))
     folder = Folder(tmp_path / "run")
     folder.start(MACHINE, resume=False)
     folder.add(ROWS)
     assert main(["report", str(folder.path), "--keep"]) == 0
     (kept,) = results.glob("*/*/results.json")
     assert kept.parent.parent.name == "a-cpu-2-cores-2-threads" and kept.parent.name.endswith("-abcdef123")
-    text = readme.read_text()
+    text = docs.read_text()
     assert text.startswith("# x\n\n") and text.endswith("\n\nrest\n") and "old" not in text
     assert report.NO_GPU in text and "| attention fwd T 64 | 2 ms |" in text
-    link = f"bench/results/{kept.parent.parent.name}/{kept.parent.name}/report.md"
-    assert f"({link})" in text and (tmp_path / link).exists()
+    link = f"../bench/results/{kept.parent.parent.name}/{kept.parent.name}/report.md"
+    assert f"({link})" in text and (docs.parent / link).exists()
 
     later = kept.parent.with_name("2999-01-01-fffffff")
     report.Report({**MACHINE, "kind": "cuda", "commit": "fffffff"}, ROWS).write(later)
-    block = report.readme_block(results)
+    block = report.generated_block(results)
     assert "fffffff" in block and "abcdef123" not in block and report.NO_GPU not in block
 
     some = {**MACHINE, "kind": "cuda", "commit": "eeeeeee", "command": "pytest bench/ -k loss", "measured": "3000"}
     report.Report(some, ROWS).write(kept.parent.with_name("3000-01-01-eeeeeee"))
-    block = report.readme_block(results)
+    block = report.generated_block(results)
     assert "commit fffffff" in block and "commit eeeeeee" not in block
-    assert "Some cases again, later: [bench/results/" in block and "3000-01-01-eeeeeee/report.md)" in block
+    assert (
+        "Some cases again, later: [3000-01-01-eeeeeee](../bench/results/" in block
+        and "3000-01-01-eeeeeee/report.md)" in block
+    )
 
     folder.start({**MACHINE, "kind": "dry"}, resume=True)
     assert main(["report", str(folder.path), "--keep"]) == 2
@@ -242,10 +245,13 @@ def test_no_rows_are_an_error(tmp_path, capsys):
     assert "holds no rows" in capsys.readouterr().err
 
 
-def test_the_readmes_tables_are_the_committed_results():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    start, end = text.index(report.BEGIN), text.index(report.END) + len(report.END)
-    assert text[start:end] == report.readme_block()
+def test_a_table_of_training_steps_is_drawn(tmp_path):
+    plots.steps(report.STEPS, tmp_path / "steps.png")
+    from PIL import Image
+
+    with Image.open(tmp_path / "steps.png") as image:
+        assert min(image.size) > 300
+        assert len(image.getcolors()) > 2  # the bars, not an empty canvas
 
 
 def test_the_committed_results_are_whole():
