@@ -1,4 +1,5 @@
-"""What is benchmarked: fastgpt's functions at GPT-2's shapes, each with its baselines, its float64 oracle and its work.
+"""What is benchmarked: fastgpt's functions at GPT-2's shapes, each with its baselines and its work, and held to the
+naive reference in float64.
 
 A case is made from numbers alone; its tensors exist from `problem()` until it has been measured. The first variant is
 fastgpt's. Shapes are a card's, scaled down for a CPU, and tiny for a dry run. Tier 0 is measured first: with little
@@ -6,6 +7,7 @@ time it is what must be known.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,12 +15,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from bench import baselines, work
 from bench.machine import Machine
 from bench.work import Work
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import pytorch, reference
 from fastgpt.ops.loss import padded
 
 SUBJECT, EAGER, COMPILED = "fastgpt", "PyTorch eager", "torch.compile"
@@ -52,7 +55,8 @@ class Case:
     capture: bool = True  # as a CUDA graph, where the device has them
     memory: float = 0.0  # bytes that it takes, about, where that is much
     peak: bool = True  # whether its peak memory is measured, which on a CPU takes longer than many small calls
-    eager: str = EAGER  # the variant by whose error the others are judged; without it, fastgpt's is PyTorch's own
+    rounded: Callable[[Any], tuple] | None = None  # the naive reference in the operands' dtype, by whose error to judge
+    eager: str = EAGER  # without it, the variant by whose error the others are; or else fastgpt's is PyTorch's own
 
     @property
     def name(self) -> str:
@@ -97,19 +101,22 @@ def function_cases(
     phases: dict[str, Work],
     problem: Callable[[], Problem],
     functions: dict[str, Builder],
-    oracle: Callable,
+    naive: Callable,
     pick: Callable[[Tensor], Tensor] = _whole,
     products: dict[str, Callable[[Problem], list[tuple[Tensor, Tensor, int]]]] | None = None,
 ) -> list[Case]:
-    """A case for each phase. `pick` takes the part of every tensor that is checked, for float64 takes memory.
+    """A case for each phase. naive: of fastgpt.ops.reference, what all results are held to. `pick` takes the part of
+    every tensor that is checked, for float64 takes memory.
     products: by phase, the matmuls inside, (a, b, how often), timed alone as a baseline."""
 
-    def expected(problem, phase):
-        inputs = {name: pick(t.detach()) for name, t in problem.inputs.items()}
-        for name, t in inputs.items():
-            if t.is_floating_point():
-                inputs[name] = t.double().requires_grad_(name in problem.wanted)
-        return runner(oracle, Problem(inputs, problem.wanted, tuple(pick(d).double() for d in problem.douts)), phase)()
+    def expected(problem, phase, dtype):
+        def checked(t):
+            return pick(t.detach()).to(dtype or t.dtype) if t.is_floating_point() else pick(t)
+
+        inputs = {name: checked(t) for name, t in problem.inputs.items()}
+        for name in problem.wanted:
+            inputs[name].requires_grad_()
+        return runner(naive, Problem(inputs, problem.wanted, tuple(checked(d) for d in problem.douts)), phase)()
 
     def subject(build, phase):
         def make(problem):
@@ -135,7 +142,8 @@ def function_cases(
         variants = {name: subject(build, phase) for name, build in functions.items()}
         if products and phase in products:
             variants["its matmuls alone"] = alone(products[phase])
-        cases.append(Case(label, shape, tier, floor, problem, variants, lambda p, phase=phase: expected(p, phase)))
+        oracle, rounded = (functools.partial(expected, phase=phase, dtype=dtype) for dtype in (torch.float64, None))
+        cases.append(Case(label, shape, tier, floor, problem, variants, oracle, rounded=rounded))
     return cases
 
 
@@ -181,7 +189,7 @@ def attention(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> li
         return tensor[-1:, -1:]
 
     shape = dict(B=B, H=H, T=T, D=D)
-    return function_cases("attention", shape, tier, phases, problem, functions, pytorch.causal_attention, pick)
+    return function_cases("attention", shape, tier, phases, problem, functions, reference.causal_attention, pick)
 
 
 def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
@@ -196,7 +204,7 @@ def add_layer_norm(machine: Machine, M: int, C: int, tier: int) -> list[Case]:
     functions = _standard(machine, ops.add_layer_norm, pytorch.add_layer_norm)
     functions["Liger"] = lambda problem: baselines.liger_add_layer_norm(machine)
     phases = {"fwd": work.add_layer_norm_fwd(M, C, e), "bwd": work.add_layer_norm_bwd(M, C, e)}
-    return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, pytorch.add_layer_norm)
+    return function_cases("add_layer_norm", dict(M=M, C=C), tier, phases, problem, functions, reference.add_layer_norm)
 
 
 def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
@@ -225,7 +233,7 @@ def gelu_mlp(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case]:
         {"fwd": work.gelu_mlp_fwd(M, C, F, e), "bwd": work.gelu_mlp_bwd(M, C, F, e)},
         problem,
         _standard(machine, ops.gelu_mlp, pytorch.gelu_mlp),
-        pytorch.gelu_mlp,
+        reference.gelu_mlp,
         products={"fwd": forward_products, "bwd": backward_products},
     )
 
@@ -264,7 +272,7 @@ def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case
         {"fwd": work.linear_gelu(M, C, F, e)},
         forward_problem,
         functions[first],
-        forward,
+        _naive_linear_gelu,
         products={"fwd": lambda p: [(p.inputs["x"].detach(), p.inputs["w_in"].detach().t(), 1)]},
     ) + function_cases(
         second,
@@ -273,7 +281,7 @@ def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case
         {"fwd": work.dgrad_dgelu(M, C, F, e)},
         backward_problem,
         functions[second],
-        backward,
+        _naive_dgrad_dgelu,
         products={"fwd": lambda p: [(p.inputs["dy"].detach(), p.inputs["w_out"].detach(), 1)]},
     )
 
@@ -299,6 +307,17 @@ def _linear_gelu(x, w_in, b_in):
 
 def _dgrad_dgelu(dy, w_out, pre):
     dpre = torch.ops.aten.gelu_backward(dy @ w_out, pre, approximate="tanh")
+    return dpre, dpre.sum(0)
+
+
+def _naive_linear_gelu(x, w_in, b_in):
+    pre = reference.linear(x, w_in, b_in)
+    return pre, reference.gelu(pre, "tanh")
+
+
+def _naive_dgrad_dgelu(dy, w_out, pre):
+    pre = pre.detach().requires_grad_()
+    (dpre,) = torch.autograd.grad(reference.gelu(pre, "tanh"), pre, dy @ w_out)
     return dpre, dpre.sum(0)
 
 
@@ -351,9 +370,19 @@ def linear_cross_entropy(machine: Machine, M: int, C: int, V: int, tier: int) ->
         {"fwd+bwd": work.linear_cross_entropy(M, C, V, e)},
         problem,
         functions,
-        pytorch.linear_cross_entropy,
+        _naive_cross_entropy,
         products={"fwd+bwd": products},
     )
+
+
+def _naive_cross_entropy(x, weight, targets):
+    """The naive reference a few rows at a time, for in float64 the logits of all would fill a card."""
+
+    def part(rows, targets):
+        return reference.linear_cross_entropy(rows, weight, targets, reduction="sum")
+
+    parts = zip(x.split(1024), targets.split(1024), strict=True)
+    return torch.stack([checkpoint(part, *each, use_reentrant=False) for each in parts]).sum() / len(x)
 
 
 def embedding(machine: Machine, B: int, T: int, C: int, V: int, tier: int) -> list[Case]:
@@ -372,7 +401,7 @@ def embedding(machine: Machine, B: int, T: int, C: int, V: int, tier: int) -> li
         {"fwd": work.embedding_fwd(B * T, T, C, e), "bwd": work.embedding_bwd(B * T, T, C, V, e)},
         problem,
         _standard(machine, ops.embedding, pytorch.embedding),
-        pytorch.embedding,
+        reference.embedding,
     )
 
 
@@ -387,4 +416,4 @@ def decode(machine: Machine, B: int, H: int, T: int, D: int, tier: int) -> list[
     functions["SDPA, full caches"] = lambda problem: baselines.sdpa_decode
     phases = {"fwd": work.decode_attention(B, H, T, D, machine.dtype.itemsize)}
     shape = dict(B=B, H=H, T=T, D=D)
-    return function_cases("decode_attention", shape, tier, phases, problem, functions, pytorch.decode_attention)
+    return function_cases("decode_attention", shape, tier, phases, problem, functions, reference.decode_attention)

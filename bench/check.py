@@ -1,10 +1,11 @@
-"""Whether a result is right enough to be timed: held to float64, as a whole and in its worst row.
+"""Whether a result is right enough to be timed: held to the naive reference in float64, as a whole and by its worst row.
 
 The tests judge kernels far more sharply (fastgpt.testing); here a bug must not be mistaken for speed, and no honest
-baseline, whatever order it sums in, may be called wrong. With e the relative error of PyTorch's eager result in the
-same dtype and u the dtype's unit roundoff, a result may be off by max(3 e, 2 u) of the oracle's norm, in float32 by
-128 u, or a sixteenth of the operands' u if those are halves (a loss, say), and each row by 8 times that share of its
-own norm and an average row's. Eager itself is held to a fixed share.
+baseline, whatever order it sums in, may be called wrong. With e the relative error of plain PyTorch in the same dtype
+(the naive reference, or for a whole model its eager run) and u the dtype's unit roundoff, a result may be off by
+max(3 e, 2 u) of the expected norm, in float32 by 128 u, or a sixteenth of the operands' u if those are halves (a loss,
+say), and each row by 8 times that share of its own norm and an average row's. A model's eager run itself is held to a
+fixed share.
 """
 
 import math
@@ -30,8 +31,8 @@ def judge(
     eager: Sequence[Tensor | None] | None,
     operands: torch.dtype = torch.float32,
 ) -> Verdict:
-    """`results` against the float64 `oracle`, by `eager`, PyTorch's own (None: these are eager's). A None among the
-    results is one that can't be seen from outside."""
+    """`results` against the float64 `oracle`, by `eager`, plain PyTorch's in the operands' dtype (None: these are). A
+    None among the results is one that can't be seen from outside."""
     if len(results) != len(oracle):
         return Verdict(math.inf, f"{len(results)} results instead of {len(oracle)}")
     worst, reasons = 0.0, []

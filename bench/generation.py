@@ -15,6 +15,7 @@ from bench.models import gpt, with_backend
 from fastgpt.generation import generate
 from fastgpt.generation.decoder import Decoder
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.testing import on_reference
 
 KEPT, BOOK_CACHED = f"{SUBJECT}, a Decoder kept", "the book, its cached file"
 STATIC = f"{HUGGING_FACE}, static cache"  # which its generate compiles on a GPU
@@ -42,7 +43,7 @@ def generation(
         return model, torch.arange(B * prompt, device=machine.device).view(B, prompt) * 7919 % shape.vocab_size
 
     def oracle(p, **changes):
-        return _ours(copy.deepcopy(with_backend(p[0], "torch", **changes)).double(), p[1], new).results()
+        return _ours(on_reference(with_backend(p[0], "torch", **changes)).double(), p[1], new).results()
 
     def recomputing(model: nn.Module, p) -> Subject:
         if machine.kind == "cpu" and new > _RECOMPUTED:

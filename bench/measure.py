@@ -98,11 +98,11 @@ def _measure(case, machine, roofs):
         return [Row(**facts, variant=name, status="skipped", note=note) for name in case.variants], {}
     problem = case.problem()
     oracle = case.oracle(problem)
-    rows, calls, eager = {}, {}, None
+    rows, calls, eager = {}, {}, None if case.rounded is None else case.rounded(problem)
     for name in sorted(case.variants, key=lambda name: name != case.eager):  # the others are judged by its error
         row, call, results = _prepare(case, name, problem, oracle, eager, machine, facts)
         rows[name] = row
-        if name == case.eager or (name == SUBJECT and case.eager not in case.variants):
+        if case.rounded is None and (name == case.eager or (name == SUBJECT and case.eager not in case.variants)):
             eager = results
         if call is not None:
             calls[name] = call

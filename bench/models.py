@@ -13,11 +13,16 @@ from bench.families import HUGGING_FACE
 from bench.machine import Machine
 from bench.work import Work
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.testing import on_reference
 
 PADDED = f"{COMPILED}, vocabulary padded"
 GRAPH = ", one CUDA graph"  # a whole step captured, so that the host's part of it does not count
 LARGE = (SUBJECT, COMPILED, HUGGING_FACE)  # what larger models are compared with: each variant holds all its weights
-_CHECKED = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.ln_2.weight")  # a model's gradients that are compared
+# a model's gradients that are compared
+_CHECKED = (
+    *("h.0.ln_1.weight", "h.0.ln_1.bias", "h.0.attn.c_attn.weight"),
+    *("h.0.ln_2.weight", "h.0.mlp.c_fc.weight", "wpe.weight"),
+)
 
 
 def gpt(machine: Machine, shape: dict, **changes) -> GPT:
@@ -114,7 +119,7 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
     floor = _block_work(B, T, C, H, e)
 
     def oracle(p):
-        return of(with_backend(p.model, "torch").double(), None, p).results()
+        return of(on_reference(p.model).double(), None, p).results()
 
     return [Case("block fwd+bwd", dict(B=B, T=T, C=C, H=H), tier, floor, problem, variants, oracle)]
 
@@ -236,7 +241,7 @@ def train_step(
     variants = {name: build for name, build in variants.items() if not only or name in (*only, EAGER)}  # the judge
 
     def oracle(p, **changes):
-        return step(with_backend(p.model, "torch", **changes).double(), own_loss, p).results()
+        return step(on_reference(with_backend(p.model, "torch", **changes)).double(), own_loss, p).results()
 
     e = machine.dtype.itemsize
     floor = step_work(shape, B, T, e)

@@ -13,6 +13,7 @@ from bench.families import FAMILIES, Family
 from bench.machine import Machine
 from bench.models import StepProblem, own_loss, step, step_problem, step_work, with_backend
 from fastgpt.model import GPTConfig
+from fastgpt.testing import on_reference
 
 AS_IT_WAS, LOSS_TOO = "as it was", f"{SUBJECT}, loss=True"
 
@@ -28,7 +29,7 @@ def _of(machine: Machine, name: str, B: int, T: int, config: dict, tier: int) ->
     problem = functools.partial(step_problem, machine, B, T, config)
 
     def oracle(p):
-        return with_backend(p.model, "torch", **family.changes).double()
+        return on_reference(with_backend(p.model, "torch", **family.changes)).double()
 
     def forward(model: nn.Module, call: Callable, p: StepProblem) -> Subject:
         @torch.no_grad()
