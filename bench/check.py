@@ -1,4 +1,5 @@
-"""Whether a result is right enough to be timed: held to the naive reference in float64, as a whole and by its worst row.
+"""Whether a result is right enough to be timed: held to the naive reference in float64, as a whole and by its worst
+row.
 
 The tests judge kernels far more sharply (fastgpt.testing); here a bug must not be mistaken for speed, and no honest
 baseline, whatever order it sums in, may be called wrong. With e the relative error of plain PyTorch in the same dtype

@@ -248,25 +248,26 @@ def test_the_table_tells_times_memory_and_failures(tmp_path):
     assert Steps.load(tmp_path / "steps.json") == table_of(tmp_path)
 
 
-def test_the_report_keeps_it_and_it_leads_readme(tmp_path, monkeypatch, capsys):
-    results, readme = tmp_path / "bench" / "results", tmp_path / "README.md"
+def test_the_report_keeps_it_and_it_leads_the_page(tmp_path, monkeypatch, capsys):
+    results, page = tmp_path / "bench" / "results", tmp_path / "docs" / "benchmarks.md"
     results.mkdir(parents=True)
+    page.parent.mkdir()
     monkeypatch.setattr(report, "RESULTS", results)
-    monkeypatch.setattr(report.renew_readme, "__defaults__", (readme, results))
-    readme.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    monkeypatch.setattr(report.renew_docs, "__defaults__", (page, results))
+    page.write_text(f"# x\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
     found = table_of(tmp_path / "steps")
     assert main(["report", str(tmp_path / "steps"), "--keep"]) == 0
     assert found.table() in capsys.readouterr().out
     (kept,) = results.glob("*/*/steps.json")
     assert kept.parent.relative_to(results).as_posix() == "nvidia-x/2026-11-30-abcdef123"
-    text = readme.read_text()
+    text = page.read_text()
     assert found.conditions() in text and found.table() in text and "old" not in text and report.NO_GPU not in text
-    assert "(bench/results/nvidia-x/2026-11-30-abcdef123/steps.md)" in text and (kept.parent / "steps.md").exists()
+    assert "(../bench/results/nvidia-x/2026-11-30-abcdef123/steps.md)" in text and (kept.parent / "steps.md").exists()
 
     later = dict(commit="fffffff", measured="2027-01-01")  # of the same device, in whatever folder
     table_of(results / "another" / "2027-01-01-fffffff", **later)
     table_of(results / "a-cpu" / "2027-01-01-fffffff", device="A CPU", kind="cpu", commit="eeeeeee")
-    block = report.readme_block(results)
+    block = report.generated_block(results)
     assert "commit fffffff" in block and "abcdef123" not in block and "eeeeeee" not in block
 
     table_of(tmp_path / "dry", kind="dry")

@@ -47,7 +47,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 SNIPPETS = [
-    pytest.param(snippet, id=f"{page.name}-{number}") for page in PAGES for number, snippet in enumerate(blocks(page, "python"))
+    pytest.param(snippet, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, snippet in enumerate(blocks(page, "python"))
 ]
 SWAPS = [snippet for snippet in blocks(ROOT / "README.md", "python") if "# new" in snippet]
 COMMANDS = [
@@ -113,7 +115,9 @@ def test_what_stands_under_a_snippet_is_what_it_prints(folder):
     pairs = [
         pair
         for page in PAGES
-        for pair in re.findall(r"```python\n((?:(?!```).)*)```\n\n[^`\n]*\n\n```text\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+        for pair in re.findall(
+            r"```python\n((?:(?!```).)*)```\n\n[^`\n]*\n\n```text\n(.*?)```", page.read_text("utf-8"), re.DOTALL
+        )
     ]
     assert pairs
     for snippet, output in pairs:
@@ -136,7 +140,9 @@ def parsed(command: str) -> None:
             if word.endswith((".py", "/")):
                 assert (ROOT / word).exists(), command
     else:
-        assert words[0] in ("git", "cd", "pip", "ruff", "mypy", "for", "sleep", "done", "do"), f"no test reads: {command}"
+        assert words[0] in ("git", "cd", "pip", "ruff", "mypy", "for", "sleep", "done", "do"), (
+            f"no test reads: {command}"
+        )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -193,16 +199,15 @@ def test_what_is_public_is_there_and_documented():
 
 def test_the_map_is_the_tree():
     """Every file of fastgpt/ and kernels/ is on the map under its folder, and the map names no other."""
-    (listing,) = re.findall(r"```\n(fastgpt/\n.*?)```", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.DOTALL)
+    (listing,) = re.findall(
+        r"```\n(fastgpt/\n.*?)```", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.DOTALL
+    )
     stack: list[str] = []
     found: set[str] = set()
     for line in listing.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         opens = re.match(r"\s*(\w+)/", line)
-        if opens:
-            stack = [*stack[:depth], opens[1]]
-        else:
-            stack = stack[:depth]
+        stack = [*stack[:depth], opens[1]] if opens else stack[:depth]
         found |= {"/".join([*stack, name]) for name in re.findall(r"\b\w+\.py\b", line)}
     there = {
         path.relative_to(ROOT).as_posix()

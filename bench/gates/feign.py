@@ -133,6 +133,8 @@ class _Asks(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func is torch.Tensor.cuda:
             func, args = torch.Tensor.to, (args[0], DEVICE)
         args = [_META if _is_cuda(value) else value for value in args]
