@@ -5,13 +5,19 @@ The distribution is `fastgpt-triton`, because `fastgpt` on PyPI is a stranger's;
 hide Hugging Face's `kernels`, which transformers imports, from everyone who stands in a checkout.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+# Where the package is listed nothing beside README is there: its pictures go, and a link into the checkout is its text.
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+README = re.sub(r"!\[[^]]*\]\([^)]*\)\n+", "", README)
+README = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", README)
+
 PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
-TEST = [
+TEST_CPU = [  # all that the tests of the fallback need; beside a CPU build of PyTorch nothing here brings Triton
     *BENCH,
     "pytest-xdist>=3.6",  # the suite on every core
     "hypothesis>=6",  # arguments that nobody would think of
@@ -20,14 +26,14 @@ TEST = [
     "peft",  # its adapters must go on getting gradients in an accelerated model
     "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
     "setuptools>=77",  # tests build the wheel without a network
-    "triton>=3.6; platform_system == 'Linux'",
 ]
+TEST = [*TEST_CPU, "triton>=3.6; platform_system == 'Linux'"]
 
 setup(
     name="fastgpt-triton",
     version="0.1.0",
     description="Triton kernels, blocks and a trainer that make GPT-2-class models fast on NVIDIA GPUs",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=README,
     long_description_content_type="text/markdown",
     license_expression="MIT",
     license_files=["LICENSE"],
@@ -61,6 +67,7 @@ setup(
         "bench": BENCH,
         "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any
         "test": TEST,
+        "test-cpu": TEST_CPU,
         "dev": [*TEST, "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:main"]},

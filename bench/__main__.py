@@ -29,12 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if arguments[:1] == [name] == ["compile"]:
-            gate = importlib.import_module("bench.compile")
+            gate = _module(name)
             command.add_argument("--capability", type=int, nargs="*", default=gate.CAPABILITIES, help="80 is 8.0 …")
             command.add_argument("--sass", action="store_true", help="the account of attention's loops instead")
             command.set_defaults(main=lambda options, gate=gate: _compile(gate, options))
         elif arguments[:1] == [name]:
-            module = importlib.import_module("bench." + MODULES.get(name, name))
+            module = _module(name)
             module.add_arguments(command)
             command.set_defaults(main=module.main)
     options = parser.parse_args(arguments)
@@ -43,6 +43,17 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"python -m bench {options.command}: {error}", file=sys.stderr)
         return 2
+
+
+def _module(command: str):
+    """The module of a command; where it needs Triton and there is none, a line says so and the process ends with 2."""
+    try:
+        return importlib.import_module("bench." + MODULES.get(command, command))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "triton":
+            raise
+        print(f"python -m bench {command}: needs Triton, which is not installed: pip install triton", file=sys.stderr)
+        sys.exit(2)
 
 
 def _compile(gate, options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ def interpret() -> None:
     """Have every launch of this process checked by the sanitizing interpreter, which is also faster than Triton's."""
     from fastgpt import ops
 
-    if ops.autograd is None or not ops.autograd.INTERPRETED:
+    if not ops.interpreted():
         raise ValueError("a dry run needs Triton and TRITON_INTERPRET=1 in the environment before it starts")
     from fastgpt.sanitizer import sanitized  # needs Triton
 

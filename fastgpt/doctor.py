@@ -38,11 +38,18 @@ class Diagnosis(NamedTuple):
 
     def __str__(self) -> str:
         lines = [f"{finding.what:18} {finding.found}" for finding in self.findings]
-        lines += ["", *self.functions.values(), ""]
+        lines += ["", *self._said_once(), ""]
         for finding in self.findings:
             if finding.problem:
                 lines += [f"PROBLEM: {finding.problem}", f"  what to do: {finding.remedy}"]
         return "\n".join([*lines, *(["nothing is wrong"] if self.healthy else [])])
+
+    def _said_once(self) -> list[str]:
+        """What serves each function, in one line where it is the same for all."""
+        reasons = {sentence.removeprefix(f"{name} ") for name, sentence in self.functions.items()}
+        if len(reasons) == 1:
+            return [f"every function of fastgpt.ops {reasons.pop()}"]
+        return list(self.functions.values())
 
     def json(self) -> str:
         findings = [finding._asdict() for finding in self.findings]
@@ -117,9 +124,12 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _triton() -> Iterator[Finding]:
-    if ops.autograd is None:
-        problem = f"{ops.NO_TRITON}, so PyTorch serves on the GPU too" if _has_gpu() else ""
-        yield Finding("Triton", ops.NO_TRITON, problem, "pip install -U 'triton>=3.6'" if problem else "")
+    if (reason := ops.no_triton()) is not None:
+        if _has_gpu():
+            problem = f"{reason}, so PyTorch serves on the GPU too"
+            yield Finding("Triton", reason, problem, "pip install -U 'triton>=3.6'")
+        else:
+            yield Finding("Triton", f"{reason}; only the kernels for NVIDIA GPUs need it")
         return
     import triton
 
@@ -129,7 +139,7 @@ def _triton() -> Iterator[Finding]:
     problem = "Triton has no ptxas, which makes the GPU's code" if lost else ""
     found = os.environ.get("TRITON_PTXAS_PATH", str(ptxas) if ptxas.exists() else "none")
     yield Finding("ptxas", found, problem, "reinstall triton, or set TRITON_PTXAS_PATH" if problem else "")
-    if ops.autograd.INTERPRETED:
+    if ops.interpreted():
         problem = "TRITON_INTERPRET is set: kernels run in Python, not on the GPU" if _has_gpu() else ""
         yield Finding("TRITON_INTERPRET", "set", problem, "unset it" if problem else "")
 
@@ -139,7 +149,7 @@ def _compiler() -> Iterator[Finding]:
     asked = os.environ.get("CC")
     found = shutil.which(asked) if asked else next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     header = Path(sysconfig.get_path("include"), "Python.h")
-    needed = _has_gpu() and ops.autograd is not None
+    needed = _has_gpu() and ops.no_triton() is None
     name = found or (f"CC is {asked!r}, which is not there" if asked else "none")
     lost = needed and found is None
     problem = "Triton finds no C compiler for what launches its kernels" if lost else ""
@@ -158,7 +168,7 @@ def _cache() -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        needed = _has_gpu() and ops.autograd is not None
+        needed = _has_gpu() and ops.no_triton() is None
         problem = f"compiled kernels can't be kept in {folder}: {error.strerror}" if needed else ""
         remedy = "set TRITON_CACHE_DIR to a folder that can be written" if problem else ""
         yield Finding("kernel cache", f"{folder}, not writable", problem, remedy)

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,21 +49,43 @@ class Verification(NamedTuple):
     def passed(self) -> bool:
         return all(difference.ratio <= self.tolerance for difference in self.differences)
 
+    @property
+    def verdict(self) -> str:
+        return "passed" if self.passed else "FAILED"
+
     def __str__(self) -> str:
         lines = [] if self.report is None else [str(self.report), ""]
-        lines.append(f"{'largest distance from float64':42} {'before':>10} {'after':>10} {'ratio':>7}")
-        for what, before, after, ratio in self.differences:
-            verdict = "" if ratio <= self.tolerance else f"  more than {self.tolerance:g}"
-            lines.append(f"{what:42} {before:10.2e} {after:10.2e} {ratio:7.2f}{verdict}")
-        return "\n".join([*lines, "passed" if self.passed else "FAILED"])
+        rows = [f"{each.what:42}{_numbers(each, self.tolerance)}" for each in self.differences]
+        return "\n".join([*lines, HEADING, *rows, self.verdict])
 
 
-def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE, **options) -> Verification:
+HEADING = f"{'largest distance from float64':42} {'before':>10} {'after':>10} {'ratio':>7}"
+
+
+def _numbers(difference: Difference, tolerance: float) -> str:
+    """A row of the table behind its name."""
+    _, before, after, ratio = difference
+    return f" {before:10.2e} {after:10.2e} {ratio:7.2f}" + ("" if ratio <= tolerance else f"  more than {tolerance:g}")
+
+
+def _unheard(text: str) -> None:
+    pass
+
+
+def verify_model(
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    tolerance: float = TOLERANCE,
+    write: Callable[[str], object] = _unheard,
+    **options,
+) -> Verification:
     """Compare `model` in eval mode before and after accelerate(model, **options) on token ids (B, T), T at least 2.
 
     Each token's target is the next one. The ratio is the distance after by the distance before, or by a few units in
     the last place of the largest value where before happens to be closer. The model is left as it was, but for the
-    gradients, which are cleared. ValueError for ids or a model that can't be asked.
+    gradients, which are cleared. write: gets lines that say what is being computed. ValueError for ids or a model that
+    can't be asked.
     """
     if ids.dim() != 2 or ids.shape[1] < 2 or ids.is_floating_point():
         raise ValueError(f"verify_model: ids are {ids.dtype} of shape {tuple(ids.shape)}, not integers (B, T), T > 1")
@@ -70,15 +93,23 @@ def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE,
         raise ValueError(f"verify_model: tolerance is {tolerance}, not a positive number")
     training = model.training
     model.eval()
+    name, size = type(model).__name__, f"{ids.shape[0]} x {ids.shape[1]} tokens"
+    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(1))
     try:
+        write(f"{name} on {size}: in float64 …\n")
         with accelerated(copy.deepcopy(model).double(), attention=False, layer_norm=False, mlp=False) as plain:
             oracle = _ask(_on_torch(plain), ids)
         report = None
+        served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)} …\n"
+        write("before …\n")
         if isinstance(model, GPT):
-            before, after = _ask(_on_torch(copy.deepcopy(model)), ids), _ask(model, ids)
+            before = _ask(_on_torch(copy.deepcopy(model)), ids)
+            write(f"after: {served}")
+            after = _ask(model, ids)
         else:
             with accelerated(model, attention=False, layer_norm=False, mlp=False):
                 before = _ask(model, ids)
+                write(f"after: {served}")
                 report = accelerate(model, **options)
                 after = _ask(model, ids)
     finally:
@@ -87,28 +118,37 @@ def verify_model(model: nn.Module, ids: Tensor, *, tolerance: float = TOLERANCE,
     return Verification(report, _differences(oracle, before, after), tolerance)
 
 
-def verify_functions(device: str = "auto", *, tolerance: float = TOLERANCE) -> Verification:
+def verify_functions(
+    device: str = "auto", *, tolerance: float = TOLERANCE, write: Callable[[str], object] = _unheard
+) -> Verification:
     """Every function of fastgpt.ops, values and gradients, in the dtypes of the device: before is PyTorch's own error,
     after fastgpt's, each the largest of that call; dropout and masks included.
 
     device: "auto" is cuda where there is one. On a cpu only float32 is asked of the fallback, all three of the kernels
-    in Triton's interpreter (TRITON_INTERPRET=1), which is sanitized for it.
+    in Triton's interpreter (TRITON_INTERPRET=1), which is sanitized for it. write: gets the table as it grows, a row's
+    name before the row is computed: a kernel's first call compiles it, which may take a while.
     """
     place = device_named(device)
-    interpreted = ops.autograd is not None and ops.autograd.INTERPRETED
-    if interpreted:
+    if ops.interpreted():
         from fastgpt.sanitizer import sanitized  # needs Triton
 
         with sanitized():
-            return _verify_functions(place, True, tolerance)
-    return _verify_functions(place, place.type == "cuda", tolerance)
+            return _verify_functions(place, True, tolerance, write)
+    return _verify_functions(place, place.type == "cuda", tolerance, write)
 
 
-def _verify_functions(place: torch.device, half: bool, tolerance: float) -> Verification:
+def _verify_functions(
+    place: torch.device, half: bool, tolerance: float, write: Callable[[str], object]
+) -> Verification:
     halves = (torch.bfloat16, torch.float16) if half else ()
     found = []
+    on_kernels = not ops.interpreted() and place.type == "cuda" and ops.no_triton() is None
+    note = "; each is compiled at its first call" if on_kernels else ""
+    write(f"{_place(place)}, {ops.backend_in_words('auto', torch.empty(1, device=place))}{note}\n{HEADING}\n")
     for dtype in (torch.float32, *halves):
         for label, (name, floats, options) in _calls(place).items():
+            what = f"{label}, {str(dtype).removeprefix('torch.')}"
+            write(f"{what:42}")
             rounded = [tensor.to(dtype) for tensor in floats]
             oracle = _results(getattr(pytorch, name), [tensor.double() for tensor in rounded], options)
             theirs = _results(getattr(pytorch, name), rounded, options)
@@ -117,8 +157,13 @@ def _verify_functions(place: torch.device, half: bool, tolerance: float) -> Veri
                 (_difference(label, *three, 0.0) for three in zip(oracle, theirs, ours, strict=True)),
                 key=lambda difference: difference.ratio,
             )
-            found.append(worst._replace(what=f"{label}, {str(dtype).removeprefix('torch.')}"))
+            found.append(worst._replace(what=what))
+            write(f"{_numbers(found[-1], tolerance)}\n")
     return Verification(None, tuple(found), tolerance)
+
+
+def _place(device: torch.device) -> str:
+    return "on the CPU" if device.type == "cpu" else f"on {device}"
 
 
 def _calls(device: torch.device) -> dict[str, tuple[str, list[Tensor], dict[str, Any]]]:

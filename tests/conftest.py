@@ -13,7 +13,7 @@ import torch
 from fastgpt import ops
 from tests.models import FAMILIES
 
-INTERPRETED = ops.autograd is not None and ops.autograd.INTERPRETED
+INTERPRETED = ops.interpreted()
 _INTERPRETED = pytest.StashKey[set[str]]()
 HAS_GPU = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 

@@ -53,7 +53,7 @@ def _rank(rank, size, port, text, out, fault, resume, model, changes) -> None:
     monitor.plot_losses = lambda rows, path: None
     if fault:
         FAULTS[fault](rank)
-    config = TrainConfig(device="cpu", sample_tokens=0, **changes)
+    config = TrainConfig(**{"device": "cpu", "sample_tokens": 0, **changes})
 
     def fit(options):
         training.fit(GPTConfig(**model), config, encoding("byte"), text, out, resume=resume)
@@ -107,4 +107,17 @@ def _stall(rank):
         _at_step(2, lambda run: time.sleep(3))
 
 
-FAULTS = {"death of one": _die, "SIGTERM to one": _terminate, "NaN on one": _nan, "one that stalls": _stall}
+def _spoil_samples(rank):
+    def sample(*arguments):
+        raise KeyError(300)
+
+    monitor.sample = sample
+
+
+FAULTS = {
+    "death of one": _die,
+    "SIGTERM to one": _terminate,
+    "NaN on one": _nan,
+    "one that stalls": _stall,
+    "samples that fail": _spoil_samples,
+}

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import fastgpt
+from fastgpt import atomic
 from fastgpt.training import checkpoint
 from fastgpt.training.checkpoint import Checkpoint, Checkpoints, locked
 
@@ -61,7 +62,7 @@ def test_a_checkpoint_is_what_was_written(store):
     assert (found.path.name, manifest["step"], manifest["val_loss"]) == ("step-00000007", 7, 1.5)
     assert sorted(manifest["files"]) == sorted(FILES)
     assert {said["bytes"] for said in manifest["files"].values()} == {3000}
-    assert manifest["files"]["state.json"]["sha256"] == checkpoint.digest(found.path / "state.json")
+    assert manifest["files"]["state.json"]["sha256"] == atomic.digest(found.path / "state.json")
     assert sorted(os.listdir(store.folder)) == ["step-00000007"]
 
 
@@ -288,8 +289,8 @@ def test_windows_has_its_own_lock_and_opens_no_folders(tmp_path, monkeypatch):
     windows = types.SimpleNamespace(LK_NBLCK=2, locking=lambda *call: asked.append(call))
     with file.open() as opened, monkeypatch.context() as there:
         there.setitem(sys.modules, "msvcrt", windows)
-        there.setattr(checkpoint.os, "open", lambda path, flags: pytest.fail(f"{path} is opened"))
-        there.setattr(checkpoint.os, "name", "nt")
-        checkpoint._sync(tmp_path)
+        there.setattr(os, "open", lambda path, flags: pytest.fail(f"{path} is opened"))
+        there.setattr(os, "name", "nt")
+        atomic.sync(tmp_path)
         checkpoint._lock(opened)
         assert asked == [(opened.fileno(), 2, 1)]

@@ -6,8 +6,7 @@ import pytest
 import tiktoken
 import torch
 
-from fastgpt import data
-from fastgpt.data import Order, builtin_documents, documents, load_corpus, read_tokens, windows
+from fastgpt.data import Order, builtin_documents, corpora, documents, load_corpus, read_tokens, windows
 from fastgpt.data.tokenizer import END_OF_TEXT, encoding
 from fastgpt.data.tokens import tokenize
 
@@ -22,8 +21,8 @@ def all_text(corpus) -> str:
 @pytest.fixture
 def stdlib(monkeypatch, tmp_path):
     """A standard library of PACKAGES, two files each, where the first 100 bytes are for validation."""
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(data, "VALIDATION_BYTES", 100)
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(corpora, "VALIDATION_BYTES", 100)
     for package in PACKAGES:
         (tmp_path / package / "deep").mkdir(parents=True)
         (tmp_path / f"{package}/__init__.py").write_text(f"{package} # its first file")
@@ -63,14 +62,14 @@ def test_builtin_corpus_passes_over_what_is_not_the_standard_library(stdlib):
 
 
 def test_builtin_corpus_of_an_interpreter_without_source(monkeypatch, tmp_path):
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
     (tmp_path / "abc.py").write_text("import sys\n")
     with pytest.raises(FileNotFoundError, match="holds only 11 bytes of Python source"):
         builtin_documents()
 
 
 def test_no_source_is_the_builtin_corpus(monkeypatch):
-    monkeypatch.setattr(data, "builtin_documents", lambda: (["abc", "d"], ["xyz"]))
+    monkeypatch.setattr(corpora, "builtin_documents", lambda: (["abc", "d"], ["xyz"]))
     corpus = load_corpus(None, BYTE, 2)
     assert corpus.train.tolist() == [*b"abc", 256, *b"d", 256]
     assert corpus.val.tolist() == [*b"xyz", 256]
@@ -280,7 +279,8 @@ def test_documents_begin_with_the_end_of_the_one_before():
 def test_one_file_of_a_large_encoding(tmp_path, told):
     """Its ids are read in the width that they were written in, not as pairs of ids half as wide."""
     ranks = {bytes([value]): value for value in range(256)}
-    large = tiktoken.Encoding("large", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 200_000})
+    special = {END_OF_TEXT: 200_000, "<|low|>": 70_000, "<|high|>": 199_000}
+    large = tiktoken.Encoding("large", pat_str="(?s:.)", mergeable_ranks=ranks, special_tokens=special)
     ids = np.array([70_000, 3, 199_000] * 20, dtype=np.uint32)
     (tmp_path / "train.bin").write_bytes(ids.tobytes())
     if told:

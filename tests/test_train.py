@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastgpt import GPT, GPTConfig, data, training
+from fastgpt.data import corpora
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training import fit
 from fastgpt.training.distributed import World
@@ -203,7 +204,7 @@ def test_grad_clip_bounds_the_gradient(run):
 
 
 def test_without_data_the_builtin_corpus_is_used(run, monkeypatch, capsys):
-    monkeypatch.setattr(data, "builtin_documents", lambda: (["x" * 999_999], ["y" * 199_999]))
+    monkeypatch.setattr(corpora, "builtin_documents", lambda: (["x" * 999_999], ["y" * 199_999]))
     run(source=None)
     assert "the standard library's source: 1,000,000 tokens to train on, 200,000 to validate" in capsys.readouterr().out
 

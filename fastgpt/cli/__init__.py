@@ -9,11 +9,13 @@ import types
 import typing
 from pathlib import Path
 
+import tiktoken
 import torch
 
 from fastgpt import memory
 from fastgpt.cli import text
-from fastgpt.data.tokenizer import encoding
+from fastgpt.data.corpora import holds_tokens
+from fastgpt.data.tokenizer import Named, Unavailable, encoding, is_local, named
 from fastgpt.data.tokens import meta_beside, meta_of, tokenize
 from fastgpt.doctor import examine
 from fastgpt.families.book import VARIANTS
@@ -21,6 +23,7 @@ from fastgpt.model import PRESETS, GPTConfig, nearest
 from fastgpt.training import CHECKPOINTS, fit, pretrained
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import device_named
+from fastgpt.training.monitor import in_a_line
 from fastgpt.training.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.verify import TOLERANCE, load, random_ids, verify_functions, verify_model
 from fastgpt.weights import convert
@@ -188,9 +191,12 @@ def _train(options: argparse.Namespace) -> None:
     chosen.update((name, value) for name, value in vars(options).items() if value is not None)
     source = chosen.get("data")
     preset = chosen.get("preset", "byte-0.8M")
-    said = None if source is None else _meta(Path(source)).get("encoding")
-    tokens = encoding(chosen.get("encoding") or said or ("byte" if preset.startswith("byte") else "gpt2"))
     train_config = TrainConfig(**_fields(chosen, TrainConfig))
+    meta = {} if source is None else _meta(Path(source))
+    name = chosen.get("encoding") or meta.get("encoding") or ("byte" if preset.startswith("byte") else "gpt2")
+    # Asked for here and now: in a settings file that an earlier run left, everything stands.
+    asked = any(vars(options).get(option) for option in ("encoding", "sample_prompt", "sample_tokens"))
+    tokens = _encoding(name, None if asked or not holds_tokens(source) else meta, train_config.sample_tokens > 0)
     if goes_on and train_config.init_from != "scratch":  # what it began with may be gone, and its own settings know it
         before = _fields(read_settings(Path(out, SETTINGS)), GPTConfig)
         model_config = GPTConfig.from_dict({**before, **_fields(chosen, GPTConfig)})
@@ -203,9 +209,36 @@ def _train(options: argparse.Namespace) -> None:
     model = fit(model_config, train_config, tokens, source, out, *how)
     if train_config.fsdp or int(os.environ.get("RANK", 0)):  # only a whole model can write, and once is enough
         return
+    if isinstance(tokens, Named) or not train_config.sample_tokens:
+        print(f"\nsaved in {out}")
+        return
     print(f"\nsaved in {out}; a sample:\n")
     prompt, seed = train_config.sample_prompt, train_config.seed
-    text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
+    try:
+        text.write(model, tokens, prompt, 300, speed=False, temperature=0.8, seed=seed, overflow="slide")
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # the run is done and saved
+        print(f"\nthe sample failed: {in_a_line(error)}")
+
+
+def _encoding(name: str, meta: dict | None, wanted: bool) -> tiktoken.Encoding | Named:
+    """The encoding, or what can be known of it without its files, where the data are tokens.
+
+    meta: what is told of the tokens, or None where text is needed. wanted: its files are looked for; else only an
+    encoding that is here already is made.
+    """
+    if meta is None:
+        return encoding(name)
+    without = named(name, meta, f"the files of the encoding {name!r} were not asked for, nothing needs text")
+    if not wanted and without is not None and not is_local(name):
+        return without
+    try:
+        return encoding(name)
+    except Unavailable as error:
+        if without is None:
+            raise
+        return without._replace(why=str(error))
 
 
 def _meta(source: Path) -> dict:
@@ -251,8 +284,8 @@ def _verify(options: argparse.Namespace) -> int:
     if options.source is None:
         if options.text or options.dtype:
             raise ValueError("--text and --dtype are of a MODEL, and none was given")
-        found = verify_functions(options.device, tolerance=options.tolerance)
-        print(found)
+        found = verify_functions(options.device, tolerance=options.tolerance, write=_at_once)
+        print(found.verdict)
         return int(not found.passed)
     model, device = load(options.source), device_named(options.device)
     model.to(device, None if options.dtype is None else getattr(torch, options.dtype))
@@ -263,9 +296,13 @@ def _verify(options: argparse.Namespace) -> int:
         if len(tokens) < ids.numel():
             raise ValueError(f"{options.text} holds {len(tokens)} tokens, fewer than the {ids.numel()} to compare")
         ids = torch.tensor(tokens[: ids.numel()], device=device).view_as(ids)
-    found = verify_model(model, ids, tolerance=options.tolerance)
+    found = verify_model(model, ids, tolerance=options.tolerance, write=_at_once)
     print(found)
     return 0 if found.passed else 1
+
+
+def _at_once(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _doctor(options) -> int:

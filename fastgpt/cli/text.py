@@ -1,6 +1,7 @@
 """The commands `fastgpt generate` and `fastgpt eval`: a model writes text, or reads one."""
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -12,8 +13,9 @@ import tiktoken
 import torch
 
 from fastgpt.atomic import read_json
-from fastgpt.data import read_tokens
-from fastgpt.data.tokenizer import END_OF_TEXT, encoding
+from fastgpt.data import holds_tokens, read_tokens
+from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable, encoding, named
+from fastgpt.data.tokens import meta_beside, meta_of
 from fastgpt.generation import generate, stream
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.evaluation import evaluate
@@ -77,15 +79,21 @@ def load(path: str, name: str | None, n_head: int | None = None) -> tuple[GPT, t
 
     ValueError where none is named and the vocabulary's size tells none.
     """
+    model, name = load_named(path, name, n_head)
+    return model, encoding(name)
+
+
+def load_named(path: str, name: str | None, n_head: int | None = None) -> tuple[GPT, str]:
+    """load with no more of the encoding than its name."""
     folder = Path(path)
     settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "model" in settings or not (holds_weights(folder) or path in HUB):
         model, config = load_model(path)
-        return model, encoding(name or config["encoding"])
+        return model, name or config["encoding"]
     model = from_pretrained(path, n_head=n_head)
     if name is None and model.config.vocab_size not in _ENCODINGS:
         raise ValueError(f"{path} has a vocabulary of {model.config.vocab_size}: name its --encoding")
-    return model, encoding(name or _ENCODINGS[model.config.vocab_size])
+    return model, name or _ENCODINGS[model.config.vocab_size]
 
 
 def _model(options: argparse.Namespace) -> tuple[GPT, tiktoken.Encoding]:
@@ -185,14 +193,16 @@ def _converse(decoder: Decoder, tokens: tiktoken.Encoding, max_new_tokens: int, 
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    model, tokens = _model(options)
+    model, name = load_named(options.checkpoint, options.encoding, options.n_head)
+    model = model.to(device_named(options.device))
+    tokens = _encoding_of(name, options)
     ids = read_tokens(options.data, tokens)
     if not options.data.endswith(".bin"):  # behind an end of text, so that its first token is predicted too
         ids = np.concatenate((ids[-1:], ids[:-1]))
     found = evaluate(
         model,
         ids,
-        count_bytes=lambda ids: _bytes(ids, tokens),
+        count_bytes=None if isinstance(tokens, Named) else functools.partial(_bytes, tokens=tokens),
         window=options.window,
         stride=options.stride,
         batch_size=options.batch_size,
@@ -202,10 +212,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(found._asdict()))
         return
-    print(
-        f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.3f}, {found.bits_per_byte:.4f} bits a byte "
-        f"({found.tokens:,} tokens, {found.bytes:,} bytes)"
-    )
+    said = f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.3f}"
+    if found.bits_per_byte is None:
+        print(f"{said} ({found.tokens:,} tokens)")
+    else:
+        print(f"{said}, {found.bits_per_byte:.4f} bits a byte ({found.tokens:,} tokens, {found.bytes:,} bytes)")
+
+
+def _encoding_of(name: str, options: argparse.Namespace) -> tiktoken.Encoding | Named:
+    """The encoding; of tokens, where its files can't be had and it was not asked for, what is known without them."""
+    try:
+        return encoding(name)
+    except Unavailable as error:
+        source = Path(options.data)
+        meta = meta_beside(source) if source.suffix == ".bin" else meta_of(source)
+        without = named(name, meta, str(error)) if options.encoding is None and holds_tokens(source) else None
+        if without is None:
+            raise
+        print(f"bits a byte are left out: {error}", file=sys.stderr)
+        return without
 
 
 def _bytes(ids: np.ndarray, tokens: tiktoken.Encoding) -> int:

@@ -1,6 +1,6 @@
 """Tokens to train on: corpora, files of tokens, which windows a step sees, and the tokenizer."""
 
-from fastgpt.data.corpora import Corpus, builtin_documents, load_corpus, read_tokens
+from fastgpt.data.corpora import Corpus, builtin_documents, holds_tokens, load_corpus, read_tokens
 from fastgpt.data.windows import Order, documents, windows
 
-__all__ = ["Corpus", "Order", "builtin_documents", "documents", "load_corpus", "read_tokens", "windows"]
+__all__ = ["Corpus", "Order", "builtin_documents", "documents", "holds_tokens", "load_corpus", "read_tokens", "windows"]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from fastgpt.data.tokenizer import END_OF_TEXT
+from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable
 from fastgpt.data.tokens import (
     META,
     TEXT,
@@ -42,13 +42,14 @@ class Corpus(NamedTuple):
         return {"train_tokens": len(self.train), "val_tokens": len(self.val), "sha256": self.digest}
 
 
-def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: int) -> Corpus:
+def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding | Named, window: int) -> Corpus:
     """Training and validation tokens of `source`, each at least window + 1 long, every one an id of the encoding.
 
     None is the built-in corpus. A text file, or a folder's files that are UTF-8 text, in order of their names, gives
     its last tenth to validation; every file is a document, and the end-of-text token ends it. A `.bin` file of tokens
     is mapped, not read, and split likewise; a folder with files of tokens has them in train.bin and val.bin, or in
-    several that have train and val in their names, as llm.c's. FileNotFoundError or ValueError says what is wrong.
+    several that have train and val in their names, as llm.c's. Files of tokens need no more of an encoding than is
+    Named. FileNotFoundError or ValueError says what is wrong.
     """
     if source is None:
         name = "the standard library's source"
@@ -74,7 +75,13 @@ def load_corpus(source: str | Path | None, encoding: tiktoken.Encoding, window: 
     return Corpus(train, val, name, hashlib.sha256(repr(digests).encode()).hexdigest())
 
 
-def _mapped(path: Path, encoding: tiktoken.Encoding) -> np.ndarray:
+def holds_tokens(source: str | Path | None) -> bool:
+    """Whether load_corpus finds tokens there, and no text."""
+    path = None if source is None else Path(source)
+    return path is not None and (bool(_token_files(path)) if path.is_dir() else path.suffix == ".bin")
+
+
+def _mapped(path: Path, encoding: tiktoken.Encoding | Named) -> np.ndarray:
     """The ids of a file, in the width that meta.json beside it tells, or that the encoding needs."""
     meta = meta_beside(path)
     if meta.get("encoding", encoding.name) != encoding.name:
@@ -108,7 +115,7 @@ def _join(parts: list[np.ndarray]) -> Tokens:
     return parts[0] if len(parts) == 1 else Shards(parts)
 
 
-def read_tokens(source: str | Path, encoding: tiktoken.Encoding) -> np.ndarray:
+def read_tokens(source: str | Path, encoding: tiktoken.Encoding | Named) -> np.ndarray:
     """(N,): all tokens of a text file, a folder of them or a `.bin` file, each read as load_corpus does; of a folder of
     token files those for validation."""
     path = Path(source)
@@ -177,8 +184,10 @@ def _utf8(path: Path) -> str | None:
         return None
 
 
-def _encode(documents: list[str], encoding: tiktoken.Encoding) -> np.ndarray:
+def _encode(documents: list[str], encoding: tiktoken.Encoding | Named) -> np.ndarray:
     """One array of ids, an end-of-text token after each document. Text that spells a special token stays text."""
+    if isinstance(encoding, Named):
+        raise Unavailable(f"text needs an encoding: {encoding.why}")
     end = [encoding.encode_single_token(END_OF_TEXT)]
     pieces = [ids for text in documents for ids in (encoding.encode_to_numpy(text, disallowed_special=()), end)]
     return np.concatenate(pieces).astype(dtype_of(encoding))

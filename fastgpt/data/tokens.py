@@ -19,7 +19,7 @@ import tiktoken
 from tqdm import tqdm
 
 from fastgpt.atomic import digest, read_json, replacing, writable_folder
-from fastgpt.data.tokenizer import END_OF_TEXT
+from fastgpt.data.tokenizer import END_OF_TEXT, Named, undecodable
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
 TEXT = (".txt", ".md", ".jsonl")  # of a folder's files, those that must be text; others may be
@@ -29,7 +29,7 @@ _HEADER = 256 * 4  # bytes of llm.c's header: a magic number, a version, the num
 _MAGIC: dict[int, np.dtype] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}  # GPT-2's tokens, and Llama 3's
 
 
-def dtype_of(encoding: tiktoken.Encoding) -> np.dtype:
+def dtype_of(encoding: tiktoken.Encoding | Named) -> np.dtype:
     return np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
 
 
@@ -93,12 +93,13 @@ def map_tokens(path: Path, dtype: str = "uint16") -> np.ndarray:
     return np.memmap(path, dtype="<u2" if width == 2 else "<u4", mode="r")
 
 
-def examine(tokens: np.ndarray, encoding: tiktoken.Encoding, path: Path | str) -> str:
+def examine(tokens: np.ndarray, encoding: tiktoken.Encoding | Named, path: Path | str) -> str:
     """The SHA-256 of the ids; ValueError for the first one that the encoding does not have.
 
     In pieces, so that a mapped file stays on disk.
     """
     whole, piece = hashlib.sha256(), 1 << 24
+    holes = () if isinstance(encoding, Named) else undecodable(encoding)
     for start in range(0, len(tokens), piece):
         part = tokens[start : start + piece]
         outside = part >= encoding.n_vocab
@@ -107,6 +108,12 @@ def examine(tokens: np.ndarray, encoding: tiktoken.Encoding, path: Path | str) -
             raise ValueError(
                 f"{path}: token {tokens[offset]} at offset {offset} is outside the {encoding.n_vocab} ids of the "
                 f"encoding {encoding.name!r}"
+            )
+        if holes and (lost := np.isin(part, holes)).any():
+            offset = start + int(lost.argmax())
+            raise ValueError(
+                f"{path}: token {tokens[offset]} at offset {offset} is none of the encoding {encoding.name!r}, "
+                f"which has no bytes for it"
             )
         whole.update(np.ascontiguousarray(part).data)
     return whole.hexdigest()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import memory
+from fastgpt.data.tokenizer import undecodable
 from fastgpt.generation.batch import Batch, Readback, Told, slots
 from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
 from fastgpt.generation.sampling import Sampling
@@ -80,7 +81,8 @@ def stream(
     temperature, top_k, top_p, min_p, repetition_penalty: see Sampling. num_samples: rows of each prompt, read once.
     seed: makes the draws repeatable and leaves torch's generators alone.
     stop_ids, stop_strings: each row ends by itself, at whichever comes first; strings are found across tokens.
-    encoding: tiktoken's, for texts and stop_strings. vocab_size: sample among the ids below it; the encoding's if None.
+    encoding: tiktoken's, for texts and stop_strings; an id that it can't decode is not drawn. vocab_size: sample among
+    the ids below it; the encoding's if None.
     attention_mask: (B, T), 0 where ids (B, T) is padding, on either side. logprobs: of each token that was chosen.
     overflow: past the context, "error" raises before the first token; "slide" forgets the oldest, and reads the window
     anew for each token, since no position stays the same.
@@ -116,8 +118,9 @@ def stream(
     if helper is not None and helper.context < max(map(len, prompts)) + max_new_tokens - 1:
         raise ValueError(f"generate: the draft's context is {helper.context}, the model's {decoder.context}")
     generator = None if seed is None else torch.Generator(decoder.device).manual_seed(seed)
+    never = () if encoding is None else undecodable(encoding)
     batch = Batch(
-        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, room(helper)
+        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, room(helper), never
     )  # fmt: skip
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
@@ -182,7 +185,9 @@ def _vocabulary(decoder: Decoder, helper: Decoder | None, asked: int | None, enc
         raise ValueError(f"generate: vocab_size is {asked}, not from 1 to the model's {size}")
     if helper is not None and (helper.outputs, helper.vocabulary) != (size, decoder.vocabulary):
         raise ValueError(f"generate: the draft's vocabulary is {helper.outputs}, the model's {size}")
-    return asked or (size if encoding is None else encoding.n_vocab)
+    if encoding is None:
+        return asked or size
+    return min(asked or encoding.n_vocab, encoding.n_vocab)  # what lies above, a padded head has and no text
 
 
 def _check_tokens(prompts: list[list[int]], decoder: Decoder) -> None:

@@ -3,12 +3,12 @@
 import collections
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgpt import ops
 from fastgpt.cuda_graph import captured, warmed
 from fastgpt.generation.decoder import Cache, Decoder
 from fastgpt.generation.sampling import Sampling
@@ -42,8 +42,9 @@ class Batch:
         vocab_size: int,
         logprobs: bool,
         room: int = 0,
+        never: Sequence[int] = (),
     ):
-        """room: tokens beyond new_tokens that may be written and not kept."""
+        """room: tokens beyond new_tokens that may be written and not kept. never: ids that are not drawn."""
         self.decoder, self.sampling, self.generator, self.vocab_size = decoder, sampling, generator, vocab_size
         device, longest = decoder.device, max(map(len, prompts))
         self.samples, self.longest, self.steps = samples, longest, 0
@@ -61,6 +62,10 @@ class Batch:
             seen = torch.zeros(len(prompts), max(decoder.outputs, decoder.vocabulary), dtype=torch.bool)
             seen[torch.nonzero(inside)[:, 0], padded[inside]] = True
             self.seen = seen[:, :vocab_size].repeat_interleave(samples, 0).to(device)
+        never = [token for token in never if token < vocab_size]
+        self._never = torch.zeros(vocab_size, dtype=torch.bool, device=device) if never else None
+        if self._never is not None:
+            self._never[never] = True
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(self.rows, device=device) if logprobs else None
         plain = sampling.greedy and self.seen is None and self.logprobs is None and decoder.dtype != torch.float64
@@ -111,9 +116,9 @@ class Batch:
     def _take(self, logits: Tensor) -> None:
         """Sample from (rows, V) and write it down."""
         with torch.no_grad():
-            logits = logits[:, : self.vocab_size]
+            logits = self.allowed(logits)
             if self._likeliest:
-                ops.autograd.take_likeliest(logits, self.history, self.lengths, self.ids)
+                self.decoder.steps.take_likeliest(logits, self.history, self.lengths, self.ids)
                 return
             ids = self.sampling.draw(logits, self.seen, self.generator)[:, None]
             if self.logprobs is not None:
@@ -126,6 +131,12 @@ class Batch:
                 extremes = logits.amin(-1), logits.amax(-1)  # NaN is both
                 ids = torch.where(torch.stack(extremes).isfinite().all(0)[:, None], ids, -1)
             self.ids.copy_(ids[:, 0])
+
+    def allowed(self, logits: Tensor) -> Tensor:
+        """(…, V) of all outputs -> (…, vocab_size), where ids that are never drawn have the least finite logit: their
+        probability is 0, and the row's news stay good."""
+        logits = logits[..., : self.vocab_size]
+        return logits if self._never is None else logits.masked_fill(self._never, torch.finfo(logits.dtype).min)
 
     def _finite_at_a_glance(self, logits: Tensor) -> bool:
         """On a CPU, which need not be waited for: a sum is finite only if all of its terms are."""

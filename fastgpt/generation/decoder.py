@@ -35,7 +35,6 @@ class Cache:
         shape = (len(decoder.layers), rows, decoder.heads, slots, decoder.head_dim)
         self.whole = torch.zeros((2, *shape), dtype=decoder.dtype, device=decoder.device)
         self.k, self.v = (half.unbind() for half in self.whole)  # of each layer
-        self.row = torch.arange(rows, device=decoder.device)[:, None]
 
     @staticmethod
     def size(decoder: "Decoder", rows: int, slots: int) -> int:
@@ -77,7 +76,8 @@ class Decoder:
             self.stream_dtype = torch.float32
         self.heads = found.heads
         # On a CPU the checks of each call would take a tenth of a token's time: parts that fit are checked here, once.
-        self._torch = ops.road("layer_norm", found.backend, head.weight) is pytorch
+        self.steps: Any = ops.decoding_steps(found.backend, head.weight)
+        self._torch = not self.steps.on_kernels
         self._backend = {} if self._torch else {"backend": found.backend}
         self._functions: Any = pytorch if self._torch else ops
         reader = Reader(dtype, Layout(tokens, rows, on_kernels=not self._torch))
@@ -90,8 +90,7 @@ class Decoder:
         self.context = len(found.positions.weight)
         self.head_dim = width // self.heads
         short = self._all_plain()
-        narrow = width <= ops.autograd.few_rows.MAX_NORMED and self.dtype != torch.float64
-        self._fused = short and not self._torch and narrow
+        self._fused = short and self.steps.fuses(width, self.dtype)
         on_cpu = self._torch and self.device.type == "cpu" and not self.called
         self._one_row = short and on_cpu and self._as_one_row_needs()
         self._sources = reader.sources
@@ -118,7 +117,7 @@ class Decoder:
     @property
     def on_kernels(self) -> bool:
         """Whether it runs on the Triton kernels, and not on PyTorch's road."""
-        return not self._torch
+        return self.steps.on_kernels
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -167,16 +166,9 @@ class Decoder:
         reach = cache.slots if longest is None else longest
 
         def attend(index: int, qkv: Tensor) -> Tensor:
-            q, k, v = self._split(qkv)
+            q, _, _ = self._split(qkv)
             keys, values, scale = cache.k[index], cache.v[index], self.layers[index].scale
-            if not self._torch:
-                ops.autograd.append_to_cache(qkv, keys, values, lengths)
-            elif even:
-                keys[:, :, reach - new : reach] = k
-                values[:, :, reach - new : reach] = v
-            else:
-                keys[cache.row, :, positions] = k.transpose(1, 2)
-                values[cache.row, :, positions] = v.transpose(1, 2)
+            self.steps.append(qkv, keys, values, lengths, reach if even else None)
             if self._torch:  # the kernel reads no further than the lengths say
                 keys, values = keys[:, :, :reach], values[:, :, :reach]
             if even and new == 1 and self._torch:  # nothing to be hidden: no mask, and no look at the lengths
@@ -186,7 +178,7 @@ class Decoder:
             return y.transpose(1, 2).reshape(batch, new, -1)
 
         with self._inference():
-            if self._fused and all(ops.autograd.fits_few(ids.numel(), linear.weight) for linear in self._linears()):
+            if self._fused and all(self.steps.fits(ids.numel(), linear.weight) for linear in self._linears()):
                 return self._logits(walks.few_rows_on_kernels(self, self._embed(ids, positions), attend))
             return self._logits(self._walk(ids, positions, attend))
 
@@ -223,10 +215,10 @@ class Decoder:
 
     def _logits(self, x: Tensor) -> Tensor:
         few = self._fused and isinstance(self.head, Linear) and x.dim() == 3
-        if few and ops.autograd.fits_few(x.shape[0] * x.shape[1], self.head.weight):
+        if few and self.steps.fits(x.shape[0] * x.shape[1], self.head.weight):
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             linear: Any = self.head
-            return ops.autograd.few_linear(x.flatten(0, 1), *linear, wide).view(*x.shape[:2], -1)
+            return self.steps.linear(x.flatten(0, 1), *linear, wide).view(*x.shape[:2], -1)
         logits = self.head(x)
         return logits if logits.dtype == torch.float64 else logits.float()
 

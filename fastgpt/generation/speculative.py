@@ -43,7 +43,8 @@ class Speculation:
         last = batch.history.gather(1, lengths[:, None] - 1)
         logits = batch.decoder.decode(
             torch.cat((last, proposals), dim=1), lengths + count, batch.cache, longest + count, batch.rows == 1
-        )[..., : batch.vocab_size]  # (B, count + 1, V)
+        )
+        logits = batch.allowed(logits)  # (B, count + 1, V)
         if count and not logits[torch.tensor(self.active, device=logits.device)].isfinite().all():
             return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
         wanted = torch.stack([batch.sampling.probabilities(logits[:, i], seen[i]) for i in range(count + 1)], dim=1)
@@ -69,7 +70,8 @@ class Speculation:
                 ids = batch.history.gather(1, places)
             else:
                 ids = proposals[:, i - 1 : i]
-            logits = draft.decode(ids, lengths + i, self.cache, longest + i, batch.rows == 1)[:, -1, : batch.vocab_size]
+            logits = draft.decode(ids, lengths + i, self.cache, longest + i, batch.rows == 1)[:, -1]
+            logits = batch.allowed(logits)
             guess = batch.sampling.probabilities(logits, seen[-1])
             if not logits.isfinite().all():
                 raise ValueError("generate: the draft's logits are not finite")

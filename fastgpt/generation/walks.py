@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import ops
-
 if TYPE_CHECKING:
     from fastgpt.generation.decoder import Cache, Decoder
 
@@ -22,17 +20,17 @@ def few_rows_on_kernels(decoder: "Decoder", x: Tensor, attend: Callable[[int, Te
 
     attend(layer, qkv) turns (B, T, 3C) into (B, T, C).
     """
-    few: Any = ops.autograd
+    steps = decoder.steps
     shape, x = x.shape, x.flatten(0, 1)
     branch: Any = None
     bias: Any = None
     parts: Any  # all of them plain
     for index, parts in enumerate(decoder.layers):
-        qkv, x = few.few_norm_linear(x, branch, bias, *parts.norm_1, *parts.qkv[0], "")
+        qkv, x = steps.norm_linear(x, branch, bias, parts.norm_1, parts.qkv[0], "")
         y = attend(index, qkv.view(*shape[:2], -1))
-        branch, bias = few.few_linear(y.flatten(0, 1), parts.out.weight, None), parts.out.bias
-        hidden, x = few.few_norm_linear(x, branch, bias, *parts.norm_2, *parts.mlp.fc, parts.mlp.gelu)
-        branch, bias = few.few_linear(hidden, parts.mlp.proj.weight, None), parts.mlp.proj.bias
+        branch, bias = steps.linear(y.flatten(0, 1), parts.out.weight, None), parts.out.bias
+        hidden, x = steps.norm_linear(x, branch, bias, parts.norm_2, parts.mlp.fc, parts.mlp.gelu)
+        branch, bias = steps.linear(hidden, parts.mlp.proj.weight, None), parts.mlp.proj.bias
     normed, _ = decoder.add_norm(decoder.norm, branch, x, bias)
     return normed.view(shape)
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, pytorch
+from fastgpt.ops import checks, decoding, pytorch
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -32,7 +32,7 @@ if find_spec("triton") is not None:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 6):
         NO_TRITON = f"Triton is {triton.__version__}, the kernels need 3.6 or newer"
     else:
-        from fastgpt.ops import autograd
+        import fastgpt.ops.autograd as autograd  # `from fastgpt.ops import` would find the None above
 
 
 def layer_norm(
@@ -325,6 +325,34 @@ def road(name: str, backend: Backend, operand: Tensor, **arguments) -> ModuleTyp
     return _choose(name, backend, operand, arguments)[0]
 
 
+def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
+    """The steps of decoding of a model of which `operand` is a weight, chosen once for all its calls."""
+    return decoding.OnPyTorch() if road("layer_norm", backend, operand) is pytorch else decoding.OnKernels(autograd)
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter (TRITON_INTERPRET=1), on any device's tensors."""
+    return autograd is not None and autograd.INTERPRETED
+
+
+def no_triton() -> str | None:
+    """Why no Triton kernel can run in this process, whatever the device; None where one can."""
+    return NO_TRITON if autograd is None else None
+
+
+def backend_in_words(backend: Backend, operand: Tensor) -> str:
+    """What serves a model of which `operand` is a weight, as words after "on the CPU, " or "on cuda:0, "."""
+    found, sentence = _choose("layer_norm", backend, operand, {})
+    if found is not pytorch:
+        return "with the Triton kernels" + (" in Triton's interpreter" if interpreted() else "")
+    ours = "with PyTorch's own functions"
+    if backend == "torch":
+        return f"{ours}, as backend='torch' asks"
+    if operand.device.type == "cuda":  # an NVIDIA GPU that lacks something, or an AMD one
+        return f"{ours}: {sentence.partition(': ')[2]}"
+    return f"{ours}; the Triton kernels need an NVIDIA GPU"
+
+
 def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tuple[ModuleType, str]:
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
@@ -341,12 +369,12 @@ def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tu
 
 def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
     """What keeps the Triton kernel from serving this call, or None."""
+    if not interpreted() and (operand.device.type != "cuda" or torch.version.hip):  # with a Triton or without
+        kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device
+        return f"the tensors are on {kind}, the kernels run on NVIDIA GPUs"
     if autograd is None:
         return NO_TRITON
     if not autograd.INTERPRETED:
-        if operand.device.type != "cuda" or torch.version.hip:
-            kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device
-            return f"the tensors are on {kind}, the kernels run on NVIDIA GPUs"
         capability = torch.cuda.get_device_capability(operand.device)
         if capability < (8, 0):
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"

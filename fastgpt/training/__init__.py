@@ -10,6 +10,7 @@ import torch
 
 from fastgpt import data
 from fastgpt.atomic import remove_unfinished, replacing, writable_folder
+from fastgpt.data.tokenizer import Named, end_of_text
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training import monitor, state
 from fastgpt.training.checkpoint import Checkpoint, Checkpoints, locked
@@ -24,7 +25,7 @@ __all__ = ["CHECKPOINTS", "TrainConfig", "fit", "pretrained"]
 def fit(
     model_config: GPTConfig,
     config: TrainConfig,
-    encoding: tiktoken.Encoding,
+    encoding: tiktoken.Encoding | Named,
     source: str | Path | None,
     out: str | Path,
     overwrite: bool = False,
@@ -34,6 +35,7 @@ def fit(
     """Train a GPT on `source` (see data.load_corpus) and leave it, with all that monitor.py and state.py write, in the
     folder `out`.
 
+    encoding: of the text or the tokens in `source`; for tokens Named will do, and then no samples are written.
     resume: go on from the newest whole checkpoint in `out`, or start where there is none yet. strict_resume: ValueError
     where the newest is not whole. Under torchrun every process calls this. On Ctrl-C and SIGTERM the step is finished
     and saved before KeyboardInterrupt or SystemExit(143); a second one ends the process at once. ValueError or OSError
@@ -50,6 +52,8 @@ def fit(
         sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r} has {encoding.n_vocab} ids"
         raise ValueError(f"the model can't hold every token: {sizes}")
     config.windows(model_config.block_size)
+    if config.document_mask:
+        end_of_text(encoding)
     world = join(config.device)
     _hold_device(model_config, config, world)
     corpus = data.load_corpus(source, encoding, model_config.block_size)
@@ -80,6 +84,8 @@ def fit(
                 given = None if source is None else str(source)
                 new.write_text(settings_text(model_config, config, data=given, encoding=encoding.name), "utf-8")
             print(run.description(), flush=True)
+            if isinstance(encoding, Named) and config.sample_tokens:
+                print(f"samples are left out, and all else goes on: {encoding.why}", flush=True)
         try:
             run.loop()
         finally:

@@ -1,6 +1,7 @@
 """One training run in one of its processes: the steps, and what is looked at, evaluated and saved between them."""
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import data, ops
-from fastgpt.data.tokenizer import END_OF_TEXT
+from fastgpt.data.tokenizer import Named, end_of_text
 from fastgpt.model import GPT
 from fastgpt.training import monitor, state
 from fastgpt.training.checkpoint import Checkpoints
@@ -60,7 +61,7 @@ class Run:
         self,
         model: GPT,
         config: TrainConfig,
-        encoding: tiktoken.Encoding,
+        encoding: tiktoken.Encoding | Named,
         corpus: data.Corpus,
         folder: Path,
         world: World,
@@ -74,7 +75,7 @@ class Run:
         mine = self.windows // world.size
         self.batch = max(size for size in range(1, min(mine, config.batch_size) + 1) if mine % size == 0)
         self.order = data.Order(corpus.train, block, config.order, config.seed)
-        self.end = encoding.encode_single_token(END_OF_TEXT) if config.document_mask else None
+        self.end = end_of_text(encoding) if config.document_mask else None
         if config.compile and model.config.dropout and torch.__version__.startswith("2.13"):
             warnings.warn("torch 2.13 may compile dropout wrongly (pytorch issue 198333)", stacklevel=2)
         self.forward = _distributed(model, config, world)  # what a step calls; the model itself is for all else
@@ -120,13 +121,13 @@ class Run:
 
     def description(self) -> str:
         block, train, val = self.model.config.block_size, self.corpus.train, self.corpus.val
-        x = torch.empty(1, self.model.config.n_embd, device=self.device)
-        norm = ops.explain(ops.layer_norm, x, torch.empty_like(x[0]), backend=self.model.config.backend)
+        serves = ops.backend_in_words(self.model.config.backend, self.model.wte.weight)
+        where = "the CPU" if self.device.type == "cpu" else self.device
         batches = self.windows // self.world.size // self.batch
         shares = f" in {batches} x {self.world.size} batches" if batches * self.world.size > 1 else ""
         return (
             f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "
-            f"{self.windows} x {block} tokens{shares} on {self.device}; {norm}\n"
+            f"{self.windows} x {block} tokens{shares} on {where}, {serves}\n"
             f"{self.corpus.name}: {len(train):,} tokens to train on, {len(val):,} to validate"
         )
 
@@ -170,9 +171,10 @@ class Run:
                     }
                 )
                 self.recent.clear()
-                self.report()
             if saves or stop:
                 self.save(needed=last or bool(stop))
+            if evaluates:  # after the save: what only shows the run must not cost it
+                self.report()
             if stop and not last:
                 self.end_early(stop)
 
@@ -255,18 +257,17 @@ class Run:
         return world.mean(total).item() * world.size / windows
 
     def report(self) -> None:
+        """By rank 0 alone, so nothing in it may be a collective: the others are at the next step already."""
         if self.monitor is None:
             return
-        config = self.config
-        try:
-            self.monitor.evaluated(self.rows)
-            if config.sample_tokens and not config.fsdp:  # a sharded model can't be run by one process
-                text = monitor.sample(
-                    self.model, self.encoding, config.sample_prompt, config.sample_tokens, config.seed
-                )
-                monitor.keep_sample(self.folder, self.steps_done, text)
-        except (OSError, ValueError) as error:
-            self.monitor.say(f"step {self.steps_done}: {error}; training goes on")
+        config, encoding = self.config, self.encoding
+        self.monitor.evaluated(self.rows)
+        if config.fsdp or isinstance(encoding, Named):  # one process can't run shards; without an encoding is no text
+            return
+        if config.sample_tokens:
+            prompt, tokens, seed = config.sample_prompt, config.sample_tokens, config.seed
+            write = functools.partial(monitor.sample, self.model, encoding, prompt, tokens, seed)
+            self.monitor.sampled(self.steps_done, write)
 
     def save(self, needed: bool) -> None:
         """A checkpoint, and the model in the folder itself. A disk that is full is told of and left for the next time,

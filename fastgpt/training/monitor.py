@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def flops_per_token(config: GPTConfig) -> int:
 
 
 class Monitor:
-    """Of rank 0; on other ranks it is not made."""
+    """Of rank 0; on other ranks it is not made. Nothing that it shows is worth a run: once training has begun, what a
+    file, a plot or a sample raises is told in a line."""
 
     def __init__(self, folder: Path, config: GPTConfig, device: torch.device, processes: int, tensorboard: bool):
         self.folder = folder
@@ -75,14 +77,36 @@ class Monitor:
         tqdm.write(text)
         sys.stdout.flush()  # into a pipe or a file too
 
+    def attempt(self, step: int, what: str, show: Callable[..., Any], *args) -> bool:
+        """Whether show(*args) did what it should; if not, that is told. Ctrl-C passes through."""
+        try:
+            show(*args)
+        except Exception as error:  # a disk, a plotting library, a model that writes nonsense: anything
+            self.say(f"step {step}: {what} failed: {in_a_line(error)}; training goes on")
+            return False
+        return True
+
     def stepped(self, step: int, steps: int, loss: float, norm: float, rate: float, speed: float) -> None:
         """`steps` more steps are done, `step` in all; the last one's loss, and tokens a second."""
         assert self.line is not None
         self.line.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s{self.use(speed)}", refresh=False)
         self.line.update(steps)
-        if self.events is not None:
-            for name, value in dict(loss=loss, grad_norm=norm, learning_rate=rate, tokens_per_second=speed).items():
-                self.events.add_scalar(f"train/{name}", value, step)
+        scalars = dict(loss=loss, grad_norm=norm, learning_rate=rate, tokens_per_second=speed)
+        self._record({f"train/{name}": value for name, value in scalars.items()}, step)
+
+    def _record(self, scalars: dict[str, float], step: int, flush: bool = False) -> None:
+        """In TensorBoard's events; after a failure no more, which would fail again at every look."""
+        if self.events is None:
+            return
+
+        def record() -> None:
+            for name, value in scalars.items():
+                self.events.add_scalar(name, value, step)
+            if flush:
+                self.events.flush()
+
+        if not self.attempt(step, "TensorBoard", record):
+            self.events = None
 
     def use(self, speed: float) -> str:
         """Of the card's matmuls, where its peak is known."""
@@ -93,26 +117,35 @@ class Monitor:
 
     def evaluated(self, rows: list[dict]) -> None:
         """Tell of the last row, and write metrics.csv and the plot anew."""
-        row = rows[-1]
+        row, step = rows[-1], rows[-1]["step"]
         speed = row["tokens_per_second"]
         self.say(
             f"step {row['step']}: train {row['train_loss']:.3f}, validation {row['val_loss']:.3f} nats a token, "
             f"{speed:,.0f} tokens/s{self.use(speed)}"
         )
-        with replacing(self.folder / METRICS) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
-            writer.writeheader()
-            writer.writerows(rows)
-        plot_losses(rows, self.folder / PLOT)
-        if self.events is not None:
-            self.events.add_scalar("val/loss", row["val_loss"], row["step"])
-            self.events.flush()
+        self.attempt(step, METRICS, write_metrics, rows, self.folder / METRICS)
+        self.attempt(step, PLOT, plot_losses, rows, self.folder / PLOT)
+        self._record({"val/loss": row["val_loss"]}, step, flush=True)
+
+    def sampled(self, step: int, write: Callable[[], str]) -> None:
+        """Keep the text that `write` gives."""
+        self.attempt(step, "the sample", lambda: keep_sample(self.folder, step, write()))
 
     def close(self) -> None:
         if self.line is not None:
             self.line.close()
-        if self.events is not None:
-            self.events.close()
+        events, self.events = self.events, None
+        if events is not None:
+            try:
+                events.close()
+            except Exception as error:  # the run is saved, or its own error is on its way
+                self.say(f"TensorBoard failed: {in_a_line(error)}")
+
+
+def in_a_line(error: Exception) -> str:
+    """The error's class, and the first line of what it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def _event_writer() -> Any:
@@ -128,9 +161,16 @@ def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, se
     end = encoding.encode_single_token(END_OF_TEXT)
     device = next(model.parameters()).device
     ids = torch.tensor([encoding.encode(prompt, disallowed_special=()) or [end]], device=device)
-    options: dict = dict(temperature=0.8, seed=seed, vocab_size=encoding.n_vocab, overflow="slide", stop_ids=end)
-    (written,) = generate(model, ids, tokens, **options).tokens
-    return prompt + encoding.decode([token for token in written if token != end])
+    options: dict = dict(temperature=0.8, seed=seed, encoding=encoding, overflow="slide", stop_ids=end)
+    (written,) = generate(model, ids, tokens, **options).texts or ("",)
+    return prompt + written
+
+
+def write_metrics(rows: list[dict], path: Path) -> None:
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[-1]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def keep_sample(folder: Path, step: int, text: str) -> None:

@@ -1,0 +1,78 @@
+"""The steps of decoding that a Decoder takes at each layer and token, on either backend; ops.decoding hands them out.
+
+Their arguments are not checked: whoever asks for them has checked a model once and calls often. `B` batch, `Tq` new
+tokens, `H` heads, `D` head dim, `V` vocabulary; `N K` a linear layer's weight.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OnPyTorch:
+    """PyTorch's own functions. There is nothing to fuse for few rows: `fuses` and `fits` say so."""
+
+    on_kernels = False
+
+    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, even: int | None) -> None:
+        """The keys and values of the newest tokens, in qkv (B, Tq, 3HD), into the caches (B, H, Tmax, D).
+
+        lengths: (B,), with the new tokens counted in. even: the length of all rows, where the host knows that they are
+        alike; then no index is made of lengths.
+        """
+        batch, new, heads = *qkv.shape[:2], keys.shape[1]
+        k, v = qkv.view(batch, new, 3, heads, -1)[:, :, 1:].unbind(2)  # (B, Tq, H, D)
+        if even is not None:
+            keys[:, :, even - new : even] = k.transpose(1, 2)
+            values[:, :, even - new : even] = v.transpose(1, 2)
+            return
+        rows = torch.arange(batch, device=qkv.device)[:, None]
+        places = (lengths[:, None] - new) + torch.arange(new, device=qkv.device)
+        keys[rows, :, places] = k
+        values[rows, :, places] = v
+
+    def fuses(self, width: int, dtype: torch.dtype) -> bool:
+        """Whether a layer of that width and dtype may take norm_linear and linear."""
+        return False
+
+    def fits(self, rows: int, weight: Tensor) -> bool:
+        """Whether so few rows of a product with that weight (N, K) are faster by linear."""
+        return False
+
+
+class OnKernels(OnPyTorch):
+    """The Triton kernels."""
+
+    on_kernels = True
+
+    def __init__(self, autograd: Any):
+        """autograd: the module of that name, which only ops imports."""
+        self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
+        self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
+        self._widest: int = autograd.few_rows.MAX_NORMED
+
+    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, even: int | None) -> None:
+        self._append(qkv, keys, values, lengths)
+
+    def fuses(self, width: int, dtype: torch.dtype) -> bool:
+        return width <= self._widest and dtype != torch.float64
+
+    def fits(self, rows: int, weight: Tensor) -> bool:
+        return self._fits(rows, weight)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """x (M, K) -> (M, N), rounded to weight's dtype and given in it or in `dtype`."""
+        return self._linear(x, weight, bias, dtype)
+
+    def norm_linear(
+        self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, linear: Any, gelu: str
+    ) -> tuple[Tensor, Tensor]:
+        """The sum x + branch + branch_bias (M, K), and its norm (weight, bias, eps) through a linear layer (weight,
+        bias) and a GELU, (M, N), in the order (M, N), sum. gelu: "tanh", "none" for the exact one, "" for no GELU."""
+        return self._norm_linear(x, branch, branch_bias, *norm, *linear, gelu)
+
+    def take_likeliest(self, logits: Tensor, history: Tensor, lengths: Tensor, ids: Tensor) -> None:
+        """The likeliest of (B, V) into history (B, room) at lengths (B,), which grow by one, and into ids (B,), which
+        gets -1 where a logit is not finite."""
+        self._likeliest(logits, history, lengths, ids)
