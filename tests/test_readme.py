@@ -54,9 +54,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(block: str) -> list[str]:
     """The command lines of a shell block; none of a block that holds a map or a list of names."""
-    lines = block.replace("\\\n", " ").splitlines()
-    if not re.match(r"(fastgpt|python|pytest|pip|git|torchrun|for|TRITON_INTERPRET=1) ", lines[0]) or "  " in lines[0]:
+    if not re.match(r"(fastgpt|python|pytest|pip|git|torchrun|for|TRITON_INTERPRET=1) (?! )", block):
         return []
+    lines = block.replace("\\\n", " ").splitlines()
     return [command.strip() for line in lines for command in re.split(r" && |; ", line)]
 
 
