@@ -5,9 +5,15 @@ The distribution is `fastgpt-triton`, because `fastgpt` on PyPI is a stranger's;
 hide Hugging Face's `kernels`, which transformers imports, from everyone who stands in a checkout.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+# Where the package is listed nothing beside README is there: its pictures go, and a link into the checkout is its text.
+README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+README = re.sub(r"!\[[^]]*\]\([^)]*\)\n+", "", README)
+README = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", README)
 
 PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
@@ -27,7 +33,7 @@ setup(
     name="fastgpt-triton",
     version="0.1.0",
     description="Triton kernels, blocks and a trainer that make GPT-2-class models fast on NVIDIA GPUs",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=README,
     long_description_content_type="text/markdown",
     license_expression="MIT",
     license_files=["LICENSE"],

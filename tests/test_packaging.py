@@ -197,6 +197,13 @@ def described(monkeypatch):
     return described
 
 
+def test_the_description_links_to_nothing_that_is_not_beside_it(described):
+    text = described["long_description"]
+    assert text.startswith("# fastgpt\n") and "fastgpt.accelerate(model" in text
+    assert "](" not in text and "Time and memory of a training step" not in text  # no link, no picture
+    assert "docs/swap.md says what is replaced" in text  # the text of a link stays
+
+
 def needs(described):
     """(extra, requirement) for each requirement in setup.py; "" stands for those of every install."""
     extras = {"": described["install_requires"], **described["extras_require"]}
