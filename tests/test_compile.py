@@ -62,10 +62,11 @@ def test_what_is_worse_than_the_committed_table_is_named():
     ]
 
 
-@pytest.mark.parametrize("version", ["3.7.1", "3.6.0"])
-def test_the_committed_tables_hold_every_card_and_no_failure(version):
+@pytest.mark.parametrize(("version", "cards"), [("3.7.1", gate.CAPABILITIES), ("3.6.0", (90,))])
+def test_the_committed_tables_hold_their_cards_and_no_failure(version, cards):
+    """CI compiles for 9.0 alone on the older Triton."""
     table = gate.committed(version)
-    assert {row.capability for row in table} == set(gate.CAPABILITIES)
+    assert {row.capability for row in table} == set(cards)
     assert [gate.line(row) for row in table if not row.passes] == []
     lines = (gate.RESULTS / f"compile-triton-{version}.txt").read_text(encoding="utf-8").splitlines()
     assert lines[0] == f"Triton {version}" and lines[2:] == [gate.line(row) for row in table]

@@ -32,7 +32,10 @@ RESULTS = Path(__file__).parent.parent / "results"
 _MAY_SPILL = (
     ("attention_dkdv_kernel", r"(bf16|fp16).* D=(80|128) ", (90,), 128),  # at D 128, 16 queries take 2 to 9% longer
     ("attention_dq_kernel", r"^\d*x?fp32.* D=256 ", CAPABILITIES, 256),  # no work of tensor cores, and no GPT-2 has it
-    ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (90, 120), 8),  # more registers would leave fewer blocks
+    # More registers would leave fewer blocks. None of these has been measured on its card.
+    ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (90, 100, 120), 24),
+    ("layer_norm_bwd_kernel", r"C=768 HAS_DSUM=True NEEDS_DX_BIAS=True .* BLOCK_C=1024 ", (120,), 8),
+    ("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (80,), 8),  # padding and dropout together
 )
 # Where ptxas may serialize wgmma: padding and dropout in one backward. A single stage would not be; it is not measured.
 _MAY_SERIALIZE = (("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (90,)),)
