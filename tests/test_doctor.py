@@ -66,6 +66,7 @@ def test_a_machine_that_has_all(machine):
 
 def test_what_is_the_same_for_all_functions_is_said_once(machine):
     """On an H100 each runs on its kernel; that is one line, and so is any other reason that they share."""
+    pytest.importorskip("triton", reason="Triton is not to be had on this platform")
     _, diagnosis = problems()
     assert (
         str(diagnosis).count("layer_norm") == 0 and str(diagnosis).count("every function of fastgpt.ops runs on") == 1

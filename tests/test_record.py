@@ -124,7 +124,9 @@ def test_every_way_launches_something_in_ieee_arithmetic():
     models.book_package("ch04")
     found = list(gate.recorded(90))
     names = {name for name, _ in found}
-    assert len(found) > 300 and {"train 124M", "Hugging Face, autocast", "the book, bfloat16"} <= names
+    assert len(found) > 300 and "train 124M" in names
+    for family in ("Hugging Face", "nanoGPT", "the book"):  # what they launch beyond what was launched before
+        assert any(family in name for name in names), family
     precisions = {launch.constexprs["PRECISION"] for _, launch in found if "PRECISION" in launch.constexprs}
     assert precisions == {"ieee"}
     kernels = {launch.name for _, launch in found}
