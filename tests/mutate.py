@@ -39,14 +39,14 @@ NORM_STRIDES, HEAD_STRIDES = (
 )
 RATIOS, DROPS = (
     "test_attention.py::test_every_ratio_of_tiles",
-    "test_layernorm.py::test_dropout_drops_what_the_fallback_drops",
+    "test_layernorm.py::test_dropout_drops_what_the_reference_drops",
 )
 LARGE_MEAN, ENTROPY = (
     "test_layernorm.py::test_a_large_mean_costs_no_digits",
     "test_cross_entropy.py::test_loss_and_gradients",
 )
 ATTENTION_DROPS, KEY_MASK, DOCUMENTS = (
-    "test_attention_masks.py::test_dropout_drops_what_the_fallback_drops",
+    "test_attention_masks.py::test_dropout_drops_what_the_reference_drops",
     "test_attention_masks.py::test_key_mask",
     "test_attention_masks.py::test_documents",
 )
@@ -94,6 +94,7 @@ SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py
 WORLDLY = "test_swap_world.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
+JUDGED = "test_judges.py::"
 
 MUTANTS = [
     # LayerNorm
@@ -244,7 +245,7 @@ MUTANTS = [
     Mutant("runs not joined", EMBEDDING, "for part in range(chunk + 1, last + 1):", "for part in range(chunk + 1, last):", RUNS),
     Mutant("a run counted twice", EMBEDDING, "            total = tl.zeros([BLOCK_C], ACC)\n            begins_here", "            begins_here", RUNS),
     Mutant("a head taken for a whole run", EMBEDDING, "begins_here = (start == 0) | (tl.load(keys_ptr + start - 1, start > 0, 0).to(tl.int64) != key)\n    total", "begins_here = start >= 0\n    total", RUNS),
-    Mutant("dropout of another row", EMBEDDING, "rows = tl.zeros([1], tl.int32) + row.to(tl.int32)", "rows = tl.zeros([1], tl.int32) + i", "test_embedding.py::test_dropout_drops_what_the_fallback_drops"),
+    Mutant("dropout of another row", EMBEDDING, "rows = tl.zeros([1], tl.int32) + row.to(tl.int32)", "rows = tl.zeros([1], tl.int32) + i", "test_embedding.py::test_dropout_drops_what_the_reference_drops"),
     Mutant("dropout's columns counted anew in each block", EMBEDDING, "tl.load(seed_ptr), rows, tl.program_id(1) * BLOCK_C, 0", "tl.load(seed_ptr), rows, 0, 0", "test_embedding.py::test_dropout_beyond_the_first_block_of_columns"),
     Mutant("gradient rows assumed in one piece", EMBEDDING, "batch * stride_gb + time * stride_gt + cols64 * stride_gc, in_cols", "row * C + cols64, in_cols", "test_embedding.py::test_strides_change_no_bit"),
     # the swap
@@ -400,6 +401,16 @@ MUTANTS = [
     Mutant("an encoding that was asked for is done without", CLI, 'for option in ("encoding", "sample_prompt", "sample_tokens"))', "for option in ())", OFFLINE + "test_what_was_asked_for_and_can_not_be_had_is_an_error_before_anything_is_touched", False),
     Mutant("eval needs an encoding for tokens", "fastgpt/cli/text.py", "        if without is None:\n", "        if True:\n", OFFLINE + "test_eval_leaves_out_bits_a_byte", False),
     Mutant("tokens are held to no vocabulary offline", "fastgpt/data/tokens.py", "outside = part >= encoding.n_vocab", "outside = part >= 2**32", OFFLINE + "test_a_token_past_the_vocabulary_is_still_found", False),
+    # who judges
+    Mutant("verify takes the fallback for the reference", "fastgpt/verify.py", "from fastgpt.ops import reference\n", "from fastgpt.ops import pytorch as reference\n", JUDGED + "test_verify_sees_it", False),
+    Mutant("verify looks at no gradient", "fastgpt/verify.py", "return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]", "return [out.detach() for out in outs]", JUDGED + "test_verify_sees_it", False),
+    Mutant("a GPT is verified by the fallback", "fastgpt/testing.py", 'object.__setattr__(module, "backend", reference)', 'object.__setattr__(module, "backend", "torch")', "test_reference.py::test_a_model_on_the_reference", False),
+    Mutant("verify ends well whatever it finds", "fastgpt/cli/__init__.py", "return int(not found.passed)", "return 0", JUDGED + "test_verify_sees_it", False),
+    Mutant("bench takes the fallback for the reference", "bench/cases.py", "from fastgpt.ops import pytorch, reference\n", "from fastgpt.ops import pytorch\nreference = pytorch\n", JUDGED + "test_bench_sees_it", False),
+    Mutant("bench judges models by the fallback", "bench/models.py", "step(on_reference(with_backend(", "step((with_backend(", JUDGED + "test_bench_sees_it", False),
+    Mutant("the reference smooths no label", "fastgpt/ops/reference.py", "+ label_smoothing / len(weight)", "", "test_reference.py::test_linear_cross_entropy", False),
+    Mutant("the reference's variance is unbiased", "fastgpt/ops/reference.py", "centred.square().mean(-1, keepdim=True)", "centred.var(-1, keepdim=True)", "test_reference.py::test_layer_norm", False),
+    Mutant("the reference's Philox has nine rounds", "fastgpt/ops/reference.py", "for _ in range(10):", "for _ in range(9):", "test_reference.py::test_philox_gives_the_published_words", False),
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/ops/pytorch.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
     Mutant("a run that sets no seed", "fastgpt/training/__init__.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
@@ -422,7 +433,7 @@ def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tu
     if interpreted:
         inherited["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("fastgpt", "kernels", "tests"):
+        for name in ("fastgpt", "kernels", "bench", "tests"):
             shutil.copytree(ROOT / name, Path(folder, name))  # with what Python compiled before
         shutil.copy(ROOT / "pyproject.toml", folder)
         if mutant is not None:

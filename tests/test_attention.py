@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from fastgpt.kernels import attention, attention_tiles, launch
 from tests.alike import alike
-from tests.attention_oracle import check, operands, run
+from tests.attention_checks import check, operands, run
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import reference
 from fastgpt.testing import assert_accurate
-from tests.attention_oracle import check, operands, run
+from tests.attention_checks import check, operands, run
 
 F32 = torch.float32
 
@@ -62,7 +62,7 @@ def test_grouped_heads_with_everything(device):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
-def test_dropout_drops_what_the_fallback_drops(p, device):
+def test_dropout_drops_what_the_reference_drops(p, device):
     for dtype in (F32, torch.float16):
         check(operands(2, 3, 37, 37, 16, dtype, device), dropout_p=p, seed=-7)
 
@@ -89,7 +89,7 @@ def test_the_same_seed_keeps_the_same_on_both_roads(device):
     for seed in (0, 12345, -(2**63)):
         got = kept(seed, 0.3, device)
         assert torch.equal(got, kept(seed, 0.3, device, backend="torch"))
-        assert torch.equal(got, pytorch.dropout_mask(seed, 0.3, (2, 4, 64, 64), 0, device) & below)
+        assert torch.equal(got, reference.keep_mask(seed, 0.3, (2, 4, 64, 64), 0).to(device) & below)
 
 
 def test_dropout_keeps_as_many_as_it_should_and_independently(device):
@@ -220,7 +220,7 @@ def test_foreign_tiles_are_not_walked_over(monkeypatch):
 
 
 def alone(q, k, v, do):
-    return run(*(t.double().cpu() for t in (q, k, v, do)), backend="torch")
+    return run(*(t.double().cpu() for t in (q, k, v, do)), reference.causal_attention)
 
 
 def same_as_alone(got, tensors, where):

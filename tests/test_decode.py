@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt import ops
-from fastgpt.ops import autograd
+from fastgpt.ops import autograd, reference
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
@@ -28,13 +28,13 @@ def operands(lengths, heads, key_heads, steps, slots, dim, dtype, device):
     return [*(t.to(device, dtype) for t in (q, *caches)), torch.tensor(lengths, dtype=torch.int64, device=device)]
 
 
-def check(tensors, scale=None):
+def check(tensors, scale=None, backend="triton"):
     q, k, v, lengths = tensors
-    got = ops.decode_attention(*tensors, scale=scale, backend="triton")
+    got = ops.decode_attention(*tensors, scale=scale, backend=backend)
     wide = [t.double() for t in (q, k, v)]
-    oracle = ops.decode_attention(*wide, lengths, scale=scale, backend="torch")
-    theirs = ops.decode_attention(*tensors, scale=scale, backend="torch")
-    size = ops.decode_attention(*wide[:2], wide[2].abs(), lengths, scale=scale, backend="torch")
+    oracle = reference.decode_attention(*wide, lengths, scale=scale)
+    theirs = reference.decode_attention(*tensors, scale=scale)
+    size = reference.decode_attention(*wide[:2], wide[2].abs(), lengths, scale=scale)
     assert_accurate(got, oracle, theirs, size, logit_max=8.0)
     return got
 
@@ -78,7 +78,7 @@ def test_it_is_the_end_of_full_attention(device):
     got = ops.decode_attention(q, k, v, lengths, backend="triton")
     for row, length in enumerate(lengths.tolist()):
         one = [t[row : row + 1].double().cpu() for t in (q, k[:, :, :length], v[:, :, :length])]
-        expected = ops.causal_attention(*one, backend="torch")
+        expected = reference.causal_attention(*one)
         assert_accurate(got[row : row + 1], expected, magnitude=expected.abs() + expected.abs().mean(), logit_max=8.0)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import reference
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
@@ -19,23 +19,23 @@ def weights(vocab, context, columns, dtype, device):
     return [torch.randn(size, columns, device=device).to(dtype) for size in (vocab, context)]
 
 
-def run(ids, token_weight, position_weight, positions=None, dout=None, **options):
+def run(ids, token_weight, position_weight, positions=None, dout=None, function=ops.embedding, **options):
     """The sum and the gradients of both weights, for leaves of these values and strides."""
     leaves = [w.detach().requires_grad_() for w in (token_weight, position_weight)]
-    out = ops.embedding(ids, *leaves, positions, **options)
+    out = function(ids, *leaves, positions, **options)
     out.backward(dout)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
 
-def check(ids, token_weight, position_weight, positions=None, dout=None, **options):
+def check(ids, token_weight, position_weight, positions=None, dout=None, backend="triton", **options):
     """The kernels' three results, each within assert_accurate's limits. Returns them."""
     if dout is None:
         dout = torch.randn(*ids.shape, token_weight.shape[1], device=ids.device).to(token_weight.dtype)
-    kernel = run(ids, token_weight, position_weight, positions, dout, backend="triton", **options)
+    kernel = run(ids, token_weight, position_weight, positions, dout, backend=backend, **options)
     wide = [t.double() for t in (token_weight, position_weight)]
-    oracle = run(ids, *wide, positions, dout.double(), backend="torch", **options)
-    sizes = run(ids, *(w.abs() for w in wide), positions, dout.double().abs(), backend="torch", **options)
-    theirs = run(ids, token_weight, position_weight, positions, dout, backend="torch", **options)
+    oracle = run(ids, *wide, positions, dout.double(), reference.embedding, **options)
+    sizes = run(ids, *(w.abs() for w in wide), positions, dout.double().abs(), reference.embedding, **options)
+    theirs = run(ids, token_weight, position_weight, positions, dout, reference.embedding, **options)
     for name, got, expected, their, size in zip(
         ("out", "dtoken", "dposition"), kernel, oracle, theirs, sizes, strict=True
     ):
@@ -91,7 +91,7 @@ def test_the_stream_may_be_narrower_or_wider_than_the_weights(device):
         dout = torch.randn(2, 9, 20, device=device).to(dtype)
         out, dtoken, dposition = run(ids, *operands, None, dout, dtype=dtype, backend="triton")
         assert (out.dtype, dtoken.dtype, dposition.dtype) == (dtype, weight_dtype, weight_dtype)
-        oracle = run(ids.cpu(), *(w.double().cpu() for w in operands), None, dout.double().cpu(), backend="torch")
+        oracle = run(ids.cpu(), *(w.double().cpu() for w in operands), None, dout.double().cpu(), reference.embedding)
         for got, expected in zip((out, dtoken, dposition), oracle, strict=True):
             unit = torch.finfo(got.dtype).eps
             assert (got.cpu().double() - expected).norm() < unit * expected.norm()
@@ -117,15 +117,15 @@ def test_strides_change_no_bit(device):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_dropout_drops_what_the_fallback_drops(p, device):
+def test_dropout_drops_what_the_reference_drops(p, device):
     ids = torch.randint(5, (3, 7), device=device)
     operands = weights(5, 7, 24, torch.float32, device)
     out, dtoken, _ = check(ids, *operands, dropout_p=p, seed=77)
     if p == 1:
         assert not out.any() and not dtoken.any()
         return
-    keep = pytorch.dropout_mask(77, p, (1, 1, 21, 24), pytorch.EMBEDDING_SITE, device).view(3, 7, 24)
-    assert torch.equal(out != 0, keep)
+    keep = reference.keep_mask(77, p, (1, 1, 21, 24), reference.EMBEDDING_SITE).view(3, 7, 24)
+    assert torch.equal((out != 0).cpu(), keep)
 
 
 def test_dropout_beyond_the_first_block_of_columns(device):

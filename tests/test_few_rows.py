@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops import pytorch
+from fastgpt.ops import reference
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
@@ -21,11 +21,11 @@ def draw(*shape, dtype, device, scale=1.0):
 
 
 def composed(x, branch, branch_bias, norm_weight, norm_bias, w, b, gelu):
-    """The kernels that it stands for, in PyTorch."""
+    """The functions that it stands for."""
     stream = x if branch is None else x + branch + (0 if branch_bias is None else branch_bias)
-    n = stream if norm_weight is None else pytorch.layer_norm(stream, norm_weight, norm_bias, EPS)
-    y = F.linear(n.to(w.dtype), w, b)
-    return (F.gelu(y, approximate=gelu) if gelu else y), stream
+    n = stream if norm_weight is None else reference.layer_norm(stream, norm_weight, norm_bias, EPS)
+    y = reference.linear(n.to(w.dtype), w, b)
+    return (reference.gelu(y, gelu) if gelu else y), stream
 
 
 @pytest.mark.parametrize("rows", [1, 2, few_rows.MAX_ROWS])

@@ -86,3 +86,47 @@ def test_bench_times_what_is_right(name, backend):  # noqa: F811
 def test_bench_sees_it(name, part, backend, break_function):  # noqa: F811
     break_function(name, part)
     assert ("WRONG", False) in statuses(backend, name)
+
+
+def of_the_fallback():
+    """By function, a test of it."""
+    from tests import test_loss, test_mlp_fallback, test_pytorch
+
+    return {
+        "layer_norm": test_pytorch.test_the_norms,
+        "add_layer_norm": test_pytorch.test_the_norms,
+        "causal_attention": lambda: test_pytorch.test_shapes_of_attention(dict(kv_heads=2)),
+        "causal_attention_qkv": lambda: test_pytorch.test_packed_attention({}),
+        "decode_attention": lambda: test_pytorch.test_decode(1, 4),
+        "gelu_mlp": lambda: test_mlp_fallback.test_gelu_mlp("tanh", (True, True)),
+        "linear_cross_entropy": test_loss.test_the_real_vocabulary,
+        "embedding": test_pytorch.test_embedding,
+    }
+
+
+def of_the_kernels(device):
+    from tests import test_attention, test_cross_entropy, test_decode, test_embedding, test_layernorm, test_mlp
+
+    return {
+        "layer_norm": lambda: test_layernorm.test_plain_layer_norm_is_the_same_without_a_residual(device),
+        "add_layer_norm": lambda: test_layernorm.test_row_counts((1,), device),
+        "causal_attention": lambda: test_attention.test_lengths(7, device),
+        "causal_attention_qkv": lambda: test_attention.test_packed_attention_has_the_bits_of_the_unpacked(
+            3, 20, device
+        ),
+        "decode_attention": lambda: test_decode.test_scale_is_heard(device),
+        "gelu_mlp": lambda: test_mlp.test_row_counts((1,), device),
+        "linear_cross_entropy": lambda: test_cross_entropy.test_smoothing_and_z_loss(0.1, 0.0, "mean", device),
+        "embedding": lambda: test_embedding.test_row_counts((1, 7), device),
+    }
+
+
+@pytest.mark.parametrize(("name", "part"), [*BREAKS, *SHARED])
+def test_the_suite_sees_it(name, part, backend, break_function):  # noqa: F811
+    """What passes is run by the suite itself."""
+    if backend == ("torch", "cuda"):
+        pytest.skip("the fallback's tests are on a CPU")
+    tests = of_the_fallback() if backend[0] == "torch" else of_the_kernels(torch.device(backend[1]))
+    break_function(name, part)
+    with pytest.raises(AssertionError):
+        tests["linear_cross_entropy" if name == "shared loss" else name]()

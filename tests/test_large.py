@@ -12,7 +12,7 @@ from fastgpt import ops
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from fastgpt.kernels import attention_tiles, decode
-from tests.attention_oracle import check, operands, run
+from tests.attention_checks import check, operands, run
 
 APART = 2**30  # elements: the third of them begins where a signed offset of 32 bits would wrap
 

@@ -2,11 +2,12 @@
 
 import itertools
 
+import numpy
 import pytest
 import torch
 
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import reference
 from fastgpt.testing import assert_accurate
 from tests.alike import alike
 
@@ -50,12 +51,12 @@ def magnitudes(results, inputs, dy, ds):
     return [(n * weight).abs() + (0 if bias is None else bias.abs()), s.abs(), dx, dx, *sums]
 
 
-def check(tensors, only_floor=False, residual_dtype=None, **options):
+def check(tensors, only_floor=False, residual_dtype=None, backend="triton", **options):
     """The kernels' seven results for these operands, each within assert_accurate's limits. Returns them."""
     inputs, (dy, ds) = tensors[:5], tensors[5:]
-    kernel = run(ops.add_layer_norm, inputs, dy, ds, backend="triton", residual_dtype=residual_dtype, **options)
-    theirs = run(pytorch.add_layer_norm, inputs, dy, ds, residual_dtype=residual_dtype, **options)
-    oracle = run(pytorch.add_layer_norm, widen(inputs), *widen((dy, ds)), **options)
+    kernel = run(ops.add_layer_norm, inputs, dy, ds, backend=backend, residual_dtype=residual_dtype, **options)
+    theirs = run(reference.add_layer_norm, inputs, dy, ds, residual_dtype=residual_dtype, **options)
+    oracle = run(reference.add_layer_norm, widen(inputs), *widen((dy, ds)), **options)
     sizes = magnitudes(oracle, widen(inputs), *widen((dy, ds)))
     scale = 1 / (1 - options.get("dropout_p", 0.0)) if options.get("dropout_p") != 1 else 1
     for name, got, expected, their, size in zip(NAMES, kernel, oracle, theirs, sizes, strict=True):
@@ -152,8 +153,8 @@ def test_plain_layer_norm_is_the_same_without_a_residual(device):
 def test_eps_is_heard(eps, device):
     x, _, weight, bias, *_ = operands((4,), 48, torch.float32, device, sigma=1e-2)
     y = ops.layer_norm(x, weight, bias, eps, backend="triton")
-    oracle = pytorch.layer_norm(*widen((x, weight, bias)), eps)
-    assert_accurate(y, oracle, pytorch.layer_norm(x, weight, bias, eps))
+    expected = reference.layer_norm(*widen((x, weight, bias)), eps)
+    assert_accurate(y, expected, reference.layer_norm(x, weight, bias, eps))
 
 
 STRIDES = {
@@ -230,12 +231,12 @@ def test_the_stream_may_be_wider_than_the_branch(residual_dtype, device):
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
-def test_dropout_drops_what_the_fallback_drops(p, device):
+def test_dropout_drops_what_the_reference_drops(p, device):
     for columns in (20, 48, 300):
         tensors = operands((5, 3), columns, torch.float32, device)
         options = dict(dropout_p=p, seed=2**40 + 7)
         kernel = check(tensors, **options)
-        theirs = run(pytorch.add_layer_norm, tensors[:5], *tensors[5:], **options)
+        theirs = run(reference.add_layer_norm, tensors[:5], *tensors[5:], **options)
         assert torch.equal(kernel[2] == 0, theirs[2] == 0)
         seed = torch.tensor(2**40 + 7, device=device)
         again = run(ops.add_layer_norm, tensors[:5], *tensors[5:], backend="triton", dropout_p=p, seed=seed)
@@ -244,9 +245,8 @@ def test_dropout_drops_what_the_fallback_drops(p, device):
 
 def test_a_word_at_the_threshold_is_kept(device):
     """p is chosen so that floor(p * 2**32) is the very word that decides about the element (0, 0)."""
-    site, seed = torch.tensor(pytorch.RESIDUAL_SITE), torch.tensor(7)
-    zero = torch.zeros((), dtype=torch.int64)
-    p = pytorch._philox(zero, zero, zero, site, seed)[0].item() / 2**32
+    counter = numpy.array([0, 0, 0, reference.RESIDUAL_SITE], dtype=numpy.uint64)
+    p = reference.philox(counter, 7)[0].item() / 2**32
     x, weight = torch.ones(1, 20, device=device), torch.ones(20, device=device)
     for backend in ("triton", "torch"):
         _, s = ops.add_layer_norm(x, torch.zeros_like(x), weight, dropout_p=p, seed=7, backend=backend)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
-from fastgpt.ops import loss
+from fastgpt.ops import loss, reference
 from fastgpt.ops.cpu import logits
 from fastgpt.testing import assert_accurate
 
@@ -31,16 +31,6 @@ def test_dweight_is_no_view(pads):
     assert dweight.untyped_storage().nbytes() == (128 if pads else 70) * 4 * 4
 
 
-def plain(x, weight, targets, reduction, label_smoothing=0.0, z_loss=0.0):
-    logits = F.linear(x, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    losses = losses + (z_loss * logits.logsumexp(-1) ** 2).masked_fill(targets == -100, 0)
-    if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / (targets != -100).sum()
-
-
 def gradients(loss, x, weight, upstream):
     return torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), (x, weight))
 
@@ -49,7 +39,10 @@ def check(x, weight, targets, upstream, reduction, backend="torch", **options):
     """Loss and both gradients against float64, by PyTorch's own error in the same dtype."""
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     got = ops.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend, **options)
-    oracle, theirs = plain(*wide, targets, reduction, **options), plain(x, weight, targets, reduction, **options)
+    oracle, theirs = (
+        reference.linear_cross_entropy(*leaves, targets, reduction=reduction, **options)
+        for leaves in (wide, (x, weight))
+    )
     rows = (t.reshape(-1, 1) for t in (got, oracle, theirs))
     added_up = 10 * (len(x) if reduction == "sum" else 1)  # logits reach some 10, and each row's loss is off by theirs
     assert_accurate(*rows, magnitude=oracle.abs().reshape(-1, 1) + added_up, name="loss")
@@ -121,7 +114,7 @@ def test_shapes_ids_and_ignore_index():
     x, weight, targets = head(24, 8, 65, torch.float32)
     losses = ops.linear_cross_entropy(x.view(2, 3, 4, 8), weight, targets.view(2, 3, 4).int(), reduction="none")
     assert losses.shape == (2, 3, 4) and losses.dtype == torch.float32
-    torch.testing.assert_close(losses.flatten(), plain(x, weight, targets, "none"))
+    torch.testing.assert_close(losses.flatten(), reference.linear_cross_entropy(x, weight, targets, reduction="none"))
     counted = targets.masked_fill(targets == -100, 3)
     expected = F.cross_entropy(F.linear(x, weight), counted, ignore_index=3)
     torch.testing.assert_close(ops.linear_cross_entropy(x, weight, counted, ignore_index=3), expected)
@@ -132,7 +125,7 @@ def test_strided_operands_and_expanded_gradients():
     wide = torch.randn(24, 16)[:, ::2].requires_grad_()
     column = torch.randn(8, 65, requires_grad=True)
     got = ops.linear_cross_entropy(wide, column.t(), targets, reduction="none")
-    expected = plain(wide, column.t(), targets, "none")
+    expected = reference.linear_cross_entropy(wide, column.t(), targets, reduction="none")
     upstream = torch.tensor(0.5).expand(24)
     for a, b in zip(gradients(got, wide, column, upstream), gradients(expected, wide, column, upstream), strict=True):
         torch.testing.assert_close(a, b)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import reference
 from fastgpt.testing import assert_accurate
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
@@ -44,12 +44,12 @@ def magnitudes(inputs, dy):
     return [y, dpre @ w_in, dpre.T @ x, dpre.sum(0), dy.T @ act, dy.sum(0)]
 
 
-def check(tensors, **options):
+def check(tensors, backend="triton", **options):
     inputs, dy = tensors[:5], tensors[5]
     wide = [None if t is None else t.double() for t in tensors]
-    kernel = run(ops.gelu_mlp, inputs, dy, backend="triton", **options)
-    oracle = run(pytorch.gelu_mlp, wide[:5], wide[5], **options)
-    theirs = run(pytorch.gelu_mlp, inputs, dy, **options)
+    kernel = run(ops.gelu_mlp, inputs, dy, backend=backend, **options)
+    oracle = run(reference.gelu_mlp, wide[:5], wide[5], **options)
+    theirs = run(reference.gelu_mlp, inputs, dy, **options)
     sizes = magnitudes(wide[:5], wide[5])
     for name, got, expected, their, size in zip(NAMES, kernel, oracle, theirs, sizes, strict=True):
         if expected is not None:

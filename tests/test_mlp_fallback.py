@@ -1,7 +1,6 @@
-"""The fallback's MLP, and its backward on a CPU (fastgpt/ops/cpu/mlp.py), against formulas and PyTorch's own."""
+"""The fallback's MLP, and its backward on a CPU (fastgpt/ops/cpu/mlp.py), against the naive reference."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import pytorch, reference
 from fastgpt.ops.cpu import mlp
 from fastgpt.testing import assert_accurate
 
@@ -24,12 +23,7 @@ def test_gelu_mlp(approximate, biases):
     w_out = torch.randn(20, 8, dtype=F64, requires_grad=True).t()
     b_in = torch.randn(20, dtype=F64, requires_grad=True) if biases[0] else None
     b_out = torch.randn(8, dtype=F64, requires_grad=True) if biases[1] else None
-    hidden = x @ w_in.t() + (0 if b_in is None else b_in)
-    if approximate == "tanh":
-        active = 0.5 * hidden * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
-    else:
-        active = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
-    expected = active @ w_out.t() + (0 if b_out is None else b_out)
+    expected = reference.gelu_mlp(x, w_in, b_in, w_out, b_out, approximate=approximate)
     leaves = [t for t in (x, w_in, b_in, w_out, b_out) if t is not None]
     for recompute in (False, True):
         got = ops.gelu_mlp(x, w_in, b_in, w_out, b_out, approximate=approximate, recompute=recompute)
@@ -46,10 +40,6 @@ def mlp_operands(rows, channels, hidden, dtype):
     return [(torch.randn(shape) * scale).to(dtype) for shape, scale in zip(shapes, scales, strict=True)]
 
 
-def plain_mlp(x, w_in, b_in, w_out, b_out, approximate="tanh"):
-    return F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
-
-
 def mlp_results(function, operands, dy, **options):
     leaves = [t.detach().requires_grad_() for t in operands]
     y = function(*leaves, **options)
@@ -63,9 +53,9 @@ def test_gelu_mlp_of_many_rows(approximate, dtype):
     *operands, dy = mlp_operands(3000, 40, 200, dtype)
     wide = [t.double() for t in (*operands, dy)]
     got = mlp_results(ops.gelu_mlp, operands, dy, approximate=approximate)
-    oracle = mlp_results(plain_mlp, wide[:5], wide[5], approximate=approximate)
-    theirs = mlp_results(plain_mlp, operands, dy, approximate=approximate)
-    for name, a, b, c in zip(("y", "dx", "dw_in", "db_in", "dw_out", "db_out"), got, oracle, theirs, strict=True):
+    expected = mlp_results(reference.gelu_mlp, wide[:5], wide[5], approximate=approximate)
+    theirs = mlp_results(reference.gelu_mlp, operands, dy, approximate=approximate)
+    for name, a, b, c in zip(("y", "dx", "dw_in", "db_in", "dw_out", "db_out"), got, expected, theirs, strict=True):
         assert_accurate(a, b, c, name=name)
     with torch.no_grad():
         assert torch.equal(ops.gelu_mlp(*operands, approximate=approximate), got[0])
@@ -116,7 +106,7 @@ def test_gelu_mlp_leaves_autocast_no_weight_without_a_derivative():
         again = F.linear(leaves[0], leaves[1])
     assert y.dtype == torch.bfloat16
     grads = torch.autograd.grad(y, leaves, dy.bfloat16(), retain_graph=True)
-    expected = mlp_results(plain_mlp, [t.bfloat16() for t in operands], dy.bfloat16())[1:]
+    expected = mlp_results(reference.gelu_mlp, [t.bfloat16() for t in operands], dy.bfloat16())[1:]
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a.bfloat16(), b, rtol=2e-2, atol=2e-2)
     assert torch.autograd.grad(again.sum(), leaves[1])[0].abs().sum() > 0

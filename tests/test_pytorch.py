@@ -1,4 +1,4 @@
-"""The fallback against formulas written out in float64, and what it promises beyond them."""
+"""The fallback against the naive reference in float64, and what it promises beyond it."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastgpt import ops
-from fastgpt.ops import pytorch
+from fastgpt.ops import pytorch, reference
 from fastgpt.testing import assert_accurate
 
 F64 = torch.float64
@@ -16,22 +16,11 @@ F64 = torch.float64
 # Philox and dropout
 
 
-@pytest.mark.parametrize(
-    ("counter", "key", "words"),
-    [
-        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        (
-            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-            (0xA4093822, 0x299F31D0),
-            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-        ),
-    ],
-)
-def test_philox_gives_the_published_words(counter, key, words):
-    """The known answers of Random123, by the authors of Philox."""
-    seed = (key[1] << 32 | key[0]) - (2**64 if key[1] >> 31 else 0)  # as a signed 64-bit integer
-    assert tuple(w.item() for w in pytorch._philox(*map(torch.tensor, counter), torch.tensor(seed))) == words
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 7, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7)])
+def test_what_is_dropped_is_the_references(seed, shape):
+    for site, p in ((0, 0.1), (2, 0.5)):
+        assert torch.equal(pytorch.dropout_mask(seed, p, shape, site, "cpu"), reference.keep_mask(seed, p, shape, site))
 
 
 def test_a_mask_element_depends_on_its_place_alone():
@@ -133,7 +122,18 @@ def test_layer_norm_mixes_dtypes_as_autocast_needs():
     assert torch.equal(y, F.layer_norm(x.float(), (48,), weight, bias).bfloat16())
 
 
-def test_add_layer_norm_spelled_out():
+def test_the_norms():
+    x, residual, x_bias, weight, bias = (
+        torch.randn(n, dtype=F64, requires_grad=True) for n in ((3, 5, 8), (3, 5, 8), 8, 8, 8)
+    )
+    for given in ((weight, bias), (weight,)):
+        same_as_the_reference("layer_norm", x, *given)
+        same_as_the_reference("add_layer_norm", x, residual, *given)
+    options = dict(x_bias=x_bias, dropout_p=0.3, seed=4)
+    same_as_the_reference("add_layer_norm", x, residual, weight, bias, 0.1, **options)
+
+
+def test_what_add_layer_norm_adds():
     x, residual, x_bias, weight, bias = torch.randn(3, 5, 8), torch.randn(3, 5, 8), *torch.randn(3, 8)
     normed, s = ops.add_layer_norm(x, residual, weight, bias, x_bias=x_bias)
     assert torch.equal(s, residual + (x + x_bias))
@@ -147,20 +147,6 @@ def test_add_layer_norm_spelled_out():
 # Attention
 
 
-def plain_attention(q, k, v, allowed, scale=None, keep=None, p=0.0):
-    """softmax over allowed (B, 1 or H, Tq, Tk), rows that see nothing zero."""
-    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0.0)
-    if keep is not None:
-        weights = weights * keep / (1 - p)
-    return weights @ v
-
-
-def causal(queries, keys):
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)[None, None]
-
-
 def qkv(batch=2, heads=4, queries=17, keys=17, dim=16, kv_heads=None, dtype=F64):
     kv_heads = heads if kv_heads is None else kv_heads
     shapes = ((batch, heads, queries, dim), *[(batch, kv_heads, keys, dim)] * 2)
@@ -168,17 +154,28 @@ def qkv(batch=2, heads=4, queries=17, keys=17, dim=16, kv_heads=None, dtype=F64)
 
 
 def same_values_and_gradients(got, expected, leaves):
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-    upstream = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(out, leaves, upstream) for out in (got, expected)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    got, expected = ((out,) if isinstance(out, torch.Tensor) else out for out in (got, expected))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    if leaves:
+        upstream = [torch.randn_like(out) for out in expected]
+        for a, b in zip(*(torch.autograd.grad(outs, leaves, upstream) for outs in (got, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def same_as_the_reference(name, *operands, **options):
+    """The fallback's function of that name, its values and its gradients, for these float64 leaves and other operands.
+    Returns what comes out."""
+    got = getattr(ops, name)(*operands, backend="torch", **options)
+    leaves = [t for t in operands if isinstance(t, torch.Tensor) and t.requires_grad]
+    same_values_and_gradients(got, getattr(reference, name)(*operands, **options), leaves)
+    return got
 
 
 @pytest.mark.parametrize("time", [1, 2, 3, 7, 65, 200])
 @pytest.mark.parametrize("dim", [1, 20, 64])
 def test_causal_attention(time, dim):
-    q, k, v = qkv(queries=time, keys=time, dim=dim)
-    same_values_and_gradients(ops.causal_attention(q, k, v), plain_attention(q, k, v, causal(time, time)), (q, k, v))
+    same_as_the_reference("causal_attention", *qkv(queries=time, keys=time, dim=dim))
 
 
 @pytest.mark.parametrize(
@@ -186,28 +183,20 @@ def test_causal_attention(time, dim):
 )
 def test_shapes_of_attention(options):
     """Grouped heads; fewer queries than keys, causal aligned at the end; wide heads."""
-    q, k, v = qkv(**options)
-    expected = plain_attention(q, k, v, causal(q.shape[2], k.shape[2]), scale=0.3)
-    same_values_and_gradients(ops.causal_attention(q, k, v, scale=0.3), expected, (q, k, v))
+    same_as_the_reference("causal_attention", *qkv(**options), scale=0.3)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_key_mask(side):
-    q, k, v = qkv(kv_heads=2)
     key_mask = torch.ones(2, 17, dtype=torch.bool)
     key_mask[1, {"left": slice(0, 6), "right": slice(9, 17), "holes": slice(1, 17, 2)}[side]] = False
-    allowed = causal(17, 17) & key_mask[:, None, None]
-    same_values_and_gradients(
-        ops.causal_attention(q, k, v, key_mask=key_mask), plain_attention(q, k, v, allowed), (q, k, v)
-    )
+    same_as_the_reference("causal_attention", *qkv(kv_heads=2), key_mask=key_mask)
 
 
 def test_documents():
     q, k, v = qkv()
     documents = torch.tensor([[0] * 5 + [1] * 9 + [7] * 3, [3] * 16 + [0]])
-    allowed = causal(17, 17) & (documents[:, None, :, None] == documents[:, None, None, :])
-    got = ops.causal_attention(q, k, v, documents=documents)
-    same_values_and_gradients(got, plain_attention(q, k, v, allowed), (q, k, v))
+    got = same_as_the_reference("causal_attention", q, k, v, documents=documents)
     alone = ops.causal_attention(*(t[:1, :, 5:14] for t in (q, k, v)))
     torch.testing.assert_close(got[:1, :, 5:14], alone)
 
@@ -238,18 +227,14 @@ def test_nothing_leaks_from_masked_keys_nan_included():
 
 def test_attention_dropout_by_seed():
     q, k, v = qkv(kv_heads=2)
-    keep = pytorch.dropout_mask(5, 0.4, (2, 4, 17, 17), pytorch.ATTENTION_SITE, "cpu")
-    got = ops.causal_attention(q, k, v, dropout_p=0.4, seed=5)
-    same_values_and_gradients(got, plain_attention(q, k, v, causal(17, 17), keep=keep, p=0.4), (q, k, v))
+    got = same_as_the_reference("causal_attention", q, k, v, dropout_p=0.4, seed=5)
     assert torch.equal(ops.causal_attention(q, k, v, dropout_p=0.4, seed=torch.tensor(5)), got)
 
 
 @pytest.mark.parametrize("options", [{}, dict(dropout_p=0.5, seed=3), dict(scale=0.7)], ids=str)
-def test_packed_attention_is_attention(options):
+def test_packed_attention(options):
     packed = torch.randn(2, 9, 3 * 20, dtype=F64, requires_grad=True)
-    q, k, v = (t.unflatten(-1, (5, 4)).transpose(1, 2) for t in packed.chunk(3, -1))
-    expected = ops.causal_attention(q, k, v, **options).transpose(1, 2).flatten(-2)
-    same_values_and_gradients(ops.causal_attention_qkv(packed, 5, **options), expected, (packed,))
+    same_as_the_reference("causal_attention_qkv", packed, 5, **options)
 
 
 def test_packed_attention_of_a_strided_projection():
@@ -259,16 +244,12 @@ def test_packed_attention_of_a_strided_projection():
 
 @pytest.mark.parametrize("steps", [1, 2, 16])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_decode_is_the_last_rows_of_attention(steps, kv_heads):
-    """Rows of other lengths in one batch; slots past a row's length hold NaN."""
-    lengths = torch.tensor([16, 23, 30])
-    q, k, v = (t.detach() for t in qkv(batch=3, queries=steps, keys=30, kv_heads=kv_heads))
-    caches = [t.masked_fill((torch.arange(30) >= lengths[:, None])[:, None, :, None], math.nan) for t in (k, v)]
-    got = ops.decode_attention(q, *caches, lengths)
-    for row, length in enumerate(lengths):
-        one = slice(row, row + 1)
-        expected = plain_attention(q[one], k[one, :, :length], v[one, :, :length], causal(steps, length))
-        torch.testing.assert_close(got[one], expected, rtol=1e-10, atol=1e-12)
+def test_decode(steps, kv_heads):
+    """Rows of other lengths in one batch, and all full; slots past a row's length hold NaN."""
+    for lengths in (torch.tensor([16, 23, 30]), torch.tensor([30, 30, 30])):
+        q, k, v = (t.detach() for t in qkv(batch=3, queries=steps, keys=30, kv_heads=kv_heads))
+        caches = [t.masked_fill((torch.arange(30) >= lengths[:, None])[:, None, :, None], math.nan) for t in (k, v)]
+        same_as_the_reference("decode_attention", q, *caches, lengths)
 
 
 def test_decode_of_an_empty_row_gives_zeros():
@@ -290,14 +271,8 @@ def test_attention_of_small_batches(batch):
 
 
 def test_embedding():
-    tokens, places = torch.randn(10, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
-    ids = torch.randint(0, 10, (3, 6))
-    assert torch.equal(ops.embedding(ids, tokens, places), tokens[ids] + places)
-    assert torch.equal(ops.embedding(ids[:, :4], tokens, places), tokens[ids[:, :4]] + places[:4])
-    positions = torch.randint(0, 6, (3, 6))
-    assert torch.equal(ops.embedding(ids, tokens, places, positions), tokens[ids] + places[positions])
-    assert torch.equal(ops.embedding(ids, tokens, places, positions[0]), tokens[ids] + places[positions[0]])
-    assert torch.equal(ops.embedding(ids.int(), tokens, places), tokens[ids] + places)
-    keep = pytorch.dropout_mask(3, 0.25, (1, 1, 18, 8), pytorch.EMBEDDING_SITE, "cpu").view(3, 6, 8)
-    dropped = ops.embedding(ids, tokens, places, dropout_p=0.25, seed=3)
-    torch.testing.assert_close(dropped, (tokens[ids] + places) * keep / 0.75)
+    tables = [torch.randn(n, 8, dtype=F64, requires_grad=True) for n in (10, 6)]
+    ids, positions = torch.randint(0, 10, (3, 6)), torch.randint(0, 6, (3, 6))
+    for given in ((ids, *tables), (ids[:, :4].int(), *tables), (ids, *tables, positions), (ids, *tables, positions[0])):
+        same_as_the_reference("embedding", *given)
+        same_as_the_reference("embedding", *given, dropout_p=0.25, seed=3)

@@ -38,14 +38,18 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
 
     A key that key_mask hides may be NaN; one of another document makes the result NaN, which ops does not allow.
     """
-    queries, keys = q.shape[2], k.shape[2]
-    places = torch.arange(keys, device=q.device)
-    allowed = (places <= places[keys - queries :, None])[None, None]  # (1, 1, Tq, Tk)
+    return _attention(q, k, v, visible(q, k, key_mask, documents), scale, dropout_p, seed)
+
+
+def visible(q, k, key_mask=None, documents=None):
+    """Whether each query sees each key; broadcasts to (B, H, Tq, Tk)."""
+    places = torch.arange(k.shape[2], device=q.device)
+    allowed = (places <= places[k.shape[2] - q.shape[2] :, None])[None, None]
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
     if documents is not None:
         allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-    return _attention(q, k, v, allowed, scale, dropout_p, seed)
+    return allowed
 
 
 def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
