@@ -63,10 +63,12 @@ def accelerate(
     """Let fastgpt's functions do the work of `model`'s blocks, attention, norms and MLPs, on this instance alone.
 
     The model stays the same object with the same parameters, state-dict keys, hooks, mode, dtype and device; no class
-    is touched. A module that is served gets a class of its own, a subclass of its class with the same name. Known are Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any
-    nn.LayerNorm and linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
-    all logits: while it trains, it then returns None in their place. A second call replaces the first. A class that is
-    set later, or whose forward is patched later, is heard: that module then does what its class says.
+    is touched. A module that is served gets a class of its own, a subclass of its class with the same name. Known are
+    Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any nn.LayerNorm and
+    linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding all logits: while
+    it trains, it then returns None in their place. A second call replaces the first. A class that is set later, or
+    whose forward is patched later, is heard: that module then does what its class says. Random generators stay as
+    they are, of every device.
     Returns a Report; print it. TypeError and ValueError for bad arguments, before anything is changed.
     """
     if not isinstance(model, nn.Module):

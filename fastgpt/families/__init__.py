@@ -52,11 +52,11 @@ class _Swapped:
     def __reduce_ex__(self, protocol):
         """As the module's own class, and on the other side made swapped again: the subclass has no name to import."""
         reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, str):
+        made = made_of(type(self))
+        if made is None or isinstance(reduced, str):
             return reduced
-        made, kind = type(self), made_of(type(self)).plain
         function, args, *state = reduced
-        function, *args = (kind if each is made else each for each in (function, *args))
+        function, *args = (made.plain if each is type(self) else each for each in (function, *args))
         return (_swapped_again, (function, *args), *state)
 
 
@@ -144,7 +144,7 @@ def swap_of(module) -> Swap | None:
 
 
 def runs(module: nn.Module) -> bool:
-    """Whether a call of the module runs its Swap: its class is ours, and the forward that it stands for is as it was."""
+    """Whether a call of the module runs its Swap: its class is ours and the forward that it stands for as it was."""
     made = made_of(type(module))
     return made is not None and made.plain.forward is made.written
 
@@ -346,7 +346,7 @@ def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
 def aside() -> Iterator[None]:
     """Where a trial computes: on the CPU, and in float32 where nothing is said, whatever the user's defaults are.
 
-    What is drawn comes from the CPU's generator, which is put back. (torch.manual_seed would move those of all devices.)
+    What is drawn comes from the CPU's generator, which is put back; torch.manual_seed would move those of all devices.
     """
     dtype, generator = torch.get_default_dtype(), torch.default_generator
     drawn = generator.get_state()
