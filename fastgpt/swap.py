@@ -140,8 +140,6 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
     """Put the swap in, or say why not."""
     if "forward" in module.__dict__:
         return "it has a forward of its own"
-    if "parametrizations" in module._modules:  # whose removal looks for its own class right behind the module's
-        return "it is parametrized"
     if hasattr(type(module), "fastgpt_made") and families.made_of(type(module)) is None:
         return "its class was made of a swapped module's"
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
