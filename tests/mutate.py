@@ -81,6 +81,8 @@ KEPT, LOOKS, HOOKED = (
     "test_model_parts.py::test_a_part_with_a_hook_is_called",
 )
 SPECULATIVE = "fastgpt/speculative.py"
+WORLD_OF = "test_swap_world.py::"
+CHANGED = WORLD_OF + "test_a_class_that_changes_later_is_heard"
 
 MUTANTS = [
     # LayerNorm
@@ -239,7 +241,7 @@ MUTANTS = [
     Mutant("hooks before not looked for", PARTS, 'or state["_forward_pre_hooks"] or', "or", CHILD, False),
     Mutant("parametrizations bypassed", PARTS, 'if "parametrizations" in', 'if "nothing" in', "test_swap_parts.py::test_what_must_be_called", False),
     Mutant("a stranger's subclass bypassed", PARTS, "type(module).forward is nn.Linear.forward or", "isinstance(module, nn.Linear) or", CHILD, False),
-    Mutant("a forward of its own bypassed", PARTS, 'if "forward" in state and not is_ours(state["forward"]):', "if False:", CHILD, False),
+    Mutant("a forward of its own bypassed", PARTS, 'if "forward" in state and not is_ours(module, state["forward"]):', "if False:", CHILD, False),
     Mutant("a replaced activation bypassed", PARTS, "if act is not swap.act or occupied", "if occupied", "test_swap_parts.py::test_a_replaced_activation_is_called", False),
     Mutant("the dropout module's own mode", PARTS, "float(module.p) if module.training else 0.0", "float(module.p)", "test_swap.py::test_nanogpts_dropout_stays_where_it_is", False),
     Mutant("no trial", SWAP, "if swap.width == 0:", "if True:", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
@@ -344,6 +346,21 @@ MUTANTS = [
     Mutant("a mask for strangers", GPT2, "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2.py::test_a_subclass_without_room_for_our_mask", False),
     Mutant("a block's word is not heard", GPT2, "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
     Mutant("attention sinks are passed by", "fastgpt/families/huggingface.py", 'if kwargs.get("s_aux") is not None:', "if False:", "test_families_huggingface.py::test_attention_sinks_are_refused", False),
+    # accelerate leaves the world as it was
+    Mutant("a trial reseeds every device", SWAP, "torch.default_generator.manual_seed(0)", "torch.manual_seed(0)", WORLD_OF + "test_no_generator_moves", False),
+    Mutant("a trial's draws are kept", PARTS, "generator.set_state(drawn)", "pass", WORLD_OF + "test_no_generator_moves", False),
+    Mutant("a module that holds itself", SWAP, '    module.__dict__["fastgpt_swap"] = swap\n', '    module.__dict__.update(fastgpt_swap=swap, held=module.forward)\n', WORLD_OF + "test_a_model_is_freed_with_its_last_name", False),
+    Mutant("the default device reaches a trial", PARTS, 'with torch.no_grad(), torch.device("cpu"), torch.autocast', "with torch.no_grad(), torch.autocast", WORLD_OF + "test_defaults_do_not_change_the_trial", False),
+    Mutant("the default dtype reaches a trial", PARTS, "torch.set_default_dtype(torch.float32)", "pass", WORLD_OF + "test_defaults_do_not_change_the_trial", False),
+    Mutant("the default dtype is not put back", PARTS, "        torch.set_default_dtype(dtype)\n", "", WORLD_OF + "test_defaults_do_not_change_the_trial", False),
+    Mutant("a mask on the meta device of one kind", SWAP, "return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower", "return lower", WORLD_OF + "test_a_model_on_the_meta_device_is_served_as_the_real_one", False),
+    Mutant("a patched class is not heard", PARTS, "if swap is None or plain.forward is not written:", "if swap is None:", CHANGED, False),
+    Mutant("a patched class is bypassed", PARTS, "return made is not None and made.plain.forward is made.written", "return made is not None", CHANGED, False),
+    Mutant("a class set later is bypassed", PARTS, "return swap if swap is not None and runs(module) else None", "return swap", CHANGED, False),
+    Mutant("a stranger's class is told of ours", PARTS, 'if any(each.__name__ == "GradientCheckpointingLayer"', "if any(True", WORLD_OF + "test_a_class_that_lists_its_subclasses_lists_none_of_ours", False),
+    Mutant("transformers is not told of our class", PARTS, '== "GradientCheckpointingLayer"', '== "nobody"', "test_swap_composes.py::test_checkpointing_happens", False),
+    Mutant("a forward that unwraps to the class's", PARTS, 'own.__dict__["__signature__"] = inspect.signature(written)', 'own.__dict__["__wrapped__"] = written', WORLD_OF + "test_the_accelerate_packages_wrapper_comes_off_again", False),
+    Mutant("children of then", PARTS, "if tuple(module._modules) != swap.children:", "if False:", WORLD_OF + "test_children_of_a_sequential_are_those_of_now", False),
     Mutant("GPT passes by a hooked norm", MODEL, "if branch is not None and not occupied(self) and", "if branch is not None and", HOOKED, False),
     Mutant("GPT passes by a hooked projection", MODEL, "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
     Mutant("GPT passes by a hooked MLP", MODEL, "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),

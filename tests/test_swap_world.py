@@ -236,7 +236,7 @@ def test_a_class_that_lists_its_subclasses_lists_none_of_ours():
     known = {}
 
     class Listed(nn.Module):
-        def __init_subclass__(cls, *, name):
+        def __init_subclass__(cls, name="another"):
             known[name] = cls
 
         def __init__(self):
@@ -358,7 +358,11 @@ def test_defaults_do_not_change_the_trial(family, world):
     model, other = family(), family()
     expected = accelerate(other, loss=True)
     with WORLDS[world]():
-        assert accelerate(model, loss=True) == expected
+        try:
+            report = accelerate(model, loss=True)
+        except RuntimeError as error:
+            report = error
+    assert report == expected
     assert all(row.now for row in expected.rows if row.name), "but for the book's model, which computes no loss"
 
 
