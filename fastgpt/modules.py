@@ -50,12 +50,11 @@ class _Swapped:
     def __reduce_ex__(self, protocol):
         """As the module's own class, and on the other side made swapped again: the subclass has no name to import."""
         reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, str):
+        made = made_of(type(self))
+        if made is None or isinstance(reduced, str):
             return reduced
-        made: Any = type(self)
-        kind = made.fastgpt_made.plain
         function, args, *state = reduced
-        function, *args = (kind if each is made else each for each in (function, *args))
+        function, *args = (made.plain if each is type(self) else each for each in (function, *args))
         return (_swapped_again, (function, *args), *state)
 
 
