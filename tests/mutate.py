@@ -304,7 +304,7 @@ MUTANTS = [
     Mutant("resume without data position", "fastgpt/training/loop.py", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),
     Mutant("resume without optimizer", "fastgpt/training/state.py", 'optimizer.state[parameter] = {"step": step, **state}', "pass", RESUMED, False),
     Mutant("resume without the scale of float16", "fastgpt/training/loop.py", 'if facts.get("scaler"):', "if False:", "test_state.py::test_the_scale_of_float16_goes_on", False),
-    Mutant("starting anew where checkpoints are broken", "fastgpt/training/__init__.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
+    Mutant("starting anew where checkpoints are broken", "fastgpt/training/run.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
     Mutant("checksum not verified", CHECKPOINT, 'if contents and digest(file) != said["sha256"]:', "if False:", "test_checkpoints.py::test_a_broken_file_is_found_and_the_one_before_taken", False),
     Mutant("rename before fsync", CHECKPOINT, """            self._seal(new, {"step": step, **facts})
             os.rename(new, checkpoint.path)
@@ -324,7 +324,7 @@ MUTANTS = [
     Mutant("NaN not looked at", "fastgpt/training/loop.py", "if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self", "if self", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
     Mutant("skipped steps are not counted", "fastgpt/training/loop.py", "self.skipped += 1", "self.skipped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
     Mutant("nothing is updated after a skipped step", "fastgpt/training/step.py", "self.stopped.zero_()", "self.stopped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
-    Mutant("an older checkpoint in spite of strict_resume", "fastgpt/training/__init__.py", "if passed and strict:", "if False:", "test_resume.py::test_strict_resume_takes_no_older_one", False),
+    Mutant("an older checkpoint in spite of strict_resume", "fastgpt/training/run.py", "if passed and strict:", "if False:", "test_resume.py::test_strict_resume_takes_no_older_one", False),
     Mutant("missing all-reduce of gradients", "fastgpt/training/distributed.py", "return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)", "return model", WORLD, False),
     Mutant("missing all-reduce of the loss", "fastgpt/training/distributed.py", "            dist.all_reduce(value)\n", "", WORLD, False),
     Mutant("every process sees the same windows", "fastgpt/training/loop.py", "seen + self.world.rank * mine", "seen", WORLD, False),
@@ -355,19 +355,19 @@ MUTANTS = [
     Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED, False),
     Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
     # runs and data
-    Mutant("overwritten before it can begin", "fastgpt/training/__init__.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
+    Mutant("overwritten before it can begin", "fastgpt/training/run.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
     Mutant("a finished run leaves no model", "fastgpt/training/loop.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
     Mutant("every file of tokens has two bytes an id", "fastgpt/data/corpora.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
     Mutant("a text of a folder is dropped", "fastgpt/data/corpora.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/ops/pytorch.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
-    Mutant("a run that sets no seed", "fastgpt/training/__init__.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
+    Mutant("a run that sets no seed", "fastgpt/training/run.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
     Mutant("the next token is seen", TILES, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
     Mutant("offsets of 32 bits", TILES, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),
     Mutant("an index that leaves its folder", "fastgpt/weights/files.py", "if Path(part).name != part or", "if", "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
     Mutant("an id past the vocabulary passes", "fastgpt/ops/checks.py", "outside = (values < 0) | (values >= limit)", "outside = values < 0", "test_ops.py::test_a_bad_argument_is_named", False),
     Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),
-    Mutant("doctor: problems without an exit code", "fastgpt/cli/__init__.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
+    Mutant("doctor: problems without an exit code", "fastgpt/cli/check.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
     Mutant("documents end after their end", "fastgpt/data/windows.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
 ]  # fmt: skip
 

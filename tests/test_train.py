@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad
             seen.append((self, {name: tensor.clone() for name, tensor in self.state_dict().items()}))
             return loss * bad if len(seen) == 3 else loss
 
-    monkeypatch.setattr(training, "GPT", Diverging)
+    monkeypatch.setattr(training.run, "GPT", Diverging)
     with pytest.raises(
         FloatingPointError, match=f"loss of step 3 is {bad} on rank 0; the first bad tensor is nothing "
     ):

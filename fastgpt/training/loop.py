@@ -115,7 +115,10 @@ class Run:
         notes = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
         if not state.restore_generators(saved, self.world):
             torch.manual_seed(_rank_seed(self.config.seed, self.world.rank, self.steps_done))
-            notes.append(f"processes were {facts['processes']}, are {self.world.size}, and dropout draws anew")
+            if facts["processes"] != self.world.size:
+                notes.append(f"processes were {facts['processes']}, are {self.world.size}")
+            if self.model.config.dropout:
+                notes.append("dropout draws anew")
         if notes and self.world.rank == 0:
             print(f"not to the bit as an uninterrupted run: {'; '.join(notes)}", flush=True)
 
