@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant("every process sees the same windows", "fastgpt/training/loop.py", "seen + self.world.rank * mine", "seen", WORLD, False),
     Mutant("the same dropout in every process", "fastgpt/training/loop.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
     Mutant("accumulation adds up", "fastgpt/training/optimizer.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
-    Mutant("a cut between a space and its word", "fastgpt/data/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
+    Mutant("a cut between a space and its word", "fastgpt/data/tokenization.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
     Mutant("a call that looks ahead is not heard", GPT2, 'return asked or call.get("is_causal") is False', "return asked", "test_families_gpt2.py::test_a_call_of_attention_that_asks_for_more_is_left_to_itself", False),
     Mutant("the last steps of a GPU are not read", "fastgpt/generation/__init__.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
     Mutant("a GPU's generator is not put back", "fastgpt/training/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),

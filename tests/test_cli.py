@@ -350,7 +350,7 @@ def test_the_help_of_train_says_what_each_option_is(capsys, monkeypatch):
     listed = " ".join(out[out.index("options:") :].split())
     for config in (GPTConfig, TrainConfig):
         for name in config.__dataclass_fields__:
-            assert re.search(rf"--{name} (\S*[A-Z}}]) [\w']+ ", listed), name
+            assert re.search(rf"--{name} [A-Z{{]\S* [\w',]+ ", listed), name
     assert code == 0 and "blocks (default: the preset's)" in out and "steps (default: 1400)" in out
     assert "default: None" not in out and "default: 12" not in out
 

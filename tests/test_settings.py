@@ -1,6 +1,8 @@
 """TrainConfig's rules, the schedules, and the settings file."""
 
 import dataclasses
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from fastgpt import GPTConfig, cli
 from fastgpt.training import plan_run
 from fastgpt.training.settings import TrainConfig, read_settings, settings_text
+from fastgpt.weights import load_model
 
 RATES = dict(learning_rate=1.0, min_lr=0.2, max_iters=101, warmup_iters=10)
 
@@ -118,3 +121,15 @@ def test_the_encoding_is_the_datas(tmp_path, fitted):
     (tmp_path / "meta.json").write_text('{"encoding": "gpt2", "dtype": "uint16"}')
     assert cli.main(["train", "--data", str(tmp_path)]) == 0
     assert fitted[0].encoding.name == "gpt2"
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_a_file_whose_name_is_not_utf8_is_found_again(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 50%.txt")
+    Path(name).write_text("hello world " * 300)
+    few = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--eval_iters=1", "--sample_tokens=0"]
+    out = str(tmp_path / "out")
+    assert cli.main(["train", "--data", name, "--out", out, "--max_iters=2", *few]) == 0
+    assert cli.main(["train", "--out", out, "--resume", "--max_iters=4"]) == 0
+    assert read_settings(tmp_path / "out/train.toml")["data"] == name
+    assert load_model(out)[1]["step"] == 4

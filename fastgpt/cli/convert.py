@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
+from fastgpt.data import tokenize
 from fastgpt.data.tokenizer import encoding
-from fastgpt.data.tokens import tokenize
 from fastgpt.families.book import VARIANTS
 from fastgpt.weights import convert
 
