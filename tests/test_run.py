@@ -178,7 +178,7 @@ def test_two_trainers_on_one_folder(run):
 def test_a_second_signal_ends_what_the_first_could_not(number):
     """As where a step hangs, and never comes to look."""
     code = (
-        "import time\nfrom fastgpt.training.loop import Signals\n"
+        "import time\nfrom fastgpt.training.signals import Signals\n"
         "with Signals():\n    print('in', flush=True); time.sleep(60)"
     )
     command = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)

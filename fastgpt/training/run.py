@@ -16,9 +16,10 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.training import monitor, state
 from fastgpt.training.checkpoint import LOCK, Checkpoint, Checkpoints, locked
 from fastgpt.training.distributed import World, join, leave
-from fastgpt.training.loop import CHECKPOINTS, Run, Signals, autocast_dtype
+from fastgpt.training.loop import CHECKPOINTS, Run, autocast_dtype
 from fastgpt.training.plan import Plan, plan_run, pretrained
 from fastgpt.training.settings import SETTINGS, TrainConfig, settings_text
+from fastgpt.training.signals import Signals
 from fastgpt.weights import CONFIG, WEIGHTS
 
 
