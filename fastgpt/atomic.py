@@ -45,6 +45,20 @@ def writable_folder(path: Path) -> Path:
         return path
 
 
+@contextlib.contextmanager
+def writable_or_gone(path: Path) -> Iterator[Path]:
+    """writable_folder(path); where the block fails, the folders that had to be made for it go, unless they hold
+    something by then."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        yield writable_folder(path)
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()
+        raise
+
+
 def digest(path: Path) -> str:
     """SHA-256, in hexadecimal."""
     whole = hashlib.sha256()

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 _WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", types.NoneType: "None"}
@@ -27,6 +27,21 @@ def check_fields(config: Any) -> None:
         accepted = (*kinds, int) if float in kinds else kinds
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
             raise ValueError(f"{said}, not {_either(_WORDS[kind] for kind in kinds)}")
+
+
+def build(kind: Any, fields: dict[str, Any]) -> Any:
+    """kind(**fields); ValueError for a field that the dataclass does not have, with the nearest that it has."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no field {name!r}{nearest(name, known)}")
+    return kind(**fields)
+
+
+def fields_of(kind: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are fields of this dataclass."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _either(names: Iterable[str]) -> str:

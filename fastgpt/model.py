@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.fields import check_fields, nearest
+from fastgpt.fields import build, check_fields, nearest
 from fastgpt.modules import free_embedding, free_linear, is_linear, occupied
 
 
@@ -62,11 +62,7 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, fields: dict) -> "GPTConfig":
         """As GPTConfig(**fields), but an unknown field is a ValueError that names the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise ValueError(f"GPTConfig has no field {name!r}{nearest(name, known)}")
-        return cls(**fields)
+        return build(cls, fields)
 
 
 # gpt2-*: the four released sizes (Radford et al., 2019), by their number of parameters. byte-*: for a CPU.

@@ -84,11 +84,10 @@ KEPT, LOOKS, HOOKED = (
     "test_swap_parts.py::",
     "test_model_parts.py::test_a_part_with_a_hook_is_called",
 )
-SPECULATIVE, STEPS, MONITOR, CLI = (
+SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/generation/speculative.py",
     "fastgpt/ops/decoding.py",
     "fastgpt/training/monitor.py",
-    "fastgpt/cli/__init__.py",
 )
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
 WORLDLY = "test_swap_world.py::"
@@ -320,7 +319,7 @@ MUTANTS = [
     Mutant("resume without data position", "fastgpt/training/loop.py", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),
     Mutant("resume without optimizer", "fastgpt/training/state.py", 'optimizer.state[parameter] = {"step": step, **state}', "pass", RESUMED, False),
     Mutant("resume without the scale of float16", "fastgpt/training/loop.py", 'if facts.get("scaler"):', "if False:", "test_state.py::test_the_scale_of_float16_goes_on", False),
-    Mutant("starting anew where checkpoints are broken", "fastgpt/training/__init__.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
+    Mutant("starting anew where checkpoints are broken", "fastgpt/training/run.py", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
     Mutant("checksum not verified", CHECKPOINT, 'if contents and digest(file) != said["sha256"]:', "if False:", "test_checkpoints.py::test_a_broken_file_is_found_and_the_one_before_taken", False),
     Mutant("rename before fsync", CHECKPOINT, """            self._seal(new, {"step": step, **facts})
             os.rename(new, checkpoint.path)
@@ -340,13 +339,13 @@ MUTANTS = [
     Mutant("NaN not looked at", "fastgpt/training/loop.py", "if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self", "if self", "test_train.py::test_a_loss_that_is_not_finite_stops_without_an_update", False),
     Mutant("skipped steps are not counted", "fastgpt/training/loop.py", "self.skipped += 1", "self.skipped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
     Mutant("nothing is updated after a skipped step", "fastgpt/training/step.py", "self.stopped.zero_()", "self.stopped += 0", "test_run.py::test_steps_that_are_not_finite_may_be_skipped", False),
-    Mutant("an older checkpoint in spite of strict_resume", "fastgpt/training/__init__.py", "if passed and strict:", "if False:", "test_resume.py::test_strict_resume_takes_no_older_one", False),
+    Mutant("an older checkpoint in spite of strict_resume", "fastgpt/training/run.py", "if passed and strict:", "if False:", "test_resume.py::test_strict_resume_takes_no_older_one", False),
     Mutant("missing all-reduce of gradients", "fastgpt/training/distributed.py", "return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)", "return model", WORLD, False),
     Mutant("missing all-reduce of the loss", "fastgpt/training/distributed.py", "            dist.all_reduce(value)\n", "", WORLD, False),
     Mutant("every process sees the same windows", "fastgpt/training/loop.py", "seen + self.world.rank * mine", "seen", WORLD, False),
     Mutant("the same dropout in every process", "fastgpt/training/loop.py", "_rank_seed(config.seed, world.rank, 0)", "_rank_seed(config.seed, 0, 0)", "test_distributed.py::test_dropout_differs_by_rank", False),
     Mutant("accumulation adds up", "fastgpt/training/optimizer.py", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
-    Mutant("a cut between a space and its word", "fastgpt/data/tokens.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
+    Mutant("a cut between a space and its word", "fastgpt/data/tokenization.py", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
     Mutant("a call that looks ahead is not heard", GPT2, 'return asked or call.get("is_causal") is False', "return asked", "test_families_gpt2.py::test_a_call_of_attention_that_asks_for_more_is_left_to_itself", False),
     Mutant("the last steps of a GPU are not read", "fastgpt/generation/__init__.py", "while len(readback) and any(row.reason is None for row in rows)", "while False", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
     Mutant("a GPU's generator is not put back", "fastgpt/training/state.py", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
@@ -371,7 +370,7 @@ MUTANTS = [
     Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED, False),
     Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
     # runs and data
-    Mutant("overwritten before it can begin", "fastgpt/training/__init__.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
+    Mutant("overwritten before it can begin", "fastgpt/training/run.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
     Mutant("a finished run leaves no model", "fastgpt/training/loop.py", "if first >= config.max_iters:", "if False:", "test_run.py::test_a_kill_between_the_last_checkpoint_and_the_model", False),
     Mutant("every file of tokens has two bytes an id", "fastgpt/data/corpora.py", 'map_tokens(path, meta.get("dtype", dtype_of(encoding).name))', "map_tokens(path)", "test_data.py::test_one_file_of_a_large_encoding", False),
     Mutant("a text of a folder is dropped", "fastgpt/data/corpora.py", "if path.suffix in TEXT:", "if False:", "test_data.py::test_a_text_of_a_folder_with_a_bad_byte", False),
@@ -396,23 +395,23 @@ MUTANTS = [
     Mutant("an evaluation that fails is passed over", "fastgpt/training/loop.py", '"val_loss": self.evaluate(),', '"val_loss": 0.0 if self.monitor and not self.monitor.attempt(0, "it", self.evaluate) else 0.0,', SHOWN + "test_an_error_of_the_training_itself_ends_it", False),
     Mutant("a failure of the plot takes the sample along", MONITOR, "self.attempt(step, PLOT, plot_losses, rows, self.folder / PLOT)", "plot_losses(rows, self.folder / PLOT)", TOLD, False),
     Mutant("TensorBoard fails at every look", MONITOR, "            self.events = None\n\n", "            pass\n\n", SHOWN + "test_tensorboard_that_fails_is_told_once", False),
-    Mutant("the last sample's error is the command's", CLI, "    except Exception as error:  # the run is done and saved\n", "    except OSError as error:\n", SHOWN + "test_the_last_sample_fails_behind_a_run_that_is_saved", False),
+    Mutant("the last sample's error is the command's", "fastgpt/cli/train.py", "    except Exception as error:  # the run is done and saved\n", "    except OSError as error:\n", SHOWN + "test_the_last_sample_fails_behind_a_run_that_is_saved", False),
     Mutant("holes are drawn", BATCH, "return logits if self._never is None else logits.masked_fill(self._never, torch.finfo(logits.dtype).min)", "return logits", UNDRAWN, False),
     Mutant("a draft's round draws holes", SPECULATIVE, "logits = batch.allowed(logits)  # (B, count + 1, V)", "logits = logits[..., : batch.vocab_size]", UNDRAWN, False),
     Mutant("holes are as unlikely as infinity", BATCH, "torch.finfo(logits.dtype).min)", "-torch.inf)", UNDRAWN, False),
     Mutant("a vocabulary past the encoding", "fastgpt/generation/__init__.py", "return min(asked or encoding.n_vocab, encoding.n_vocab)", "return asked or encoding.n_vocab", HOLED + "test_a_vocabulary_asked_for_is_cut_to_the_encoding", False),
     Mutant("holes in a file of tokens", "fastgpt/data/tokens.py", "if holes and (lost", "if False and (lost", HOLED + "test_tokens_that_hold_one_are_refused_by_number", False),
-    Mutant("tokens need an encoding", CLI, "        if without is None:\n", "        if True:\n", OFFLINE + "test_tokens_are_trained_on", False),
-    Mutant("an encoding is asked for that nothing needs", CLI, "if not wanted and without", "if False and without", OFFLINE + "test_without_samples_nothing_is_asked_for_and_nothing_said", False),
-    Mutant("samples are left out without a word", "fastgpt/training/__init__.py", "if isinstance(encoding, Named) and config.sample_tokens:", "if False:", OFFLINE + "test_tokens_are_trained_on", False),
-    Mutant("an encoding that was asked for is done without", CLI, 'for option in ("encoding", "sample_prompt", "sample_tokens"))', "for option in ())", OFFLINE + "test_what_was_asked_for_and_can_not_be_had_is_an_error_before_anything_is_touched", False),
+    Mutant("tokens need an encoding", "fastgpt/training/plan.py", "        if without is None:\n", "        if True:\n", OFFLINE + "test_tokens_are_trained_on", False),
+    Mutant("an encoding is asked for that nothing needs", "fastgpt/training/plan.py", "if not wanted and without", "if False and without", OFFLINE + "test_without_samples_nothing_is_asked_for_and_nothing_said", False),
+    Mutant("samples are left out without a word", "fastgpt/training/run.py", "if isinstance(encoding, Named) and config.sample_tokens:", "if False:", OFFLINE + "test_tokens_are_trained_on", False),
+    Mutant("an encoding that was asked for is done without", "fastgpt/training/plan.py", 'for option in ("sample_prompt", "sample_tokens"))', "for option in ())", OFFLINE + "test_what_was_asked_for_and_can_not_be_had_is_an_error_before_anything_is_touched", False),
     Mutant("eval needs an encoding for tokens", "fastgpt/cli/text.py", "        if without is None:\n", "        if True:\n", OFFLINE + "test_eval_leaves_out_bits_a_byte", False),
     Mutant("tokens are held to no vocabulary offline", "fastgpt/data/tokens.py", "outside = part >= encoding.n_vocab", "outside = part >= 2**32", OFFLINE + "test_a_token_past_the_vocabulary_is_still_found", False),
     # who judges
     Mutant("verify takes the fallback for the reference", "fastgpt/verify.py", "from fastgpt.ops import reference\n", "from fastgpt.ops import pytorch as reference\n", JUDGED + "test_verify_sees_it", False),
     Mutant("verify looks at no gradient", "fastgpt/verify.py", "return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]", "return [out.detach() for out in outs]", JUDGED + "test_verify_sees_it", False),
     Mutant("a GPT is verified by the fallback", "fastgpt/testing.py", 'object.__setattr__(module, "backend", reference)', 'object.__setattr__(module, "backend", "torch")', "test_reference.py::test_a_model_on_the_reference", False),
-    Mutant("verify ends well whatever it finds", "fastgpt/cli/__init__.py", "return int(not found.passed)", "return 0", JUDGED + "test_verify_sees_it", False),
+    Mutant("verify ends well whatever it finds", "fastgpt/cli/check.py", "return int(not found.passed)", "return 0", JUDGED + "test_verify_sees_it", False),
     Mutant("bench takes the fallback for the reference", "bench/cases.py", "from fastgpt.ops import pytorch, reference\n", "from fastgpt.ops import pytorch\nreference = pytorch\n", JUDGED + "test_bench_sees_it", False),
     Mutant("bench judges models by the fallback", "bench/models.py", "step(on_reference(with_backend(", "step((with_backend(", JUDGED + "test_bench_sees_it", False),
     Mutant("the reference smooths no label", "fastgpt/ops/reference.py", "+ label_smoothing / len(weight)", "", "test_reference.py::test_linear_cross_entropy", False),
@@ -420,13 +419,13 @@ MUTANTS = [
     Mutant("the reference's Philox has nine rounds", "fastgpt/ops/reference.py", "for _ in range(10):", "for _ in range(9):", "test_reference.py::test_philox_gives_the_published_words", False),
     # what README promises, where nothing above breaks it
     Mutant("the fallback does not centre", "fastgpt/ops/pytorch.py", "x = x - x.detach().mean(-1, keepdim=True)", "pass", FALLBACK + "test_layer_norm_far_from_zero", False),
-    Mutant("a run that sets no seed", "fastgpt/training/__init__.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
+    Mutant("a run that sets no seed", "fastgpt/training/run.py", "torch.manual_seed(config.seed)", "pass", "test_train.py::test_the_same_seed_gives_the_same_bits", False),
     Mutant("the next token is seen", TILES, "seen = k <= q", "seen = k <= q + 1", "test_attention.py::test_later_tokens_change_no_bit"),
     Mutant("offsets of 32 bits", TILES, "pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h", "pointer + batch * stride_b + head * stride_h", "test_large.py::test_attention"),
     Mutant("an index that leaves its folder", "fastgpt/weights/files.py", "if Path(part).name != part or", "if", "test_convert_files.py::test_an_index_never_leaves_its_folder", False),
     Mutant("an id past the vocabulary passes", "fastgpt/ops/checks.py", "outside = (values < 0) | (values >= limit)", "outside = values < 0", "test_ops.py::test_a_bad_argument_is_named", False),
     Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),
-    Mutant("doctor: problems without an exit code", "fastgpt/cli/__init__.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
+    Mutant("doctor: problems without an exit code", "fastgpt/cli/check.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
     Mutant("documents end after their end", "fastgpt/data/windows.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Folders of checkpoints: whole at every moment, verified, purged, locked."""
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -294,3 +295,22 @@ def test_windows_has_its_own_lock_and_opens_no_folders(tmp_path, monkeypatch):
         atomic.sync(tmp_path)
         checkpoint._lock(opened)
         assert asked == [(opened.fileno(), 2, 1)]
+
+
+def test_windows_locks_one_byte_for_all(tmp_path, monkeypatch):
+    """With a stand-in for msvcrt, which locks bytes from where the file's descriptor stands; untried on Windows."""
+    taken = set()
+
+    def locking(descriptor, mode, count):
+        place = os.lseek(descriptor, 0, os.SEEK_CUR)
+        if place in taken:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        taken.add(place)
+
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(locking=locking, LK_NBLCK=2))
+    monkeypatch.setattr(checkpoint, "_lock", checkpoint._lock_on_windows)
+    with locked(tmp_path):
+        written = (tmp_path / checkpoint.LOCK).stat().st_size
+        assert 0 < written < min(taken), "who holds it can be read"
+        with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"), locked(tmp_path):
+            pass

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -121,8 +122,18 @@ def test_train_then_generate(text, tmp_path):
         ("generate --len 4", "fastgpt generate: there is no option '--len' (see fastgpt generate --help)"),
         ("generate hello", "'hello' is one word too many (see fastgpt generate --help)"),
         ("tokenize text.txt -o tokens --val_share 2", "fastgpt tokenize: val_share is 2.0, not between 0 and 1"),
-        ("talk", "invalid choice: 'talk'"),
-        ("", "the following arguments are required: train | tokenize | generate"),
+        ("talk", "fastgpt: there is no command 'talk' (see fastgpt --help)"),
+        ("trian", "fastgpt: there is no command 'trian' (did you mean 'train'?)"),
+        ("train --preset gpt3", "unknown preset 'gpt3'"),
+        ("train --device mps", "no device 'mps' here; there is cpu"),
+        ("train --tensorboard true --out new/run", "needs `pip install tensorboard`"),
+        ("train --data text.txt --backend triton --out new/run", "backend='triton' can't be had"),
+        ("tokenize short.txt -o new/tokens --val_share 0.001", "8 tokens are too few to split"),
+        ("verify math:sqrt", "fastgpt verify: math:sqrt makes no model: TypeError"),
+        (
+            "generate --checkpoint text.txt",
+            "text.txt is not a file of weights that torch.load reads without running code",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
@@ -180,9 +191,9 @@ def test_a_model_of_another_encoding(capsys, checkpoint, tmp_path):
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """The arguments that `fit` gets; nothing is trained and no sample written."""
+    """The plan and the rest that `train` gets; nothing is trained and no sample written."""
     got = []
-    monkeypatch.setattr(cli, "fit", lambda *arguments: got.extend(arguments))
+    monkeypatch.setattr("fastgpt.training.train", lambda *arguments: got.extend(arguments))
     monkeypatch.setattr(cli_text, "write", lambda *arguments, **options: None)
     return got
 
@@ -193,10 +204,10 @@ def test_options_reach_both_configurations(capsys, fitted):
     )
     code, _, _ = main(capsys, "train", "--data", "a", "--out", "b", "--overwrite", *options.split())
     assert code == 0
-    model, training, _, *rest = fitted
-    assert model == GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1)
-    assert training == TrainConfig(max_iters=7, beta1=0.5)
-    assert rest == ["a", "b", True, False, False]
+    plan, *rest = fitted
+    assert plan.model == GPTConfig.preset("byte-10M", n_layer=3, n_inner=24, bias=False, gelu="none", dropout=0.1)
+    assert plan.config == TrainConfig(max_iters=7, beta1=0.5)
+    assert (plan.source, plan.out, plan.resume, *rest) == ("a", Path("b"), False, True, False)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +216,8 @@ def test_options_reach_both_configurations(capsys, fitted):
 )
 def test_the_encoding_is_the_presets(capsys, fitted, arguments, name):
     assert main(capsys, "train", *arguments.split())[0] == 0
-    assert fitted[2].name == name
-    assert fitted[3] is None, "no --data is the built-in corpus"
+    assert fitted[0].encoding.name == name
+    assert fitted[0].source is None, "no --data is the built-in corpus"
 
 
 def test_generate_is_repeatable_with_a_seed(capsys, checkpoint):
@@ -303,11 +314,11 @@ def test_a_reader_that_goes_away(checkpoint):
 def test_no_memory_is_one_line(monkeypatch, capsys):
     """PyTorch has no class of its own for it on a CPU; any other RuntimeError is a bug, and shows as one."""
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nmore")):
-        monkeypatch.setattr(cli, "fit", lambda *args, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr("fastgpt.training.train", lambda *args, error=error: (_ for _ in ()).throw(error))
         assert cli.main(["train", "--preset", "byte-0.1M"]) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "memory" in said
-    monkeypatch.setattr(cli, "fit", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    monkeypatch.setattr("fastgpt.training.train", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["train", "--preset", "byte-0.1M"])
 
@@ -317,7 +328,57 @@ def test_a_reader_that_went_away_leaves_a_run_unfinished(command, code, monkeypa
     def gone(options):
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "_train", gone)
+    monkeypatch.setattr("fastgpt.cli.train.run", gone)
     monkeypatch.setattr(cli_text, "_evaluate", gone)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert cli.main([command, *(["--checkpoint", "x", "y"] if command == "eval" else [])]) == code
+
+
+def test_nothing_said_is_the_help(capsys):
+    code, out, err = main(capsys)
+    assert (code, err) == (0, "") and out.startswith("usage: fastgpt") and "train | tokenize" in out
+
+
+def test_version(capsys):
+    assert main(capsys, "--version") == (0, f"fastgpt {fastgpt.__version__}\n", "")
+
+
+def test_the_help_of_train_says_what_each_option_is(capsys, monkeypatch):
+    """And its own default: the shape is the preset's, which GPTConfig's defaults are not."""
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = main(capsys, "train", "--help")
+    listed = " ".join(out[out.index("options:") :].split())
+    for config in (GPTConfig, TrainConfig):
+        for name in config.__dataclass_fields__:
+            assert re.search(rf"--{name} [A-Z{{]\S* [\w',]+ ", listed), name
+    assert code == 0 and "blocks (default: the preset's)" in out and "steps (default: 1400)" in out
+    assert "default: None" not in out and "default: 12" not in out
+
+
+def test_a_checkpoints_folder_is_a_model(capsys, checkpoint):
+    (step,) = Path(checkpoint, "checkpoints").glob("step-*")
+    how = ("--prompt", "the fox", "--temperature", "0", "--max_new_tokens", "9")
+    whole = main(capsys, "generate", "--checkpoint", checkpoint, *how)[:2]
+    assert main(capsys, "generate", "--checkpoint", str(step), *how)[:2] == whole
+    assert whole[0] == 0
+
+
+def test_heads_that_are_not_the_models_are_refused(capsys, checkpoint):
+    code, _, err = main(capsys, "generate", "--checkpoint", checkpoint, "--n_head", "4")
+    assert code == 2 and "n_head is 4" in err and "has 2 heads" in err
+
+
+def test_what_to_do_next_is_told_and_works(capsys, text, tmp_path):
+    out = tmp_path / "a run"
+    last = main(capsys, "train", "--data", text, "--out", str(out), *TINY)[1].splitlines()[-2:]
+    for line in last:
+        assert main(capsys, *shlex.split(line[line.index("fastgpt ") :])[1:])[0] == 0
+    assert load_model(out)[1]["step"] == 6
+
+
+def test_samples_of_the_built_in_corpus_begin_with_def(fitted, capsys):
+    assert main(capsys, "train")[0] == 0
+    assert fitted[0].config.sample_prompt == "def "
+    fitted.clear()
+    assert main(capsys, "train", "--sample_prompt", "class ")[0] == 0
+    assert fitted[0].config.sample_prompt == "class "

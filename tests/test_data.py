@@ -6,9 +6,8 @@ import pytest
 import tiktoken
 import torch
 
-from fastgpt.data import Order, builtin_documents, corpora, documents, load_corpus, read_tokens, windows
+from fastgpt.data import Order, builtin_documents, corpora, documents, load_corpus, read_tokens, tokenize, windows
 from fastgpt.data.tokenizer import END_OF_TEXT, encoding
-from fastgpt.data.tokens import tokenize
 
 BYTE = encoding("byte")
 PACKAGES = ("abc", "ast", "asyncio", "email", "json", "logging", "re", "xml")

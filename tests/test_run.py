@@ -92,7 +92,7 @@ def test_the_first_bad_tensor_is_named(run, monkeypatch):
             self.forwards = getattr(self, "forwards", 0) + 1
             return output * torch.nan if self.forwards > 4 and self.training else None  # from step 3 on
 
-    monkeypatch.setattr(training, "GPT", Diverging)
+    monkeypatch.setattr(training.run, "GPT", Diverging)
     message = r"loss of step 3 is nan on rank 0; the first bad tensor is the output of h.1.attn"
     with pytest.raises(FloatingPointError, match=message):
         run(checkpoint_interval=2)
@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_finite_is_named(run, monkeypatch):
             super().__init__(config)
             self.h[0].mlp.c_fc.weight.register_hook(lambda grad: grad * torch.inf)
 
-    monkeypatch.setattr(training, "GPT", Diverging)
+    monkeypatch.setattr(training.run, "GPT", Diverging)
     message = r"gradients of step 1 have the norm (nan|inf) on rank 0; .* is the gradient of h.0.mlp.c_fc.weight"
     with pytest.raises(FloatingPointError, match=message):
         run()
@@ -147,7 +147,7 @@ def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allo
             Diverging.forwards += self.training
             return loss * torch.nan if self.training and Diverging.forwards in (2, 5) else loss
 
-    monkeypatch.setattr(training, "GPT", Diverging)
+    monkeypatch.setattr(training.run, "GPT", Diverging)
     options = dict(gradient_accumulation_steps=1, log_interval=1, eval_interval=3, skip_nonfinite=allowed)
     run(max_iters=3, **options)
     assert (
@@ -178,7 +178,7 @@ def test_two_trainers_on_one_folder(run):
 def test_a_second_signal_ends_what_the_first_could_not(number):
     """As where a step hangs, and never comes to look."""
     code = (
-        "import time\nfrom fastgpt.training.loop import Signals\n"
+        "import time\nfrom fastgpt.training.signals import Signals\n"
         "with Signals():\n    print('in', flush=True); time.sleep(60)"
     )
     command = dict(cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -1,11 +1,16 @@
 """TrainConfig's rules, the schedules, and the settings file."""
 
 import dataclasses
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from fastgpt import GPTConfig, cli
+from fastgpt.training import plan_run
 from fastgpt.training.settings import TrainConfig, read_settings, settings_text
+from fastgpt.weights import load_model
 
 RATES = dict(learning_rate=1.0, min_lr=0.2, max_iters=101, warmup_iters=10)
 
@@ -84,9 +89,9 @@ def test_bad_files(tmp_path, content, message):
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """The arguments that `fit` gets; nothing is trained and no sample written."""
+    """The plans that `train` gets; nothing is trained and no sample written."""
     got = []
-    monkeypatch.setattr(cli, "fit", lambda *arguments: got.append(arguments))
+    monkeypatch.setattr("fastgpt.training.train", lambda plan, *how: got.append(plan))
     monkeypatch.setattr(cli.text, "write", lambda *arguments, **options: None)
     return got
 
@@ -94,10 +99,10 @@ def fitted(monkeypatch):
 def test_flags_go_over_the_file_and_the_file_over_the_preset(tmp_path, fitted):
     (tmp_path / "a.toml").write_text('preset = "byte-0.1M"\nn_layer = 3\nmax_iters = 7\ndata = "texts"\nseed = 2\n')
     assert cli.main(["train", "--config", str(tmp_path / "a.toml"), "--max-iters=9", "--n_head", "1"]) == 0
-    ((model, config, encoding, data, out, *rest),) = fitted
-    assert model == GPTConfig.preset("byte-0.1M", n_layer=3, n_head=1)
-    assert config == TrainConfig(max_iters=9, seed=2)
-    assert (encoding.name, data, out, rest) == ("byte", "texts", "out", [False, False, False])
+    (plan,) = fitted
+    assert plan.model == GPTConfig.preset("byte-0.1M", n_layer=3, n_head=1)
+    assert plan.config == TrainConfig(max_iters=9, seed=2)
+    assert (plan.encoding.name, plan.source, plan.out, plan.resume) == ("byte", "texts", Path("out"), False)
 
 
 def test_resume_takes_the_runs_own_settings(tmp_path, fitted):
@@ -105,15 +110,26 @@ def test_resume_takes_the_runs_own_settings(tmp_path, fitted):
     (tmp_path / "train.toml").write_text(settings_text(model, TrainConfig(seed=5), data="texts", encoding="byte"))
     for how in (["--resume"], ["--init_from", "resume"]):
         assert cli.main(["train", "--out_dir", str(tmp_path), *how, "--max_iters", "2000"]) == 0
-    first, second = fitted
-    for found in (first, second):
-        assert found[:2] == (model, TrainConfig(seed=5, max_iters=2000))
-        assert found[3] == "texts"
-        assert found[6] is True
-    assert first[4] == str(tmp_path)
+    plans = [*fitted, plan_run({}, {"max_iters": 2000}, None, None, tmp_path, resume=True)]
+    plans.append(plan_run({}, {"max_iters": 2000, "init_from": "resume"}, None, None, tmp_path))
+    for plan in plans:
+        assert (plan.model, plan.config) == (model, TrainConfig(seed=5, max_iters=2000))
+        assert (plan.source, plan.encoding.name, plan.out, plan.resume) == ("texts", "byte", tmp_path, True)
 
 
 def test_the_encoding_is_the_datas(tmp_path, fitted):
     (tmp_path / "meta.json").write_text('{"encoding": "gpt2", "dtype": "uint16"}')
     assert cli.main(["train", "--data", str(tmp_path)]) == 0
-    assert fitted[0][2].name == "gpt2"
+    assert fitted[0].encoding.name == "gpt2"
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_a_file_whose_name_is_not_utf8_is_found_again(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 50%.txt")
+    Path(name).write_text("hello world " * 300)
+    few = ["--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=16", "--eval_iters=1", "--sample_tokens=0"]
+    out = str(tmp_path / "out")
+    assert cli.main(["train", "--data", name, "--out", out, "--max_iters=2", *few]) == 0
+    assert cli.main(["train", "--out", out, "--resume", "--max_iters=4"]) == 0
+    assert read_settings(tmp_path / "out/train.toml")["data"] == name
+    assert load_model(out)[1]["step"] == 4

@@ -124,7 +124,6 @@ def test_another_encoding_without_network():
 
 
 def test_unknown_encoding():
-    with pytest.raises(
-        ValueError, match=r"unknown encoding 'gpt-2' \(did you mean 'gpt2'\?\); there are byte, gpt2, r50k_base"
-    ):
+    said = r"unknown encoding 'gpt-2' \(did you mean 'gpt2'\?\); there are byte, gpt2, r50k_base"
+    with pytest.raises(ValueError, match=said):
         encoding("gpt-2")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fastgpt.atomic import digest
-from fastgpt.data import load_corpus, tokens
+from fastgpt.data import load_corpus, read_tokens, texts, tokenization, tokenize, tokens
 from fastgpt.data.tokenizer import END_OF_TEXT, encoding
-from fastgpt.data.tokens import Shards, map_tokens, tokenize
+from fastgpt.data.tokens import Shards, map_tokens
 
 BYTE = encoding("byte")
 PROSE = "It's 12,345 o'clock… said  the fox;\n\n\tdon't!!  \r\n你好 naïve\u00a0café 🙂 x² "
@@ -22,7 +22,7 @@ def ids_of(folder, dtype=np.uint16):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(tokens, "PIECE", 37)  # no multiple of anything, and inside characters of several bytes
+    monkeypatch.setattr(texts, "PIECE", 37)  # no multiple of anything, and inside characters of several bytes
 
 
 def test_what_is_written(tmp_path):
@@ -60,7 +60,7 @@ def test_pieces_and_threads_change_no_token(tmp_path, small_pieces, name):
 
 
 def test_a_text_without_spaces_is_cut_at_last(tmp_path, small_pieces, monkeypatch):
-    monkeypatch.setattr(tokens, "_LONGEST", 500)
+    monkeypatch.setattr(tokenization, "_LONGEST", 500)
     text = "foxes" * 1000
     (tmp_path / "a.txt").write_text(text)
     tokenize([tmp_path / "a.txt"], encoding("gpt2"), tmp_path / "out")
@@ -69,7 +69,7 @@ def test_a_text_without_spaces_is_cut_at_last(tmp_path, small_pieces, monkeypatc
 
 def test_memory_is_bounded(tmp_path, monkeypatch):
     """Three times less than the file has, of which most is what a digest reads at once."""
-    monkeypatch.setattr(tokens, "PIECE", 1 << 14)
+    monkeypatch.setattr(texts, "PIECE", 1 << 14)
     (tmp_path / "a.txt").write_text("the quick brown fox " * 450_000)
     tracemalloc.start()
     tokenize([tmp_path / "a.txt"], BYTE, tmp_path / "out", workers=1)
@@ -112,7 +112,7 @@ def test_bad_sources_leave_nothing(tmp_path, small_pieces, name, content, error,
         path.write_bytes(content)
     with pytest.raises(error, match=message):
         tokenize([path.parent if "/" in name else path], BYTE, tmp_path / "out")
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("option", "value"), [("val_share", 0.0), ("val_share", 1.0), ("workers", 0)])
@@ -181,3 +181,43 @@ def test_a_meta_file_that_says_too_little(tmp_path):
     (tmp_path / "meta.json").write_text('{"encoding": "byte"}')
     with pytest.raises(ValueError, match="does not say the encoding and the dtype"):
         tokens.meta_of(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """In front of a file, as Windows' editors write it; inside a text it stays."""
+    mark, text = "\ufeff".encode(), "some\ufeff words " * 9
+    (tmp_path / "a.txt").write_bytes(mark + text.encode())
+    (tmp_path / "b.jsonl").write_bytes(mark + b'{"text": "more"}\n')
+    tokenize([tmp_path / "a.txt", tmp_path / "b.jsonl"], BYTE, tmp_path / "out")
+    assert BYTE.decode(ids_of(tmp_path / "out")) == f"{text}{END_OF_TEXT}more{END_OF_TEXT}"
+    corpus = load_corpus(tmp_path / "a.txt", BYTE, 4)
+    assert BYTE.decode([*corpus.train, *corpus.val]) == text + END_OF_TEXT
+
+
+def test_the_tokens_never_lie_among_the_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("some words " * 9)
+    with pytest.raises(ValueError, match="holds the texts, and its tokens would lie among them"):
+        tokenize([tmp_path], BYTE, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    first = tokenize([tmp_path], BYTE, tmp_path / "tokens")
+    assert tokenize([tmp_path], BYTE, tmp_path / "tokens", overwrite=True) == first, "not of what it wrote itself"
+
+
+@pytest.mark.parametrize("again", ["texts", "texts/a.txt", "texts/../texts"])
+def test_a_text_that_is_given_twice(tmp_path, again):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("some words " * 9)
+    with pytest.raises(ValueError, match=r"a\.txt is given twice, by .*texts and by "):
+        tokenize([tmp_path / "texts", tmp_path / again], BYTE, tmp_path / "new/out")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["", "train.bin"])
+def test_nanogpts_characters_are_not_taken_for_bytes(tmp_path, name):
+    for part in ("train", "val"):
+        np.arange(60, dtype=np.uint16).tofile(tmp_path / f"{part}.bin")
+    assert len(load_corpus(tmp_path / name, BYTE, 4).train) > 5
+    (tmp_path / "meta.pkl").write_bytes(b"a pickle, which is not read")
+    for read in (lambda: load_corpus(tmp_path / name, BYTE, 4), lambda: read_tokens(tmp_path / name, BYTE)):
+        with pytest.raises(ValueError, match=r"meta\.pkl is the vocabulary of nanoGPT's character-level tokens"):
+            read()

@@ -118,8 +118,8 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is None:
         return (options.prompt or "").encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if options.prompt_file == "-":
-        return sys.stdin.buffer.read().decode("utf-8", "replace")
-    return Path(options.prompt_file).read_bytes().decode("utf-8", "replace")
+        return sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    return Path(options.prompt_file).read_bytes().decode("utf-8-sig", "replace")
 
 
 def _ids(tokens: tiktoken.Encoding, prompt: str) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Tokens to train on: the built-in corpus, text, or token files; which windows of them a step sees; and batches."""
+"""Tokens to train on: of the built-in corpus, of text, or of token files."""
 
 import hashlib
 import sys
@@ -9,23 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from fastgpt.data.texts import TEXT, bad_byte, decoded, hidden, not_text
 from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable
-from fastgpt.data.tokens import (
-    META,
-    TEXT,
-    TRAIN,
-    VAL,
-    Shards,
-    Tokens,
-    bad_byte,
-    dtype_of,
-    examine,
-    hidden,
-    map_tokens,
-    meta_beside,
-    meta_of,
-    not_text,
-)
+from fastgpt.data.tokens import META, TRAIN, VAL, Shards, Tokens, dtype_of, examine, map_tokens, meta_beside, meta_of
 
 VALIDATION_BYTES = 1_000_000  # of the built-in corpus, at least
 VALIDATION_SHARE = 0.1  # of a user's text that is not split already
@@ -83,6 +69,11 @@ def holds_tokens(source: str | Path | None) -> bool:
 
 def _mapped(path: Path, encoding: tiktoken.Encoding | Named) -> np.ndarray:
     """The ids of a file, in the width that meta.json beside it tells, or that the encoding needs."""
+    if (characters := path.parent / "meta.pkl").is_file():
+        raise ValueError(
+            f"{characters} is the vocabulary of nanoGPT's character-level tokens, which is no encoding here: make "
+            f"tokens of the text itself by `fastgpt tokenize --encoding byte`"
+        )
     meta = meta_beside(path)
     if meta.get("encoding", encoding.name) != encoding.name:
         raise ValueError(f"{path.parent} holds tokens of the encoding {meta['encoding']!r}, not of {encoding.name!r}")
@@ -165,7 +156,7 @@ def _read_documents(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         raise ValueError(_json_lines(path))
     try:
-        return [path.read_bytes().decode("utf-8")]
+        return [decoded(path.read_bytes())]
     except UnicodeDecodeError as error:
         raise ValueError(not_text(path, bad_byte(error))) from None
 
@@ -177,7 +168,7 @@ def _json_lines(path: Path) -> str:
 def _utf8(path: Path) -> str | None:
     """None for a file that is no text; ValueError where its name says that it is."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return decoded(path.read_bytes())
     except UnicodeDecodeError as error:
         if path.suffix in TEXT:
             raise ValueError(not_text(path, bad_byte(error))) from None

@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 from fastgpt.atomic import digest, sync
 
 MANIFEST, LOCK = "manifest.json", ".lock"
+_LOCKED_BYTE = 1 << 20
 KEPT = 2  # of the newest checkpoints; the best one is kept beside them
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -49,13 +50,19 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(file: IO) -> None:
     if os.name == "nt":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+        _lock_on_windows(file)
     else:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _lock_on_windows(file: IO) -> None:
+    """One byte, the same for all, far past what is written: others may not even read a byte that is locked there."""
+    import msvcrt
+
+    os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
 
 
 class Checkpoint(NamedTuple):

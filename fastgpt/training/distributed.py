@@ -91,8 +91,14 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros((), device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch's CPU builds assert
-        raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no device {name!r} here; there is {', '.join(_devices())}") from error
     return device
+
+
+def _devices() -> list[str]:
+    """What this machine and this PyTorch have together."""
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def shard(model: GPT, world: World) -> None:

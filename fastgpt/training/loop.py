@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import math
-import os
 import signal
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -24,34 +22,12 @@ from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, set_learning_rate
 from fastgpt.training.settings import TrainConfig
+from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
 from fastgpt.weights import save_model
 
 CHECKPOINTS = "checkpoints"
 OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
-
-
-class Signals:
-    """Inside, the first Ctrl-C or SIGTERM is noted in `got`, for the loop to act on; the second ends the process."""
-
-    def __init__(self):
-        self.got = 0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # only there can Python set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame) -> None:
-        if self.got:
-            os._exit(128 + number)
-        self.got = number
 
 
 class Run:
@@ -115,7 +91,10 @@ class Run:
         notes = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
         if not state.restore_generators(saved, self.world):
             torch.manual_seed(_rank_seed(self.config.seed, self.world.rank, self.steps_done))
-            notes.append(f"processes were {facts['processes']}, are {self.world.size}, and dropout draws anew")
+            if facts["processes"] != self.world.size:
+                notes.append(f"processes were {facts['processes']}, are {self.world.size}")
+            if self.model.config.dropout:
+                notes.append("dropout draws anew")
         if notes and self.world.rank == 0:
             print(f"not to the bit as an uninterrupted run: {'; '.join(notes)}", flush=True)
 

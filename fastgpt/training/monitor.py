@@ -170,7 +170,10 @@ def write_metrics(rows: list[dict], path: Path) -> None:
     with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[-1]))
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:  # no more digits than float32 has
+            writer.writerow(
+                {name: f"{value:.7g}" if isinstance(value, float) else value for name, value in row.items()}
+            )
 
 
 def keep_sample(folder: Path, step: int, text: str) -> None:

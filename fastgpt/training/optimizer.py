@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from fastgpt.cuda_graph import captured, warmed
 
+SCALING = ("cpu", "cuda")  # whose fused AdamW hears grad_scale and found_inf; MPS's did not in every PyTorch
+
 
 def adamw(
     model: nn.Module,
@@ -52,7 +54,8 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | N
     float32 scalar on the device. skip: a scalar there; where it is not 0, nothing is updated.
 
     The fused step divides gradients by a scale while it reads them anyway, so none is written again for this, and the
-    host waits for nothing. Gradients that are not finite leave weights and moments as they were; the norm tells.
+    host waits for nothing. On devices outside SCALING a pass of its own clips, and the host waits. Gradients that are
+    not finite leave weights and moments as they were; the norm tells.
     ValueError for an optimizer that is not fused.
     """
     if not optimizer.defaults.get("fused"):
@@ -63,6 +66,12 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | N
     norm = torch.nn.utils.get_total_norm(gradients).float()
     if isinstance(norm, DTensor):  # of gradients that are sharded over processes
         norm = norm.full_tensor()
+    if gradients and gradients[0].device.type not in SCALING:
+        if not norm.isfinite() or (skip is not None and skip != 0):
+            return norm
+        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1))
+        optimizer.step()
+        return norm
     scales: Any = optimizer  # what the fused step looks for on itself, as torch.amp.GradScaler puts it there
     scales.grad_scale = (norm / max_norm).clamp(min=1)
     scales.found_inf = 1 - norm.isfinite().float()

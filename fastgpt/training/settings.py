@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import os
 import sys
+import urllib.parse
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ else:
     import tomli as tomllib
 
 SETTINGS = "train.toml"
+_QUOTED = "_percent_encoded"  # ends the name of an option whose text TOML can't hold
 OTHERS = ("preset", "data", "encoding")  # what a settings file may say beside the fields of the two configurations
 
 
@@ -117,6 +120,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             found = tomllib.load(file)
     except ValueError as error:  # TOML's own error, and UTF-8's
         raise ValueError(f"{path} is not TOML: {error}") from error
+    for name in [name for name, value in found.items() if name.endswith(_QUOTED) and isinstance(value, str)]:
+        found[name.removesuffix(_QUOTED)] = os.fsdecode(urllib.parse.unquote_to_bytes(found.pop(name)))
     known = [*OTHERS, *(field.name for kind in (GPTConfig, TrainConfig) for field in dataclasses.fields(kind))]
     for name in found:
         if name not in known:
@@ -127,7 +132,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def settings_text(model: GPTConfig, config: TrainConfig, **others: str | None) -> str:
     """All options of a run as TOML. What is None is left out, for None is every such option's default."""
     options = {**others, **dataclasses.asdict(model), **dataclasses.asdict(config)}
-    return "".join(f"{name} = {_toml(value)}\n" for name, value in options.items() if value is not None)
+    return "".join(_line(name, value) for name, value in options.items() if value is not None)
+
+
+def _line(name: str, value: str | float | bool) -> str:
+    """A path whose bytes are no UTF-8 is percent-encoded, as TOML holds no other text."""
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        name, value = f"{name}{_QUOTED}", urllib.parse.quote_from_bytes(os.fsencode(value))
+    return f"{name} = {_toml(value)}\n"
 
 
 def _toml(value: str | float | bool) -> str:
