@@ -35,7 +35,7 @@ _LOG_TAIL = 2**20  # bytes of a log that are packed
 _GRACE = 5.0  # seconds for a stopped process to print its stack
 
 # Tests of every kernel's file that take seconds in the interpreter, for a dry run.
-_DRY_TESTS = ("tests/test_cross_entropy.py", "-m", "interpreter", "-k", "257")
+_DRY_TESTS = ("tests/kernels/test_cross_entropy.py", "-m", "interpreter", "-k", "257")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The roads a test can take. `pytest` alone takes all that the machine has, and leaves out what is marked slow.
+"""What a test can run on. `pytest` alone takes all that the machine has, and leaves out what is marked slow.
 
 A test that asks for `device` runs Triton kernels. It is made twice: marked `interpreter`, on CPU tensors, which runs
-only under TRITON_INTERPRET=1, in a process that test_roads.py starts; and marked `gpu`, which runs where there is a
+only under TRITON_INTERPRET=1, in a process that test_interpreter.py starts; and marked `gpu`, which runs where there is a
 GPU. Everything else runs where Triton is not interpreted. What a process can't run is deselected, never skipped.
 """
 
@@ -81,4 +81,6 @@ def pytest_collection_modifyitems(config, items):
     config.stash[_INTERPRETED] = {item.path.name for item in items if item.get_closest_marker("interpreter")}
     if dropped := [item for item in items if not runs_here(item)]:
         config.hook.pytest_deselected(items=dropped)
-    items[:] = sorted(kept, key=lambda item: item.path.name != "test_roads.py")  # the longest first, for pytest -n
+    items[:] = sorted(
+        kept, key=lambda item: item.path.name != "test_interpreter.py"
+    )  # the longest first, for pytest -n

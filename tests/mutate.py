@@ -451,7 +451,7 @@ def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tu
         result = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "--tb=line", "-p", "no:cacheprovider"]
             + ["-m", "interpreter" if interpreted else "not interpreter and not gpu"]
-            + [f"tests/{test}" for test in tests],
+            + [_path(test) for test in tests],
             cwd=folder,
             env={**inherited, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "400", "PYTHONPATH": folder},
             capture_output=True,
@@ -460,6 +460,12 @@ def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tu
     said = re.findall(r"^FAILED .*? - (.*)$", result.stdout, re.MULTILINE)
     by_assertion = result.returncode == 1 and any(re.match(_FINDING, line) for line in said)
     return by_assertion, (said or result.stdout.splitlines() or [result.stderr])[-1][:110]
+
+
+def _path(test: str) -> str:
+    """A test of a file that stands in some folder of tests/."""
+    file, colons, name = test.partition("::")
+    return str(next((ROOT / "tests").rglob(file)).relative_to(ROOT)) + colons + name
 
 
 def main(names: list[str]) -> int:

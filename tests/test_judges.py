@@ -90,7 +90,7 @@ def test_bench_sees_it(name, part, backend, break_function):  # noqa: F811
 
 def of_the_fallback():
     """By function, a test of it."""
-    from tests import test_loss, test_mlp_fallback, test_pytorch
+    from tests.ops import test_loss, test_mlp_fallback, test_pytorch
 
     return {
         "layer_norm": test_pytorch.test_the_norms,
@@ -105,7 +105,7 @@ def of_the_fallback():
 
 
 def of_the_kernels(device):
-    from tests import test_attention, test_cross_entropy, test_decode, test_embedding, test_layernorm, test_mlp
+    from tests.kernels import test_attention, test_cross_entropy, test_decode, test_embedding, test_layernorm, test_mlp
 
     return {
         "layer_norm": lambda: test_layernorm.test_plain_layer_norm_is_the_same_without_a_residual(device),

@@ -8,8 +8,8 @@ from torch import nn
 from fastgpt import GPT, GPTConfig, generate
 from fastgpt.generation.decoder import Decoder
 from fastgpt.model import MLP, LayerNorm
-from tests.small_gpt import recomputed, varied
-from tests.swapped import batch
+from tests.generation.small_gpt import recomputed, varied
+from tests.swap.swapped import batch
 
 PATHS = ("wte", "wpe", "h.0.ln_1", "h.1.ln_1", "h.0.attn.c_attn", "h.1.attn.c_proj", "h.0.ln_2", "h.0.mlp.c_fc",
          "h.1.mlp.c_proj", "ln_f", "lm_head")  # fmt: skip

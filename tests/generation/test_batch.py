@@ -1,0 +1,159 @@
+"""The rows of a call on the device: steps that wait for nothing, and one graph of them."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgpt import cuda_graph, generate
+from fastgpt.generation import batch
+from fastgpt.generation.batch import Batch, Readback
+from fastgpt.generation.decoder import Decoder
+from fastgpt.generation.sampling import Sampling
+from fastgpt.ops import pytorch
+from tests.generation.small_gpt import gpt
+
+
+@pytest.fixture
+def model():
+    return gpt()
+
+
+def test_no_step_waits_for_the_device(model, monkeypatch):
+    """On a GPU nothing between the prompt and the readback may ask a tensor for its value."""
+    rows = Batch(
+        Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True
+    )
+    monkeypatch.setattr(pytorch, "_full", lambda *_: False)  # these two ask on a CPU alone
+    monkeypatch.setattr(Batch, "_finite_at_a_glance", lambda *_: False)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
+    rows.advance()
+    rows._step(None)
+    rows._step(None)
+
+
+def test_finite_logits_whose_sum_is_not(model):
+    rows = Batch(Decoder(model), [[3, 1, 4]], 1, 5, Sampling(temperature=0), None, 13, False)
+    rows.advance()
+    for value, token in ((3e38, 0), (float("inf"), -1), (float("nan"), -1)):
+        rows._take(torch.full((1, 13), 3e38).index_fill(1, torch.tensor(0), value))
+        assert rows.ids.tolist() == [token]
+        rows.lengths -= 1
+
+
+def test_every_token_costs_the_same_and_the_cache_stays_where_it_is():
+    """Operators are counted, not timed."""
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    rows = Batch(Decoder(gpt(128)), [[3, 1, 4]], 1, 100, Sampling(), None, 13, True)
+    rows.advance()
+    counts, places = set(), set()
+    for _ in range(99):
+        with Counter() as counter:
+            counter.count = 0
+            rows.advance()
+        counts.add(counter.count)
+        places.add((rows.cache.k[0].data_ptr(), rows.cache.v[-1].data_ptr(), rows.history.data_ptr()))
+    assert len(counts) == 1 and len(places) == 1
+
+
+def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
+    """The order of things on a GPU, with a graph that is none: what is captured runs at each replay, and not before."""
+    told = dict(temperature=2.0, seed=3, repetition_penalty=1.2, logprobs=True)
+    model = gpt(64)
+    expected = generate(model, [[3, 1, 4], [7]], 40, **told)
+    log, made = [], []
+
+    class Graph:
+        def register_generator_state(self, generator):
+            log.append(type(generator).__name__)
+
+        def replay(self):
+            log.append("replay")
+            made[0]._step(None)
+
+    @contextlib.contextmanager
+    def graph(captured, stream, capture_error_mode):
+        assert getattr(stream, "device", None) == made[0].decoder.device and capture_error_mode == "thread_local"
+        held = [t for t in (*vars(made[0]).values(), *vars(made[0].cache).values()) if isinstance(t, torch.Tensor)]
+        kept, state = [tensor.clone() for tensor in held], made[0].generator.get_state()
+        yield log.append("capture")
+        for tensor, before in zip(held, kept, strict=True):
+            tensor.copy_(before)
+        made[0].generator.set_state(state)
+
+    class Captured(Batch):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._graphs = True
+            made.append(self)
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device, self.wait_stream = device, lambda other: log.append("waits")
+
+    cuda_graph._stream.cache_clear()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr("fastgpt.generation.Batch", Captured)
+    assert generate(model, [[3, 1, 4], [7]], 40, **told).tokens == expected.tokens
+    assert log == ["waits", "waits", "Generator", "capture", *["replay"] * 38]
+
+
+def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
+    """With events that are none: the host reads a step's ids while the next ones run, and none is lost at the end."""
+    log = []
+
+    class Event:
+        made = 0
+
+        def __init__(self):
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self, stream):
+            assert stream == "of the ids' device"
+            log.append(f"record {self.number}")
+
+        def synchronize(self):
+            log.append(f"wait {self.number}")
+
+    class Late(Readback):
+        def __init__(self, device):
+            super().__init__(device)
+            self._asynchronous, self.ahead = True, 2
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "of the ids' device")
+    monkeypatch.setattr(Late, "_copy", lambda self, tensor: tensor.clone())
+    expected = generate(model, [[3, 1, 4], [7]], 4, seed=1)
+    monkeypatch.setattr("fastgpt.generation.Readback", Late)
+    assert generate(model, [[3, 1, 4], [7]], 4, seed=1) == expected
+    assert log == ["record 1", "record 2", "record 3", "wait 1", "record 4", "wait 2", "wait 3", "wait 4"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_graph_gives_the_steps_tokens(dtype, monkeypatch):
+    """On a GPU: a captured step against the same steps one launch at a time, greedy and drawn."""
+    model = gpt(128, n_embd=64).to("cuda", dtype)
+    drawn = dict(seed=3, temperature=0.8)
+    for options in (
+        dict(temperature=0, stop_ids=[2, 5]),
+        dict(**drawn),
+        dict(**drawn, top_k=5, min_p=0.01),
+        dict(**drawn, top_p=0.9, repetition_penalty=1.1, logprobs=True),
+    ):
+        captured = generate(model, [[3, 1, 4], [7]], 100, **options)
+        monkeypatch.setattr(batch, "GRAPH_FROM", 10**9)
+        assert generate(model, [[3, 1, 4], [7]], 100, **options).tokens == captured.tokens
+        monkeypatch.undo()
