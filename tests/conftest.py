@@ -1,8 +1,8 @@
 """What a test can run on. `pytest` alone takes all that the machine has, and leaves out what is marked slow.
 
 A test that asks for `device` runs Triton kernels. It is made twice: marked `interpreter`, on CPU tensors, which runs
-only under TRITON_INTERPRET=1, in a process that test_interpreter.py starts; and marked `gpu`, which runs where there is a
-GPU. Everything else runs where Triton is not interpreted. What a process can't run is deselected, never skipped.
+only under TRITON_INTERPRET=1, in a process that test_interpreter.py starts; and marked `gpu`, which runs where there is
+a GPU. Everything else runs where Triton is not interpreted. What a process can't run is deselected, never skipped.
 """
 
 import os

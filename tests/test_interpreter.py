@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, in processes of its own: Triton reads TRITON_INTERPRET when a kernel is defined."""
+"""The kernels in Triton's interpreter, in processes of their own: TRITON_INTERPRET is read as a kernel is defined."""
 
 import os
 import subprocess

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from test_loss import check, head
 
 from fastgpt import ops
 from fastgpt.testing import assert_accurate
+from tests.ops.test_loss import check, head
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 

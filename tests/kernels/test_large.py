@@ -5,9 +5,9 @@ The tensors that reach past 2^31 elements are mostly holes: on a CPU their untou
 
 import pytest
 import torch
-from test_loss import peak_bytes
 
 from fastgpt import ops
+from tests.ops.test_loss import peak_bytes
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from test_mlp import DTYPES, check, operands, run
 
 from fastgpt import ops
+from tests.kernels.test_mlp import DTYPES, check, operands, run
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
