@@ -10,7 +10,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,6 @@ from fastgpt.ops import pytorch, reference
 from fastgpt.ops.loss import padded
 
 SUBJECT, EAGER, COMPILED = "fastgpt", "PyTorch eager", "torch.compile"
-FUSED = "fastgpt, GELU in the epilogue"
 
 
 class Subject(NamedTuple):
@@ -262,7 +260,7 @@ def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case
     functions["dgrad + dGELU"] = _standard(machine, backward, backward)
     if machine.kind != "cpu":
         for op, by_kernel in (("linear + GELU", _linear_gelu_by_kernel), ("dgrad + dGELU", _dgrad_dgelu_by_kernel)):
-            functions[op] |= {SUBJECT: lambda _, f=by_kernel: f, FUSED: lambda _, f=by_kernel: _in_the_epilogue(f)}
+            functions[op][SUBJECT] = lambda _, f=by_kernel: f
     first, second = functions
     shape = dict(M=M, C=C, F=F)
     return function_cases(
@@ -284,20 +282,6 @@ def mlp_halves(machine: Machine, M: int, C: int, F: int, tier: int) -> list[Case
         _naive_dgrad_dgelu,
         products={"fwd": lambda p: [(p.inputs["dy"].detach(), p.inputs["w_out"].detach(), 1)]},
     )
-
-
-def _in_the_epilogue(function: Callable) -> Callable:
-    """The road that is taken only where it has been measured to win: the GELU in the matmul's epilogue."""
-    from fastgpt.kernels import linear_gelu
-
-    def tiles(kernel, x, hidden):
-        return linear_gelu.candidate(x.dtype, linear_gelu.capability(x))
-
-    def fused(*arguments, **named):
-        with mock.patch.object(linear_gelu, "measured_tiles", tiles):
-            return function(*arguments, **named)
-
-    return fused
 
 
 def _linear_gelu(x, w_in, b_in):

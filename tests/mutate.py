@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 
 NORM, LOSS, MLP = "kernels/layernorm.py", "kernels/cross_entropy.py", "kernels/mlp.py"
 HEAD, TILES = "kernels/attention.py", "kernels/attention_tiles.py"
-GELU, FUSED, EMBEDDING = "kernels/gelu.py", "kernels/linear_gelu.py", "kernels/embedding.py"
+GELU, EMBEDDING = "kernels/gelu.py", "kernels/embedding.py"
 BACK, DECODE = "kernels/attention_backward.py", "kernels/decode.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
 NORM_STRIDES, HEAD_STRIDES = (
@@ -58,7 +58,7 @@ GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FEW = "test_few_rows.py::"
-FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
+RUNS = "test_embedding.py::test_runs_of_one_token"
 FALLBACK, FALLBACK_MLP = "test_pytorch.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
@@ -229,13 +229,6 @@ MUTANTS = [
     Mutant("derivative overflows", GELU, "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
     Mutant("activation not made again", MLP, "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
-    Mutant("fused: b_in dropped", FUSED, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", FUSED_WIDTHS),
-    Mutant("fused: channels past the last whole step", FUSED, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)", FUSED_WIDTHS),
-    Mutant("fused: gelu of what was not rounded", FUSED, "gelu(rounded.to(z.dtype), TANH)", "gelu(z, TANH)", "test_linear_gelu.py::test_recompute_changes_no_bit"),
-    Mutant("fused: halves swapped", FUSED, "    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))", "    a, b = tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))\n    return b, a", FUSED_WIDTHS),
-    Mutant("fused: the last band's height", FUSED, "height = tl.minimum(down - 8 * band, 8)", "height = 8", "test_linear_gelu.py::test_row_counts"),
-    Mutant("fused: one row of partials for all", FUSED, "(first_row // BLOCK_M).to(tl.int64) * F", "(first_row // BLOCK_M * 0).to(tl.int64) * F", "test_linear_gelu.py::test_row_counts"),
-    Mutant("fused: TF32 where IEEE was promised", FUSED, '"PRECISION": matmul_precision()', '"PRECISION": "tf32"', "test_linear_gelu.py::test_float32_stays_float32"),
     # Embedding
     Mutant("positions not added", EMBEDDING, "x += tl.load(position_ptr", "x += 0 * tl.load(position_ptr", "test_embedding.py::test_widths"),
     Mutant("positions taken from the row", EMBEDDING, "places = time\n", "places = rows.to(tl.int64)\n", "test_embedding.py::test_widths"),
