@@ -19,8 +19,8 @@ from pathlib import Path
 from bench.cases import COMPILED, SUBJECT
 from bench.measure import Folder, Row, noise
 from bench.page import page
-from bench.step_rows import FILE as STEPS_FILE
-from bench.step_rows import Steps
+from bench.steps.rows import FILE as STEPS_FILE
+from bench.steps.rows import Steps
 from bench.units import duration, size
 from bench.work import Work
 
