@@ -423,7 +423,7 @@ MUTANTS = [
 ]  # fmt: skip
 
 
-_FINDING = r"AssertionError|assert |Failed: DID NOT RAISE|fastgpt\.sanitizer\.SanitizerError"
+_FINDING = r"AssertionError|assert |Failed: DID NOT RAISE|fastgpt\.sanitizer\.launch\.SanitizerError"
 
 
 def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tuple[bool, str]:
