@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image  # matplotlib brings it
 
-from bench.cases import COMPILED, EAGER, SUBJECT
+from bench.case import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Row
 
 _COLOURS = {SUBJECT: "#c0392b", EAGER: "#7f8c8d", COMPILED: "#2e86c1", "its matmuls alone": "#d5d8dc"}

@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench import models, work
-from bench.cases import SUBJECT
+from bench.case import SUBJECT
 from bench.machine import Machine, header, measure_roofs
 from fastgpt.model import PRESETS, GPTConfig
 

@@ -16,7 +16,7 @@ import json
 import re
 from pathlib import Path
 
-from bench.cases import COMPILED, SUBJECT
+from bench.case import COMPILED, SUBJECT
 from bench.measure import Folder, Row, noise
 from bench.page import page
 from bench.steps.rows import FILE as STEPS_FILE

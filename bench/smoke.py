@@ -2,7 +2,7 @@
 
 import argparse
 
-from bench.cases import SUBJECT
+from bench.case import SUBJECT
 from bench.catalogue import small
 from bench.machine import Machine
 

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from bench.cases import SUBJECT, Case, Subject
+from bench.case import SUBJECT, Case, Subject
 from bench.catalogue import catalogue
 from bench.check import judge
 from bench.machine import Machine

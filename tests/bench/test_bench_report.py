@@ -12,7 +12,7 @@ import pytest
 
 from bench import plots, profile, report
 from bench.__main__ import main
-from bench.cases import COMPILED, EAGER, SUBJECT
+from bench.case import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Folder, Row
 from bench.units import duration
 

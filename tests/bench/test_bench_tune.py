@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from triton.runtime.jit import JITFunction
 
 from bench import dry, tune
-from bench.cases import Subject
+from bench.case import Subject
 from bench.gates import record, ways
 from bench.machine import Machine
 from bench.timing import DeviceClock
