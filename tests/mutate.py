@@ -90,7 +90,7 @@ SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/training/monitor.py",
 )
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
-WORLDLY = "test_swap_world.py::"
+WORLDLY, CHANGED = "test_swap_world.py::", "test_swap_classes.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
@@ -353,8 +353,8 @@ MUTANTS = [
     Mutant("no large numbers in a trial", "fastgpt/swap/trial.py", "x[1, 4] *= 30", "x[1, 4] *= 1", LOOKS + "test_attention_with_bounds", False),
     Mutant("one trial for layers with other buffers", "fastgpt/swap/trial.py", "return (shapes, buffers, parts,", "return (shapes, parts,", LOOKS + "test_layers_that_differ_are_each_tried", False),
     Mutant("one trial for layers in other places", "fastgpt/swap/trial.py", '"layer_idx" if own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', LOOKS + "test_layers_that_differ_are_each_tried", False),
-    Mutant("a mask for strangers", "fastgpt/swap/gpt2.py", "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2.py::test_a_subclass_without_room_for_our_mask", False),
-    Mutant("a block's word is not heard", "fastgpt/swap/gpt2.py", "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
+    Mutant("a mask for strangers", "fastgpt/swap/gpt2.py", "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2_subclasses.py::test_a_subclass_without_room_for_our_mask", False),
+    Mutant("a block's word is not heard", "fastgpt/swap/gpt2.py", "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2_subclasses.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
     Mutant("attention sinks are passed by", "fastgpt/families/huggingface.py", 'if kwargs.get("s_aux") is not None:', "if False:", "test_families_huggingface.py::test_attention_sinks_are_refused", False),
     Mutant("GPT passes by a hooked norm", MODEL, "if branch is not None and not occupied(self) and", "if branch is not None and", HOOKED, False),
     Mutant("GPT passes by a hooked projection", MODEL, "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
@@ -373,15 +373,15 @@ MUTANTS = [
     Mutant("a module holds itself", "fastgpt/swap/__init__.py", '    module.__dict__["fastgpt_swap"] = swap\n', '    module.__dict__["fastgpt_swap"] = swap\n    module.__dict__["itself"] = module\n', WORLDLY + "test_a_model_is_freed_with_its_last_name", False),
     Mutant("a trial in the user's default dtype", "fastgpt/swap/layers.py", "    torch.set_default_dtype(torch.float32)\n", "", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a trial on the user's default device", "fastgpt/swap/layers.py", 'with torch.no_grad(), torch.device("cpu"), torch.autocast', "with torch.no_grad(), torch.autocast", WORLDLY + "test_defaults_do_not_change_the_trial", False),
-    Mutant("a patched forward is not heard", "fastgpt/modules.py", "if swap is None or plain.forward is not written:", "if swap is None:", WORLDLY + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "if tuple(module._modules) != swap.children:", "if False:", WORLDLY + "test_children_of_a_sequential_are_those_of_now", False),
+    Mutant("a patched forward is not heard", "fastgpt/modules.py", "if swap is None or plain.forward is not written:", "if swap is None:", CHANGED + "test_a_class_that_changes_later_is_heard", False),
+    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "if tuple(module._modules) != swap.children:", "if False:", CHANGED + "test_children_of_a_sequential_are_those_of_now", False),
     Mutant("the default dtype is not put back", "fastgpt/swap/layers.py", "        torch.set_default_dtype(dtype)\n", "", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a mask on the meta device of one kind", "fastgpt/swap/trial.py", "return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower", "return lower", WORLDLY + "test_a_model_on_the_meta_device_is_served_as_the_real_one", False),
-    Mutant("a patched class is bypassed", "fastgpt/modules.py", "return made is not None and made.plain.forward is made.written", "return made is not None", WORLDLY + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("a class set later is bypassed", "fastgpt/modules.py", "return swap if swap is not None and runs(module) else None", "return swap", WORLDLY + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("a stranger's class is told of ours", "fastgpt/modules.py", 'if any(each.__name__ == "GradientCheckpointingLayer"', "if any(True", WORLDLY + "test_a_class_that_lists_its_subclasses_lists_none_of_ours", False),
+    Mutant("a patched class is bypassed", "fastgpt/modules.py", "return made is not None and made.plain.forward is made.written", "return made is not None", CHANGED + "test_a_class_that_changes_later_is_heard", False),
+    Mutant("a class set later is bypassed", "fastgpt/modules.py", "return swap if swap is not None and runs(module) else None", "return swap", CHANGED + "test_a_class_that_changes_later_is_heard", False),
+    Mutant("a stranger's class is told of ours", "fastgpt/modules.py", 'if any(each.__name__ == "GradientCheckpointingLayer"', "if any(True", CHANGED + "test_a_class_that_lists_its_subclasses_lists_none_of_ours", False),
     Mutant("transformers is not told of our class", "fastgpt/modules.py", '== "GradientCheckpointingLayer"', '== "nobody"', "test_swap_composes.py::test_checkpointing_happens", False),
-    Mutant("a forward that unwraps to the class's", "fastgpt/modules.py", 'own.__dict__["__signature__"] = inspect.signature(written)', 'own.__dict__["__wrapped__"] = written', WORLDLY + "test_the_accelerate_packages_wrapper_comes_off_again", False),
+    Mutant("a forward that unwraps to the class's", "fastgpt/modules.py", 'own.__dict__["__signature__"] = inspect.signature(written)', 'own.__dict__["__wrapped__"] = written', CHANGED + "test_the_accelerate_packages_wrapper_comes_off_again", False),
     # what shows a run, encodings with holes, no network
     Mutant("only a disk's error is told", MONITOR, "        except Exception as error:  # a disk, a", "        except (OSError, ValueError) as error:  # a disk, a", TOLD, False),
     Mutant("shown before it is saved", "fastgpt/training/loop.py", "            if saves or stop:\n                self.save(needed=last or bool(stop))\n            if evaluates:  # after the save: what only shows the run must not cost it\n                self.report()\n", "            if evaluates:\n                self.report()\n            if saves or stop:\n                self.save(needed=last or bool(stop))\n", SHOWN + "test_all_is_saved_before_anything_is_shown", False),
