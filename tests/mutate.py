@@ -79,18 +79,14 @@ DECODER, SAMPLING, BATCH = (
     "fastgpt/generation/batch.py",
 )
 LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/parts.py", "fastgpt/model.py"
-KEPT, LOOKS, HOOKED = (
-    "test_decoder.py::",
-    "test_swap_parts.py::",
-    "test_model_parts.py::test_a_part_with_a_hook_is_called",
-)
+KEPT, HOOKED = "test_decoder.py::", "test_model_parts.py::test_a_part_with_a_hook_is_called"
 SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/generation/speculative.py",
     "fastgpt/ops/decoding.py",
     "fastgpt/training/monitor.py",
 )
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
-WORLDLY, CHANGED = "test_swap_world.py::", "test_swap_classes.py::"
+WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "test_swap_forms.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
@@ -248,15 +244,15 @@ MUTANTS = [
     Mutant("a forward of its own bypassed", "fastgpt/modules.py", 'if "forward" in state and not is_ours(module, state["forward"]):', "if False:", CHILD, False),
     Mutant("a replaced activation bypassed", "fastgpt/swap/layers.py", "if act is not swap.act or occupied", "if occupied", "test_swap_parts.py::test_a_replaced_activation_is_called", False),
     Mutant("the dropout module's own mode", "fastgpt/modules.py", "float(module.p) if module.training else 0.0", "float(module.p)", "test_swap.py::test_nanogpts_dropout_stays_where_it_is", False),
-    Mutant("no trial", "fastgpt/swap/trial.py", "if swap.width == 0:", "if True:", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
-    Mutant("no trial in training mode", "fastgpt/swap/trial.py", "for training in (False, True):", "for training in (False,):", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
-    Mutant("a lenient trial", "fastgpt/swap/trial.py", "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial", "fastgpt/swap/trial.py", "if swap.width == 0:", "if True:", "test_swap_forms.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial in training mode", "fastgpt/swap/trial.py", "for training in (False, True):", "for training in (False,):", "test_swap_forms.py::test_a_part_of_another_form_is_left", False),
+    Mutant("a lenient trial", "fastgpt/swap/trial.py", "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap_forms.py::test_a_part_of_another_form_is_left", False),
     Mutant("restore leaves the swap", SWAP, 'module.__dict__.pop("fastgpt_swap", None)', "pass", "test_swap.py::test_restore_undoes_all_of_it", False),
     Mutant("scale not read", "fastgpt/swap/gpt2.py", 'scale=getattr(attn, "scaling", None)', "scale=None", "test_families_gpt2.py::test_scale_flags", False),
     Mutant("padding not handed on", GPT2, "return padding is not None and padding.shape == (mask.shape[0], keys), padding", "return padding is not None, None", "test_families_gpt2.py::test_padding", False),
     Mutant("any mask taken for padding", GPT2, "if queries == 1:", "if queries >= 1:", "test_families_gpt2.py::test_packed_documents_and_masks_of_four_axes", False),
     Mutant("checkpointing lost", "fastgpt/swap/gpt2.py", "is not None or checkpointed:", "is not None:", "test_swap_composes.py::test_checkpointing_happens", False),
-    Mutant("a cache that is never filled", "fastgpt/swap/book.py", "if use_cache and cache is not None:", "if False:", "test_families_raschka.py::test_the_cache_of_the_packages_variant_works", False),
+    Mutant("a cache that is never filled", "fastgpt/swap/book.py", "if use_cache and cache is not None:", "if False:", "test_families_book.py::test_the_cache_of_the_packages_variant_works", False),
     Mutant("loss ignores -100", "fastgpt/swap/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
@@ -349,10 +345,10 @@ MUTANTS = [
     Mutant("a Decoder keeps tensors that were replaced", READ, "if any(_address(getattr(module, name, None)) != address", "if any(False and address", KEPT + "test_a_decoder_of_weights_that_were_replaced", False),
     Mutant("evaluation of what was before", "fastgpt/generation/evaluation.py", "    decoder.check_unchanged()\n", "", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
     Mutant("a capture on PyTorch's own stream", "fastgpt/cuda_graph.py", "stream=_stream(device)", "stream=None", BATCHED + "test_a_step_is_captured_once_and_replayed", False),
-    Mutant("no dropout in a trial", "fastgpt/swap/trial.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", LOOKS + "test_dropout_in_another_place", False),
-    Mutant("no large numbers in a trial", "fastgpt/swap/trial.py", "x[1, 4] *= 30", "x[1, 4] *= 1", LOOKS + "test_attention_with_bounds", False),
-    Mutant("one trial for layers with other buffers", "fastgpt/swap/trial.py", "return (shapes, buffers, parts,", "return (shapes, parts,", LOOKS + "test_layers_that_differ_are_each_tried", False),
-    Mutant("one trial for layers in other places", "fastgpt/swap/trial.py", '"layer_idx" if own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', LOOKS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("no dropout in a trial", "fastgpt/swap/trial.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", FORMS + "test_dropout_in_another_place", False),
+    Mutant("no large numbers in a trial", "fastgpt/swap/trial.py", "x[1, 4] *= 30", "x[1, 4] *= 1", FORMS + "test_attention_with_bounds", False),
+    Mutant("one trial for layers with other buffers", "fastgpt/swap/trial.py", "return (shapes, buffers, parts,", "return (shapes, parts,", FORMS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("one trial for layers in other places", "fastgpt/swap/trial.py", '"layer_idx" if own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', FORMS + "test_layers_that_differ_are_each_tried", False),
     Mutant("a mask for strangers", "fastgpt/swap/gpt2.py", "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2_subclasses.py::test_a_subclass_without_room_for_our_mask", False),
     Mutant("a block's word is not heard", "fastgpt/swap/gpt2.py", "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2_subclasses.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
     Mutant("attention sinks are passed by", "fastgpt/families/huggingface.py", 'if kwargs.get("s_aux") is not None:', "if False:", "test_families_huggingface.py::test_attention_sinks_are_refused", False),
