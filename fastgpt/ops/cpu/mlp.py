@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.ops.transforms import mapped
+
 _AT_ONCE = 2**18  # hidden units that stay in a core's cache between the passes over them
 _SCALE = 2 * math.sqrt(2 / math.pi)
 
@@ -68,7 +70,7 @@ class GeluMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         *operands, hidden, act = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or mapped(dy):  # create_graph=True, or is_grads_batched
             return *_differentiable_backward(operands, ctx.approximate, ctx.needs_input_grad, dy), None
         with torch.autocast("cpu", enabled=False):  # which the forward did not know
             if ctx.overwritten:  # by an earlier backward through a graph that was kept
@@ -106,7 +108,8 @@ def _weight_gradient(dy, x, weight):
 def _differentiable_backward(operands, approximate, needs, dy):
     """The gradients through plain functions, which PyTorch can differentiate again."""
     x, w_in, b_in, w_out, b_out = operands
-    y = F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
+    with torch.enable_grad():
+        y = F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
     wanted = [operand for operand, needed in zip(operands, needs, strict=False) if needed]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
     return [next(grads) if needed else None for needed in needs[:5]]
