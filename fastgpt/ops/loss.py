@@ -79,7 +79,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _ones(x):
-    return torch.ones(x.shape[0], device=x.device)
+    return torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 def _divisor(targets, reduction, settings):

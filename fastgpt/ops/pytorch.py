@@ -5,6 +5,7 @@ Arguments have been checked by fastgpt.ops. `B` batch, `T` time, `C` channels, `
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -102,8 +103,8 @@ def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
 
 def decode_masked(q, k_cache, v_cache, lengths, *, scale=None):
     """decode_attention, whatever the caches hold."""
-    slots = torch.arange(k_cache.shape[-2], device=q.device)
-    steps = torch.arange(q.shape[-2], device=q.device)
+    slots = torch.arange(k_cache.shape[-2], dtype=torch.int64, device=q.device)
+    steps = torch.arange(q.shape[-2], dtype=torch.int64, device=q.device)
     filled = slots < lengths[:, None]  # (B, Tmax)
     visible_to = lengths[:, None] - q.shape[-2] + steps  # (B, Tq): the last slot that each query sees
     allowed = (slots <= visible_to[..., None])[:, None]  # (B, 1, Tq, Tmax)
@@ -235,12 +236,13 @@ def dropout_mask(seed, p, shape, site, device):
     col % 4 of the counter (col // 4, row, b * H + h, site) and is kept where that word reaches floor(p * 2**32).
     """
     batch, heads, rows, cols = shape
+    whole: Any = dict(dtype=torch.int64, device=device)
     words = _philox(
-        torch.arange((cols + 3) // 4, device=device),
-        torch.arange(rows, device=device)[:, None],
-        torch.arange(batch * heads, device=device)[:, None, None],
-        torch.full((), site, device=device),  # filled on the device: a copy from the host would wait for it
-        seed.reshape(()) if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device),
+        torch.arange((cols + 3) // 4, **whole),
+        torch.arange(rows, **whole)[:, None],
+        torch.arange(batch * heads, **whole)[:, None, None],
+        torch.full((), site, **whole),  # filled on the device: a copy from the host would wait for it
+        seed.reshape(()) if isinstance(seed, torch.Tensor) else torch.full((), seed, **whole),
     )
     return torch.stack(words, dim=-1).flatten(-2)[..., :cols].view(shape) >= int(p * 2**32)
 

@@ -121,7 +121,8 @@ def recognise_mlp(module: nn.Module) -> Swap | str | None:
 def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
     """Which GELU an activation computes, by its values: GPT-2's or the exact one; None for anything else."""
     with aside():
-        points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
+        wide: Any = dict(dtype=torch.float64, device="cpu")
+        points = torch.cat((torch.linspace(-6, 6, 241, **wide), torch.tensor([-40.0, -13.0, 13.0, 40.0], **wide)))
         try:
             values = type(act).forward(act, points.clone())
         except Exception:  # whatever it is, it takes no tensor alone

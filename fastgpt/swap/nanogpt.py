@@ -85,7 +85,7 @@ def model(module: Any, swap: Swap, *args, **kwargs) -> Any:
     parts, head = module.transformer, module.lm_head
     if not (free_linear(head) and head.bias is None and idx.shape[1] <= module.config.block_size):
         return class_forward(module, *args, **kwargs)
-    x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], device=idx.device)))
+    x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], dtype=torch.int64, device=idx.device)))
     for layer in parts.h:
         x = layer(x)
     x = parts.ln_f(x)

@@ -29,7 +29,7 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     """F.gelu, without a derivative."""
     if not by_passes(x.numel(), x.dtype, approximate):
         return F.gelu(x, approximate=approximate)
-    out, scale = torch.empty_like(x, memory_format=torch.contiguous_format), torch.full((), _SCALE)
+    out, scale = torch.empty_like(x, memory_format=torch.contiguous_format), _scale(x)
     for part, y in zip(*(t.reshape(-1).split(_AT_ONCE) for t in (x, out)), strict=True):
         torch.addcmul(scale, part, part, value=0.044715 * _SCALE, out=y).mul_(part).sigmoid_().mul_(part)
     return out
@@ -37,8 +37,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 def gelu_leaving_slope_(x: Tensor) -> Tensor:
     """gelu(x); x, which is contiguous, is overwritten by gelu'(x)."""
-    out, scale = torch.empty_like(x), torch.full((), _SCALE)
-    first, second = torch.empty(2, min(_AT_ONCE, x.numel()))
+    out, scale = torch.empty_like(x), _scale(x)
+    first, second = torch.empty(2, min(_AT_ONCE, x.numel()), dtype=x.dtype, device=x.device)
     for part, y in zip(*(t.view(-1).split(_AT_ONCE) for t in (x, out)), strict=True):
         z, s = first[: len(part)], second[: len(part)]
         torch.addcmul(scale, part, part, value=0.044715 * _SCALE, out=z).mul_(part).clamp_(-100, 100)  # inf · 0 is NaN
@@ -48,6 +48,10 @@ def gelu_leaving_slope_(x: Tensor) -> Tensor:
         torch.mul(part, s, out=y)
         torch.add(s, z, alpha=3, out=part)
     return out
+
+
+def _scale(x: Tensor) -> Tensor:
+    return torch.full((), _SCALE, dtype=x.dtype, device=x.device)
 
 
 def by_passes(units: int, dtype: torch.dtype, approximate: str) -> bool:
