@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant("dweight of the last chunk alone", "fastgpt/ops/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
     Mutant("mean over ignored rows too", "fastgpt/ops/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     Mutant("the kernel's loss from a rounded log-sum-exp", LOSS, "loss = log_total + (top - z_target)", "loss = lse - z_target", "test_cross_entropy.py::test_a_loss_near_zero_keeps_its_digits"),
-    Mutant("several gradients reach a launcher", "fastgpt/ops/autograd.py", "or is_batch(arg)", "", "test_several_gradients.py::test_several_gradients_at_once"),
+    Mutant("each of several gradients is the first", "fastgpt/ops/loss.py", "arg.select(dim, i)", "arg.select(dim, 0)", "test_several_gradients.py::test_several_gradients_at_once"),
     Mutant("a launcher's sums of the default dtype", MLP, "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
     # the fallback's head
     Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "log_total + (1 - smoothing) * (self.top - self.z_target)", "lse - smoothing * self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
