@@ -95,6 +95,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        # as nn.Linear makes its own: on the default device and of the default dtype
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.eps, self.dropout, self.backend = config.layer_norm_eps, config.dropout, config.backend
@@ -234,10 +235,11 @@ class GPT(nn.Module):
         else:
             if idx.shape[1] > config.block_size:
                 raise ValueError(f"GPT: {idx.shape[1]} tokens are more than the context of {config.block_size}")
-            x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
+            x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], dtype=torch.int64, device=idx.device))
             x = F.dropout(x.to(dtype), p)
         branch, branch_bias = None, None
         again = config.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
+        again = again and not ops.watcher()  # torch.func knows no checkpoints
         block: Any  # ModuleList does not say what it holds
         for block in self.h:
             leaves_bias = only_multiplies(block.mlp.c_proj)

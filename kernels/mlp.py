@@ -124,7 +124,7 @@ def gelu_mlp_bwd(
     act: torch.Tensor,
     tanh: bool,
     needs: list[bool],
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, w_in, b_in, w_out and b_out; empty where `needs` has False. act is empty with recompute."""
     grads = gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs)
     dx, dw_in, db_in, dw_out, db_out = grads
@@ -150,10 +150,10 @@ def gelu_mlp_bwd(
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
     """What gelu_mlp_bwd returns, so it serves as its fake too."""
     shapes = (x.shape, w_in.shape, w_in.shape[:1], w_out.shape, w_out.shape[:1])
-    return [
+    return tuple(
         torch.empty(shape if needed else (0,), dtype=x.dtype, device=x.device)
         for shape, needed in zip(shapes, needs, strict=True)
-    ]
+    )
 
 
 def _gelu(pre, tanh, act) -> None:

@@ -319,7 +319,7 @@ def _told(batch: Batch, speculation: Speculation | None, rows: list[_Row]) -> It
 
 def _not_finite(decoder: Decoder, row: _Row) -> str:
     ids = row.prompt + row.tokens
-    window = torch.tensor(ids[-decoder.context :], device=decoder.device)
+    window = torch.tensor(ids[-decoder.context :], dtype=torch.int64, device=decoder.device)
     part = decoder.first_not_finite(window)
     where = f"first in {part}" if part else "and a second pass over its tokens finds them finite"
     return f"generate: the model's logits at position {len(ids) - 1} are not finite, {where}"

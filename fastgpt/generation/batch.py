@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,16 +50,18 @@ class Batch:
         self.samples, self.longest, self.steps = samples, longest, 0
         self.rows = len(prompts) * samples
         self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + spare))
-        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
-        lengths = torch.tensor([len(ids) for ids in prompts])
+        host: Any = dict(dtype=torch.int64, device="cpu")
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], **host)
+        lengths = torch.tensor([len(ids) for ids in prompts], **host)
         self.history = torch.zeros(self.rows, longest + new_tokens + spare, dtype=torch.int64, device=device)
         self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(device)
         self.lengths = lengths.repeat_interleave(samples, 0).to(device)
         self.even = len(set(map(len, prompts))) == 1
         self.seen = None
         if sampling.repetition_penalty != 1:
-            inside = torch.arange(longest) < lengths[:, None]
-            seen = torch.zeros(len(prompts), max(decoder.outputs, decoder.vocabulary), dtype=torch.bool)
+            inside = torch.arange(longest, **host) < lengths[:, None]
+            most = max(decoder.outputs, decoder.vocabulary)
+            seen = torch.zeros(len(prompts), most, dtype=torch.bool, device="cpu")
             seen[torch.nonzero(inside)[:, 0], padded[inside]] = True
             self.seen = seen[:, :vocab_size].repeat_interleave(samples, 0).to(device)
         never = [token for token in never if token < vocab_size]
@@ -67,7 +69,8 @@ class Batch:
         if self._never is not None:
             self._never[never] = True
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(self.rows, device=device) if logprobs else None
+        statistics = torch.promote_types(decoder.dtype, torch.float32)
+        self.logprobs = torch.zeros(self.rows, dtype=statistics, device=device) if logprobs else None
         plain = sampling.greedy and self.seen is None and self.logprobs is None and decoder.dtype != torch.float64
         self._likeliest = plain and decoder.on_kernels  # by one kernel
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -106,7 +109,7 @@ class Batch:
         context = self.decoder.context
         starts = (self.lengths - context).clamp(min=0)
         width = min(self.longest, context)
-        places = starts[:, None] + torch.arange(width, device=starts.device)
+        places = starts[:, None] + torch.arange(width, dtype=torch.int64, device=starts.device)
         return self.decoder.prefill(self.history.gather(1, places), self.lengths.clamp(max=context), self.cache)
 
     def _step(self, reach: int | None) -> None:
@@ -178,7 +181,7 @@ class Readback:
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self._asynchronous:  # it is taken before the next step
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def take(self) -> Told:
         """The oldest step's."""

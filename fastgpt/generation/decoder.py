@@ -47,7 +47,7 @@ class Cache:
     def size(decoder: "Decoder", rows: int, slots: int) -> int:
         """Bytes."""
         elements = 2 * len(decoder.layers) * rows * slots * decoder.heads * decoder.head_dim
-        return elements * torch.empty((), dtype=decoder.dtype).element_size()
+        return elements * decoder.dtype.itemsize
 
 
 class Decoder:
@@ -163,7 +163,7 @@ class Decoder:
         """
         batch, new = ids.shape
         newest = cache.whole[..., cache.slots - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
-        steps = torch.arange(new, device=ids.device)
+        steps = torch.arange(new, dtype=torch.int64, device=ids.device)
         positions = cache.slots - new + steps if lengths is None else (lengths[:, None] - new) + steps
 
         def attend(index: int, qkv: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ class Decoder:
         token_weight, weight = tokens.weight, places.weight
         if not self._free_tables():
             if positions is None:
-                positions = torch.arange(ids.shape[1], device=ids.device)[None]
+                positions = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)[None]
             return (tokens(ids) + places(positions)).to(self.stream_dtype)
         return self._functions.embedding(ids, token_weight, weight, positions, dtype=self.stream_dtype, **self._backend)
 
@@ -325,7 +325,7 @@ class Decoder:
     def _try(self, model: Any) -> None:
         """ValueError unless the model's own forward gives the logits that its parts give."""
         count = min(_TRIAL_TOKENS, self.context)
-        ids = torch.arange(count, device=self.device)[None] * 7919 % self.vocabulary
+        ids = torch.arange(count, dtype=torch.int64, device=self.device)[None] * 7919 % self.vocabulary
         kind = type(unwrapped(model)).__name__
         try:
             with torch.no_grad(), self._evaluating():

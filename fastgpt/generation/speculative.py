@@ -44,11 +44,11 @@ class Speculation:
         ids = torch.cat((last, proposals), dim=1)
         logits = self._decode(batch.decoder, ids, lengths + count, batch.cache, longest + count)
         logits = batch.allowed(logits)  # (B, count + 1, V)
-        if count and not logits[torch.tensor(self.active, device=logits.device)].isfinite().all():
+        if count and not logits[torch.tensor(self.active, dtype=torch.bool, device=logits.device)].isfinite().all():
             return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
         wanted = torch.stack([batch.sampling.probabilities(logits[:, i], seen[i]) for i in range(count + 1)], dim=1)
         taken = self._taken(proposals, guesses, wanted)  # (B,)
-        row = torch.arange(batch.rows, device=taken.device)
+        row = torch.arange(batch.rows, dtype=torch.int64, device=taken.device)
         rest = wanted[row, taken]
         if count:
             guess = guesses[row, taken.clamp(max=count - 1)].masked_fill((taken == count)[:, None], 0.0)
@@ -65,7 +65,7 @@ class Speculation:
         guesses, seen = [], [batch.seen]
         for i in range(count):
             if i == 0:  # two: the last round may have taken a token that the draft was not given
-                places = lengths[:, None] - 2 + torch.arange(2, device=lengths.device)
+                places = lengths[:, None] - 2 + torch.arange(2, dtype=torch.int64, device=lengths.device)
                 ids = batch.history.gather(1, places)
             else:
                 ids = proposals[:, i - 1 : i]
@@ -91,7 +91,9 @@ class Speculation:
         count = proposals.shape[1]
         if count == 0:
             return proposals.new_zeros(len(proposals))
-        chance = torch.rand(proposals.shape, generator=self.batch.generator, device=proposals.device)
+        chance = torch.rand(
+            proposals.shape, generator=self.batch.generator, dtype=torch.float32, device=proposals.device
+        )
         q = guesses.gather(2, proposals[..., None])[..., 0]
         p = wanted[:, :count].gather(2, proposals[..., None])[..., 0]
         return (chance * q < p).long().cumprod(dim=1).sum(dim=1)
@@ -99,8 +101,8 @@ class Speculation:
     def _write(self, new: Tensor, taken: Tensor, logits: Tensor) -> Told:
         """new: (B, count + 1), of which taken + 1 are good."""
         batch = self.batch
-        active = torch.tensor(self.active, device=new.device)
-        steps = torch.arange(new.shape[1], device=new.device)
+        active = torch.tensor(self.active, dtype=torch.bool, device=new.device)
+        steps = torch.arange(new.shape[1], dtype=torch.int64, device=new.device)
         good = (steps <= taken[:, None]) & active[:, None]
         batch.history.scatter_(1, batch.lengths[:, None] + steps, new)
         if batch.seen is not None:

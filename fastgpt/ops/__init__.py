@@ -27,6 +27,7 @@ from fastgpt.ops.choice import (
     interpreted,
     no_triton,
 )
+from fastgpt.ops.transforms import watcher
 
 __all__ = [
     "FUNCTIONS",
@@ -46,6 +47,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "no_triton",
+    "watcher",
 ]
 
 

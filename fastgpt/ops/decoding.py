@@ -26,8 +26,8 @@ class OnPyTorch:
         """
         batch, new, heads = *qkv.shape[:2], keys.shape[1]
         k, v = qkv.view(batch, new, 3, heads, -1)[:, :, 1:].unbind(2)  # (B, Tq, H, D)
-        rows = torch.arange(batch, device=qkv.device)[:, None]
-        places = (lengths[:, None] - new) + torch.arange(new, device=qkv.device)
+        rows = torch.arange(batch, dtype=torch.int64, device=qkv.device)[:, None]
+        places = (lengths[:, None] - new) + torch.arange(new, dtype=torch.int64, device=qkv.device)
         keys[rows, :, places] = k
         values[rows, :, places] = v
 

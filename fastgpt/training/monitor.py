@@ -160,7 +160,8 @@ def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, se
     """The prompt and up to `tokens` tokens after it; torch's generators are left alone."""
     end = encoding.encode_single_token(END_OF_TEXT)
     device = next(model.parameters()).device
-    ids = torch.tensor([encoding.encode(prompt, disallowed_special=()) or [end]], device=device)
+    tokens_of_prompt = encoding.encode(prompt, disallowed_special=()) or [end]
+    ids = torch.tensor([tokens_of_prompt], dtype=torch.int64, device=device)
     options: dict = dict(temperature=0.8, seed=seed, encoding=encoding, overflow="slide", stop_ids=end)
     (written,) = generate(model, ids, tokens, **options).texts or ("",)
     return prompt + written
