@@ -57,7 +57,7 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
             f"{folder / WEIGHTS} holds a trained model: choose another folder (--out) or --overwrite it"
         )
     if model_config.vocab_size < encoding.n_vocab:
-        sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r} has {encoding.n_vocab} ids"
+        sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r:.60} has {encoding.n_vocab} ids"
         raise ValueError(f"the model can't hold every token: {sizes}")
     config.windows(model_config.block_size)
     if config.document_mask:
@@ -115,9 +115,9 @@ def _saved(checkpoint: Checkpoint | None, plan: Plan, corpus: data.Corpus) -> st
     if saved.facts.get("data") != corpus.facts():
         was, now = saved.facts.get("data"), corpus.facts()
         raise ValueError(f"the data changed since {plan.out} was trained on it: {was} there, {now} in {corpus.name}")
-    if saved.facts.get("encoding") != plan.encoding.name:
-        name = saved.facts.get("encoding")
-        raise ValueError(f"{plan.out} was trained on tokens of the encoding {name!r}, not of {plan.encoding.name!r}")
+    if (name := saved.facts.get("encoding")) != plan.encoding.name:
+        named = f"the encoding {name!r:.60}, not of {plan.encoding.name!r:.60}"
+        raise ValueError(f"{plan.out} was trained on tokens of {named}")
     return saved
 
 
