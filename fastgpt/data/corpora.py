@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from fastgpt.data.texts import TEXT, bad_byte, decoded, hidden, not_text
+from fastgpt.data.texts import TEXT, bad_byte, decoded, files_in, not_text
 from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable, has_end_of_text
 from fastgpt.data.tokens import META, TRAIN, VAL, Shards, Tokens, dtype_of, examine, map_tokens, meta_beside, meta_of
 
@@ -138,7 +138,7 @@ def builtin_documents() -> tuple[list[str], list[str]]:
 
 def _read_documents(path: Path) -> list[str]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
+        files = files_in(path)
         texts = [text for file in files if (text := _utf8(file)) is not None]
         if lines := [file for file in files if file.suffix == ".jsonl"]:
             raise ValueError(_json_lines(lines[0]))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastgpt.atomic import digest, replacing, writable_or_gone
 from fastgpt.data import texts
-from fastgpt.data.texts import TEXT, chunks, hidden, lines, look_through, not_text
+from fastgpt.data.texts import TEXT, chunks, files_in, lines, look_through, not_text
 from fastgpt.data.tokenizer import end_of_text
 from fastgpt.data.tokens import META, TRAIN, VAL, dtype_of
 
@@ -96,8 +96,7 @@ def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
             raise ValueError(f"tokenize: {out} holds the texts, and its tokens would lie among them; choose another -o")
         before = len(found)
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.is_file() and not hidden(path, source))
-            inside = [path for path in inside if out.resolve() not in path.resolve().parents]
+            inside = [path for path in files_in(source) if out.resolve() not in path.resolve().parents]
             readable = []
             for path in inside:
                 try:

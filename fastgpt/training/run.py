@@ -65,12 +65,15 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
     world = join(config.device)
     _hold_device(model_config, config, world)
     corpus = data.load_corpus(source, encoding, model_config.block_size)
+    if folder.is_dir() and not data.holds_tokens(source) and source is not None and folder.samefile(source):
+        raise ValueError(f"{folder} holds the texts, and the run's files would lie among them: choose another --out")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    begun = False
+    was_locked, held, begun = (folder / LOCK).exists(), False, False
     try:
         with contextlib.ExitStack() as stack:
             if world.rank == 0:
                 stack.enter_context(locked(writable_folder(folder)))
+                held = True
             signals = stack.enter_context(Signals())
             saved = _saved(_starting_point(folder, world, overwrite, resume, strict_resume), plan, corpus)
             torch.manual_seed(config.seed)
@@ -98,8 +101,9 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
                 if run.monitor is not None:
                     run.monitor.close()
     finally:
-        if made and world.rank == 0 and not begun:  # a run that is refused leaves nothing
-            (folder / LOCK).unlink(missing_ok=True)
+        if world.rank == 0 and not begun:  # a run that is refused leaves nothing
+            if held and not was_locked:
+                (folder / LOCK).unlink(missing_ok=True)
             for each in made:
                 with contextlib.suppress(OSError):  # no longer empty
                     each.rmdir()

@@ -201,6 +201,19 @@ def test_the_tokens_never_lie_among_the_texts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     first = tokenize([tmp_path], BYTE, tmp_path / "tokens")
     assert tokenize([tmp_path], BYTE, tmp_path / "tokens", overwrite=True) == first, "not of what it wrote itself"
+    assert tokenize([tmp_path], BYTE, tmp_path / "more") == first, "nor of what it wrote elsewhere among them"
+
+
+def test_a_folder_of_ones_own_is_read_whatever_its_names(tmp_path):
+    for name, folder in (("train.toml", "settings"), ("meta.json", "notes"), ("train.txt", "notes")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(f"{name} " * 9)
+    (tmp_path / "b.txt").write_text("some words " * 9)
+    corpus = load_corpus(tmp_path, BYTE, 4)
+    said = BYTE.decode([*corpus.train, *corpus.val])
+    assert said.count(END_OF_TEXT) == 4 and {"train.toml", "meta.json", "train.txt", "words"} <= set(
+        said.replace(END_OF_TEXT, "").split()
+    )
 
 
 @pytest.mark.parametrize("again", ["texts", "texts/a.txt", "texts/../texts"])
