@@ -116,7 +116,7 @@ def _pickled(path):
             lambda path: torch.save(torch.nn.Linear(2, 2), path),
             "it holds torch.nn.modules.linear.Linear, which is no tensor",
         ),
-        (_pickled, "its bytes are none"),
+        (_pickled, r"it holds [\w.]*Stranger, which is no tensor"),
         (lambda path: path.write_text("hello world\n"), "its bytes are none"),
         (lambda path: path.write_bytes(b""), "its bytes are none"),
         (lambda path: path.write_bytes(b"PK\x03\x04junk"), "failed reading zip archive: not a ZIP archive"),
