@@ -75,7 +75,10 @@ class Batch:
         self._graphs = device.type == "cuda" and not decoder.calls and new_tokens >= GRAPH_FROM
 
     def advance(self) -> None:
-        """One token more for every row."""
+        """One token more for every row. ValueError where the model was moved since the last one."""
+        now = self.decoder.anatomy.tokens.weight.device
+        if now != self.decoder.device:
+            raise ValueError(f"generate: the model was moved from {self.decoder.device} to {now} between two tokens")
         with device_of(self.decoder), self._threads():
             self._advance()
         self.steps += 1

@@ -192,3 +192,11 @@ def test_a_step_that_fails_gives_the_threads_back(two_threads):
     with pytest.raises(MemoryError):
         generate(model, PROMPT, 3)
     assert torch.get_num_threads() == 2
+
+
+def test_a_model_that_is_moved_between_two_tokens(model):
+    steps = stream(model, PROMPT, 4)
+    next(steps)
+    model.to("meta")
+    with pytest.raises(ValueError, match="generate: the model was moved from cpu to meta between two tokens"):
+        next(steps)
