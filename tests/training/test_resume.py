@@ -198,6 +198,15 @@ def test_settings_that_another_run_would_have_are_told(run, capsys, changes, tol
     assert f"not to the bit as an uninterrupted run: {told}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_dropout_that_draws_anew_is_told_where_there_is_dropout(run, capsys, monkeypatch, dropout):
+    model = dataclasses.replace(MODEL, dropout=dropout)
+    run(max_iters=1, model=model)
+    monkeypatch.setattr(state, "restore_generators", lambda saved, world: False)
+    run(resume=True, model=model, max_iters=2)
+    assert ("dropout draws anew" in capsys.readouterr().out) == bool(dropout)
+
+
 def test_settings_that_change_no_bit_are_not_told(run, capsys):
     run(max_iters=1)
     free = dataclasses.replace(MODEL, activation_checkpointing="block", backend="torch")
