@@ -77,6 +77,7 @@ class Verification(NamedTuple):
         return "\n".join([*lines, HEADING, *rows, self.verdict])
 
 
+WITHOUT_FLOAT64 = ("mps",)  # devices whose comparison with float64 is made on the CPU
 HEADING = f"{'largest distance from float64':42} {'before':>10} {'after':>10} {'ratio':>7}"
 
 
@@ -116,8 +117,10 @@ def verify_model(
     weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), none)
     try:
         write(f"{name} on {size}: in float64 … ")
-        with accelerated(copy.deepcopy(model).double(), attention=False, layer_norm=False, mlp=False) as plain:
-            oracle = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, ids)
+        twin = copy.deepcopy(model)
+        twin = (twin.cpu() if weight.device.type in WITHOUT_FLOAT64 else twin).double()
+        with accelerated(twin, attention=False, layer_norm=False, mlp=False) as plain:
+            oracle = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, _computable(ids))
         report = None
         served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)}"
         write("before … ")
@@ -170,7 +173,8 @@ def _verify_functions(
             what = f"{label}, {str(dtype).removeprefix('torch.')}"
             write(f"{what:42}")
             rounded = [tensor.to(dtype) for tensor in floats]
-            oracle = _results(getattr(reference, name), [tensor.double() for tensor in rounded], options)
+            exact = {n: _computable(v) if isinstance(v, Tensor) else v for n, v in options.items()}
+            oracle = _results(getattr(reference, name), [_computable(tensor).double() for tensor in rounded], exact)
             theirs = _results(getattr(reference, name), rounded, options)
             ours = _results(getattr(ops, name), rounded, options)
             worst = max(
@@ -180,6 +184,11 @@ def _verify_functions(
             found.append(worst._replace(what=what))
             write(f"{_numbers(found[-1], tolerance)}\n")
     return Verification(None, tuple(found), tolerance)
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """The tensor where float64 can be had."""
+    return tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor
 
 
 def _place(device: torch.device) -> str:
@@ -272,7 +281,7 @@ def _difference(
     distance that is."""
     unit = torch.finfo(before.dtype).eps
     excuse = 2 * unit * oracle.abs().max().item() + unit * largest / 4
-    theirs, ours = ((side.double() - oracle).abs().max().item() for side in (before, after))
+    theirs, ours = ((_computable(side).double() - oracle).abs().max().item() for side in (before, after))
     ratio = ours / max(theirs, excuse, excused, torch.finfo(torch.float64).tiny)
     return Difference(what, theirs, ours, ratio if ratio == ratio else float("inf"))
 

@@ -430,6 +430,19 @@ MUTANTS = [
     Mutant("doctor: an old card passes", "fastgpt/doctor.py", "card.major < 8", "card.major < 7", "test_doctor.py::test_an_old_card", False),
     Mutant("doctor: problems without an exit code", "fastgpt/cli/check.py", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
     Mutant("documents end after their end", "fastgpt/data/windows.py", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
+    # small models on a CPU, what callers give, what was made of texts, and what a user is told
+    Mutant("a second thread for a small model", "fastgpt/generation/batch.py", "decoder.outputs) > SMALL:", "decoder.outputs) > -1:", BATCHED + "test_a_small_model_takes_one_thread_a_token_and_gives_the_others_back", False),
+    Mutant("threads are kept after a failure", "fastgpt/generation/batch.py", "    finally:\n        torch.set_num_threads(threads)\n", "    finally:\n        pass\n    torch.set_num_threads(threads)\n", BATCHED + "test_a_step_that_fails_gives_the_threads_back", False),
+    Mutant("a mask that is added to scores", "fastgpt/generation/given.py", "if each not in (0, 1):", "if False:", GENERATION + "test_bad_argument_is_refused_by_the_call_itself", False),
+    Mutant("any pickle of characters is read", "fastgpt/data/characters.py", "if opcode.name not in _OPCODES or", "if", "test_characters.py::test_a_file_of_anyones_runs_no_code", False),
+    Mutant("characters in another order", "fastgpt/data/characters.py", "[names[number] for number in range(len(names))]", "sorted(names.values(), reverse=True)", "test_characters.py::test_its_tokens_are_the_texts_characters", False),
+    Mutant("tokens and runs among the texts are read", "fastgpt/data/texts.py", "if path.parent != folder and _is_ours(path.parent)]", "if False]", "test_tokens.py::test_the_tokens_never_lie_among_the_texts", False),
+    Mutant("changed settings are not told", "fastgpt/training/loop.py", "for name, value in settings.items() if name not in shown}", "for name, value in settings.items() if False}", "test_resume.py::test_settings_that_another_run_would_have_are_told", False),
+    Mutant("a refused run leaves its lock", "fastgpt/training/run.py", "if held and not was_locked:", "if False:", "test_cli.py::test_a_refused_run_leaves_nothing_in_a_folder_that_was_there", False),
+    Mutant("attention with its own cache is said to be served", "fastgpt/swap/book.py", 'if "use_cache" in parameters and not caches:', "if False:", "test_families_book.py::test_attention_with_a_cache_of_its_own_is_left_and_the_report_says_so", False),
+    Mutant("buffers of zeros are taken to stay", "fastgpt/swap/trial.py", "if why is None and any(map(_is_empty, module.buffers())):", "if False:", FORMS + "test_a_buffer_that_is_zero_and_may_be_filled_later", False),
+    Mutant("a dropout's hook is passed by", "fastgpt/families/anatomy.py", "if isinstance(each, nn.Dropout) and occupied(each))", "if False)", "test_families.py::test_a_dropout_with_a_hook_that_generation_would_not_call", False),
+    Mutant("weights of 8 bits are read", "fastgpt/weights/files.py", "tensor.dtype not in _DTYPES", "not tensor.is_floating_point()", "test_convert_files.py::test_numbers_that_no_model_computes_in_are_refused", False),
 ]  # fmt: skip
 
 

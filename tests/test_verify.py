@@ -277,3 +277,28 @@ def test_what_is_wrong_inside_their_module_is_shown_as_it_is(text, tmp_path, mon
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises((ModuleNotFoundError, AttributeError)):
         verify.load("theirs:make")
+
+
+@pytest.mark.parametrize("what", ["functions", "model"])
+def test_a_device_without_float64_is_compared_on_the_cpu(monkeypatch, what):
+    """A stand-in for such a device, untried on a Mac: what was not fetched by cpu() can't be made float64."""
+    fetched, plain_cpu, plain_double = set(), torch.Tensor.cpu, torch.Tensor.double
+
+    def cpu(tensor):
+        found = plain_cpu(tensor).clone()
+        fetched.add(found.data_ptr())
+        return found
+
+    def double(tensor):
+        if tensor.dtype == torch.float32 and tensor.dim() > 1 and tensor.data_ptr() not in fetched:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return plain_double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch.Tensor, "double", double)
+    monkeypatch.setattr(verify, "WITHOUT_FLOAT64", ("cpu",))
+    if what == "functions":
+        assert verify_functions("cpu").passed
+    else:
+        model = hugging_face()
+        assert verify_model(model, random_ids(model)).passed

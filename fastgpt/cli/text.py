@@ -13,7 +13,7 @@ import tiktoken
 import torch
 
 from fastgpt.data import holds_tokens, read_tokens
-from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable, encoding, named
+from fastgpt.data.tokenizer import Named, Unavailable, beginning, encoding, end_of_text, has_end_of_text, named
 from fastgpt.data.tokens import meta_beside, meta_of
 from fastgpt.generation import generate, stream
 from fastgpt.generation.decoder import Decoder
@@ -124,11 +124,11 @@ def _prompt(options: argparse.Namespace) -> str:
 
 def _ids(tokens: tiktoken.Encoding, prompt: str) -> list[list[int]]:
     """Text that spells a special token stays text; no text is a new document."""
-    return [tokens.encode(prompt, disallowed_special=()) or [_end(tokens)]]
+    return [tokens.encode(prompt, disallowed_special=()) or [beginning(tokens)]]
 
 
-def _end(tokens: tiktoken.Encoding) -> int:
-    return tokens.encode_single_token(END_OF_TEXT)
+def _end(tokens: tiktoken.Encoding) -> int | None:
+    return end_of_text(tokens) if has_end_of_text(tokens) else None
 
 
 def write(
@@ -190,7 +190,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     model = model.to(device_named(options.device))
     tokens = _encoding_of(name, options)
     ids = read_tokens(options.data, tokens)
-    if not options.data.endswith(".bin"):  # behind an end of text, so that its first token is predicted too
+    text = not options.data.endswith(".bin")
+    if text and (isinstance(tokens, Named) or has_end_of_text(tokens)):  # behind it, so that the first is predicted too
         ids = np.concatenate((ids[-1:], ids[:-1]))
     found = evaluate(
         model,

@@ -6,6 +6,7 @@ import os
 import shlex
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from fastgpt import memory, training
@@ -156,8 +157,17 @@ def run(options: argparse.Namespace) -> None:
             raise
         except Exception as error:  # the run is done and saved
             print(f"\nthe sample failed: {in_a_line(error)}")
-    place = shlex.quote(str(plan.out))
+    place = _quoted(plan.out)
     print()
     if not isinstance(plan.encoding, Named):
         print(f"to write more:  fastgpt generate --checkpoint {place} --prompt TEXT")
     print(f"to train on:    fastgpt train --out {place} --resume --max_iters {2 * config.max_iters}")
+
+
+def _quoted(path: Path) -> str:
+    """As a shell takes it, which reads bytes that are no UTF-8 by their numbers."""
+    name = str(path)
+    if not any("\ud800" <= character <= "\udfff" for character in name):
+        return shlex.quote(name)
+    spelt = (chr(each) if 32 <= each < 127 and each not in b"'\\" else f"\\x{each:02x}" for each in os.fsencode(name))
+    return f"$'{''.join(spelt)}'"

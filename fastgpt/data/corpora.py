@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
-from fastgpt.data.texts import TEXT, bad_byte, decoded, hidden, not_text
-from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable
+from fastgpt.data.texts import TEXT, bad_byte, decoded, files_in, not_text
+from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable, has_end_of_text
 from fastgpt.data.tokens import META, TRAIN, VAL, Shards, Tokens, dtype_of, examine, map_tokens, meta_beside, meta_of
 
 VALIDATION_BYTES = 1_000_000  # of the built-in corpus, at least
@@ -69,14 +69,10 @@ def holds_tokens(source: str | Path | None) -> bool:
 
 def _mapped(path: Path, encoding: tiktoken.Encoding | Named) -> np.ndarray:
     """The ids of a file, in the width that meta.json beside it tells, or that the encoding needs."""
-    if (characters := path.parent / "meta.pkl").is_file():
-        raise ValueError(
-            f"{characters} is the vocabulary of nanoGPT's character-level tokens, which is no encoding here: make "
-            f"tokens of the text itself by `fastgpt tokenize --encoding byte`"
-        )
     meta = meta_beside(path)
     if meta.get("encoding", encoding.name) != encoding.name:
-        raise ValueError(f"{path.parent} holds tokens of the encoding {meta['encoding']!r}, not of {encoding.name!r}")
+        named = f"the encoding {meta['encoding']!r:.60}, not of {encoding.name!r:.60}"
+        raise ValueError(f"{path.parent} holds tokens of {named}")
     return map_tokens(path, meta.get("dtype", dtype_of(encoding).name))
 
 
@@ -142,7 +138,7 @@ def builtin_documents() -> tuple[list[str], list[str]]:
 
 def _read_documents(path: Path) -> list[str]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file, path))
+        files = files_in(path)
         texts = [text for file in files if (text := _utf8(file)) is not None]
         if lines := [file for file in files if file.suffix == ".jsonl"]:
             raise ValueError(_json_lines(lines[0]))
@@ -176,10 +172,12 @@ def _utf8(path: Path) -> str | None:
 
 
 def _encode(documents: list[str], encoding: tiktoken.Encoding | Named) -> np.ndarray:
-    """One array of ids, an end-of-text token after each document. Text that spells a special token stays text."""
+    """One array of ids, an end-of-text token after each document where there is one. Text that spells a special token
+    stays text.
+    """
     if isinstance(encoding, Named):
         raise Unavailable(f"text needs an encoding: {encoding.why}")
-    end = [encoding.encode_single_token(END_OF_TEXT)]
+    end = [encoding.encode_single_token(END_OF_TEXT)] if has_end_of_text(encoding) else []
     pieces = [ids for text in documents for ids in (encoding.encode_to_numpy(text, disallowed_special=()), end)]
     return np.concatenate(pieces).astype(dtype_of(encoding))
 

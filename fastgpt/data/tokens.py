@@ -11,6 +11,7 @@ import numpy as np
 import tiktoken
 
 from fastgpt.atomic import read_json
+from fastgpt.data.characters import META_PKL, name_in
 from fastgpt.data.tokenizer import Named, undecodable
 
 TRAIN, VAL, META = "train.bin", "val.bin", "meta.json"
@@ -48,9 +49,10 @@ Tokens = np.ndarray | Shards  # (N,) ids of an unsigned integer type, in memory 
 
 
 def meta_of(folder: Path) -> dict:
-    """What `fastgpt tokenize` wrote beside its files; {} where it wrote nothing."""
+    """What `fastgpt tokenize` wrote beside its files, or nanoGPT of its characters; {} where neither wrote anything."""
     if not (folder / META).is_file():
-        return {}
+        pkl = folder / META_PKL
+        return {"encoding": name_in(pkl), "dtype": "uint16"} if pkl.is_file() else {}
     meta = read_json(folder / META)
     if meta.get("dtype") not in ("uint16", "uint32") or not isinstance(meta.get("encoding"), str):
         raise ValueError(f"{folder / META} does not say the encoding and the dtype, uint16 or uint32, of its tokens")
@@ -58,9 +60,9 @@ def meta_of(folder: Path) -> dict:
 
 
 def meta_beside(path: Path) -> dict:
-    """meta_of a file's folder, where that is `fastgpt tokenize`'s and no other program's meta.json."""
+    """meta_of a file's folder, but for another program's meta.json."""
     file = path.parent / META
-    return meta_of(path.parent) if file.is_file() and {"encoding", "dtype"} <= read_json(file).keys() else {}
+    return {} if file.is_file() and not {"encoding", "dtype"} <= read_json(file).keys() else meta_of(path.parent)
 
 
 def map_tokens(path: Path, dtype: str = "uint16") -> np.ndarray:

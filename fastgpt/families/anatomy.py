@@ -35,13 +35,14 @@ class Anatomy(NamedTuple):
     heads: int  # of attention
     containers: tuple[nn.Module, ...]  # that hold the rest, and are walked through without being called
     backend: ops.Backend
+    dropouts: tuple[nn.Module, ...] = ()  # of the embedding's sum, which generation leaves out too
 
     def passed_by(self) -> Iterator[tuple[nn.Module, str]]:
         """Modules that do more than their class, whose calls generation would leave out, and what they do."""
         for module in (*self.containers, *(part for layer in self.layers for part in (layer.block, layer.attn))):
             if (reason := occupied(module)) and not _only_listened_to(module):
                 yield module, reason
-        for module in (dropout for layer in self.layers for dropout in layer.dropouts):
+        for module in (*self.dropouts, *(dropout for layer in self.layers for dropout in layer.dropouts)):
             if dropout_p(module) is None:
                 yield module, occupied(module) or "it is no dropout"
 
@@ -53,6 +54,15 @@ def _only_listened_to(module: nn.Module) -> bool:
     others = module._backward_hooks or module._backward_pre_hooks or "parametrizations" in module._modules
     theirs = all(getattr(hook, "__module__", "") == "transformers.utils.output_capturing" for hook in hooks)
     return bool(hooks) and theirs and not others
+
+
+def hooked(owner: Any, *names: str) -> tuple[nn.Module, ...]:
+    """Those of the owner's dropouts that have hooks, unless the owner must be called anyway. Generation would not
+    call a hook that only looks, and no comparison of logits shows that."""
+    if isinstance(owner, nn.Module) and occupied(owner):
+        return ()
+    found = [getattr(owner, name, None) for name in names]
+    return tuple(each for each in found if isinstance(each, nn.Dropout) and occupied(each))
 
 
 def backend_of(module: Any) -> ops.Backend:
@@ -81,7 +91,7 @@ def transformer_anatomy(model: Any, heads: str) -> Anatomy | None:
             block.attn.c_proj,
             block.ln_2,
             block.mlp,
-            (block.attn.resid_dropout,),
+            (block.attn.resid_dropout, *hooked(block.mlp, "dropout"), *_of_scores(block.attn)),
             getattr(block.attn, "scaling", None),
         )
         for block in blocks
@@ -97,4 +107,11 @@ def transformer_anatomy(model: Any, heads: str) -> Anatomy | None:
         getattr(attn, heads),
         containers,
         backend_of(attn),
+        hooked(body, "drop"),
     )
+
+
+def _of_scores(attn: Any) -> tuple[nn.Module, ...]:
+    """The dropout of attention's weights, where the model's own attention calls it and does not just read its p."""
+    eager = getattr(getattr(attn, "config", None), "_attn_implementation", None) == "eager"
+    return hooked(attn, "attn_dropout") if eager or getattr(attn, "flash", None) is False else ()

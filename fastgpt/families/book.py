@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.families.anatomy import Anatomy, Layer, backend_of
+from fastgpt.families.anatomy import Anatomy, Layer, backend_of, hooked
 from fastgpt.families.gpt2 import with_biases
 from fastgpt.families.nanogpt import expect
 
@@ -36,7 +36,7 @@ def anatomy(model: Any) -> Anatomy | None:
                 block.att.proj if hasattr(block.att, "proj") else block.att.out_proj,
                 block.norm2,
                 block.ff,
-                (getattr(block, residual_dropout(block)),),
+                (getattr(block, residual_dropout(block)), *hooked(block.att, "dropout")),
                 None,
             )
             for block in layers
@@ -46,6 +46,7 @@ def anatomy(model: Any) -> Anatomy | None:
         layers[0].att.num_heads,
         (model, layers),
         backend_of(layers[0].att),
+        hooked(model, "drop_emb"),
     )
 
 

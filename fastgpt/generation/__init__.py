@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgpt import memory
 from fastgpt.data.tokenizer import undecodable
 from fastgpt.generation.batch import Batch, Readback, Told, slots
 from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.generation.given import at_least_1, prompts_of, stop_ids_of, strings_of, whole_number
 from fastgpt.generation.sampling import Sampling
 from fastgpt.generation.speculative import Speculation
 
@@ -39,8 +40,9 @@ class Step(NamedTuple):
 def generate(model: nn.Module | Decoder, ids: Any, max_new_tokens: int, **options) -> Generation:
     """Continue the prompts `ids` by up to max_new_tokens tokens each; all of them at the end. The options are stream's.
 
-    ids: (B, T) integers, or a list of prompts of any lengths. The model is fastgpt's GPT, or a live GPT-2 of Hugging
-    Face, nanoGPT or the book, accelerated or not; it is left as it is. `generate(model, ids, 20, temperature=0).tokens`
+    ids: (B, T) integers, or a list of prompts of any lengths, each a list of token ids. The model is fastgpt's GPT, or
+    a live GPT-2 of Hugging Face, nanoGPT or the book, accelerated or not; it is left as it is.
+    `generate(model, ids, 20, temperature=0).tokens`
     """
     steps = list(stream(model, ids, max_new_tokens, **options))
     first, rows = steps[0], range(len(steps[0].tokens))
@@ -57,49 +59,56 @@ def stream(
     ids: Any,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     top_k: int | None = None,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    num_samples: int = 1,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    num_samples: int | None = None,
     seed: int | None = None,
-    stop_ids: int | Sequence[int] = (),
-    stop_strings: str | Sequence[str] = (),
+    stop_ids: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
     encoding: Any = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     vocab_size: int | None = None,
     logprobs: bool = False,
     overflow: Literal["error", "slide"] = "error",
     dtype: torch.dtype | None = None,
     draft: nn.Module | Decoder | None = None,
-    draft_tokens: int = DRAFT_TOKENS,
+    draft_tokens: int | None = None,
 ) -> Iterator[Step]:
     """Continue prompts, and yield each step's tokens when they are there.
 
-    model, ids: as generate's. A Decoder is a model made ready once, for several calls.
-    temperature, top_k, top_p, min_p, repetition_penalty: see Sampling. num_samples: rows of each prompt, read once.
+    model, ids: as generate's. A Decoder is a model made ready once, for several calls. None for an option is its
+    default.
+    temperature, top_k, top_p, min_p, repetition_penalty: see Sampling. num_samples: rows of each prompt, read once; 1.
     seed: makes the draws repeatable and leaves torch's generators alone.
     stop_ids, stop_strings: each row ends by itself, at whichever comes first; strings are found across tokens.
     encoding: tiktoken's, for texts and stop_strings; an id that it can't decode is not drawn. vocab_size: sample among
     the ids below it; the encoding's if None.
-    attention_mask: (B, T), 0 where ids (B, T) is padding, on either side. logprobs: of each token that was chosen.
+    attention_mask: a tensor or lists, 0 where ids is padding, on either side, else 1.
+    logprobs: of each token that was chosen.
     overflow: past the context, "error" raises before the first token; "slide" forgets the oldest, and reads the window
     anew for each token, since no position stays the same.
     dtype: of weights and activations, such as torch.bfloat16; the model's own if None. On a CPU one row alone is faster
     so, but without AVX-512 not for fewer than 32 tokens; more rows may be slower.
-    draft: a smaller GPT of the same vocabulary that proposes draft_tokens (up to 15) at a time, for the model to judge:
-    the distribution stays the model's.
+    draft: a smaller GPT of the same vocabulary that proposes draft_tokens (4, up to 15) at a time, for the model to
+    judge: the distribution stays the model's.
 
     On a GPU no step waits for the host: a step is one CUDA graph, its tokens are copied beside it, and the host looks
     at them, and finds stops, four steps later. With a draft, a round of tokens waits once.
     TypeError and ValueError for bad arguments, before any work. ValueError for logits that are not finite: it names
     their position and the first part of the model that made such a number.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    _whole("max_new_tokens", max_new_tokens)
-    _whole("num_samples", num_samples)
-    if seed is not None and not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+    filters = dict(temperature=temperature, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    given: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
+    sampling = Sampling(top_k=None if top_k is None else whole_number("top_k", top_k), **given)
+    max_new_tokens = at_least_1("max_new_tokens", max_new_tokens)
+    num_samples = 1 if num_samples is None else at_least_1("num_samples", num_samples)
+    draft_tokens = DRAFT_TOKENS if draft_tokens is None else whole_number("draft_tokens", draft_tokens)
+    vocab_size = None if vocab_size is None else whole_number("vocab_size", vocab_size)
+    seed = None if seed is None else whole_number("seed", seed)
+    if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"generate: seed is {seed!r}, not a 64-bit integer")
     if overflow not in ("error", "slide"):
         raise ValueError(f"generate: overflow is {overflow!r}, not 'error' or 'slide'")
@@ -107,8 +116,8 @@ def stream(
         raise ValueError(f"generate: draft_tokens is {draft_tokens}, not from 1 to {MAX_STEP - 1}")
     if draft is not None and overflow == "slide":
         raise ValueError("generate: overflow='slide' has no road with a draft")
-    prompts = _prompts(ids, attention_mask)
-    stops = _Stops(_ids(stop_ids), [stop_strings] if isinstance(stop_strings, str) else list(stop_strings), encoding)
+    prompts = prompts_of(ids, attention_mask)
+    stops = _Stops(stop_ids_of(stop_ids), strings_of(stop_strings), encoding)
     rows = len(prompts) * num_samples
     decoder = _ready(model, dtype, max_new_tokens, rows if draft is None else rows * (draft_tokens + 1))
     helper = None if draft is None else _ready(draft, dtype, max_new_tokens, rows)
@@ -129,46 +138,6 @@ def stream(
 
 
 # The checks.
-
-
-def _whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"generate: {name} is {value!r}, not at least 1")
-
-
-def _ids(stop_ids: int | Sequence[int]) -> frozenset[int]:
-    stops = frozenset([stop_ids] if isinstance(stop_ids, int) else stop_ids)
-    for stop in stops:
-        if not isinstance(stop, int):
-            raise TypeError(f"generate: stop_ids holds {stop!r}, not an int")
-    return stops
-
-
-def _prompts(ids: Any, mask: Tensor | None) -> list[list[int]]:
-    """Each prompt's tokens, without padding."""
-    if isinstance(ids, Tensor):
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise TypeError(f"generate: ids is {ids.dtype}, not of integers")
-        if ids.dim() != 2 or 0 in ids.shape:
-            raise ValueError(f"generate: ids has shape {tuple(ids.shape)}, not (B, T) with B and T at least 1")
-        rows = ids.tolist()
-    else:
-        rows = [row.tolist() if isinstance(row, Tensor) else list(row) for row in ids]
-    if mask is not None:
-        if not isinstance(ids, Tensor) or mask.shape != ids.shape:
-            raise ValueError(f"generate: attention_mask has shape {tuple(mask.shape)}, ids have another")
-        rows = [
-            [token for token, kept in zip(row, keep, strict=True) if kept]
-            for row, keep in zip(rows, mask.tolist(), strict=True)
-        ]
-    if not rows:
-        raise ValueError("generate: there is no prompt")
-    for number, row in enumerate(rows):
-        if not row:
-            raise ValueError(f"generate: prompt {number} is empty; begin with the end-of-text token")
-        if not all(isinstance(token, int) for token in row):
-            raise TypeError(f"generate: prompt {number} holds {next(t for t in row if not isinstance(t, int))!r}")
-    return rows
 
 
 def _ready(model: Any, dtype: torch.dtype | None, tokens: int, rows: int) -> Decoder:

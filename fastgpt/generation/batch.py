@@ -3,7 +3,7 @@
 import collections
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from fastgpt.cuda_graph import captured, warmed
 from fastgpt.generation.decoder import Cache, Decoder
 from fastgpt.generation.sampling import Sampling
 
+SMALL = 1 << 19  # multiplications in a step's largest matmul, up to which a CPU's second thread gains nothing
 AHEAD = 4  # steps that a GPU is given before the host waits for the first of them
 GRAPH_FROM = 16  # tokens that make a capture worth while
 
@@ -77,11 +78,19 @@ class Batch:
         self._graphs = device.type == "cuda" and not decoder.calls and new_tokens >= GRAPH_FROM
 
     def advance(self) -> None:
-        """One token more for every row."""
-        with device_of(self.decoder):
+        """One token more for every row. ValueError where the model was moved since the last one."""
+        now = self.decoder.anatomy.tokens.weight.device
+        if now != self.decoder.device:
+            raise ValueError(f"generate: the model was moved from {self.decoder.device} to {now} between two tokens")
+        with device_of(self.decoder), self._threads():
             self._advance()
         self.steps += 1
         self.longest += 1
+
+    def _threads(self) -> contextlib.AbstractContextManager:
+        """Of this step, which reads all tokens of a window or one of each row."""
+        reads_all = self.steps == 0 or self.longest > self.cache.slots
+        return threads_for(self.decoder, self.rows * (min(self.longest, self.decoder.context) if reads_all else 1))
 
     def _advance(self) -> None:
         if self.steps == 0:
@@ -153,6 +162,25 @@ class Batch:
 def device_of(decoder: Decoder):
     """A context in which the decoder's device is the current one: a graph is captured there, and an event recorded."""
     return torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def threads_for(decoder: Decoder, tokens: int) -> Iterator[None]:
+    """On a CPU, one thread for a pass of so few tokens through so small a model that a second one gains nothing.
+
+    The others spin while they wait for work, and on a busy machine each wait is for a processor: docs/generation.md has
+    what was measured. The user's number is set again after each pass.
+    """
+    width = decoder.heads * decoder.head_dim
+    threads = torch.get_num_threads()
+    if decoder.device.type != "cpu" or threads == 1 or tokens * width * max(4 * width, decoder.outputs) > SMALL:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def slots(decoder: Decoder, longest: int, new_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's are Real too
+                raise ValueError(f"generate: {name} is {value!r}, not a number")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"generate: temperature is {self.temperature}, not a finite number of at least 0")
         if self.top_k is not None and self.top_k < 1:

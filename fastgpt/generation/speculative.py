@@ -8,7 +8,7 @@ Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Specula
 import torch
 from torch import Tensor
 
-from fastgpt.generation.batch import Batch, Told
+from fastgpt.generation.batch import Batch, Told, threads_for
 from fastgpt.generation.decoder import Cache, Decoder
 from fastgpt.generation.sampling import race
 
@@ -84,7 +84,8 @@ class Speculation:
         """longest: of the lengths, as far as the cache is to be read; the kernels see to that themselves."""
         if decoder.on_kernels:
             return decoder.decode(ids, lengths, cache)
-        return decoder.decode(ids, None if self.batch.rows == 1 else lengths, cache.first(longest))
+        with threads_for(decoder, ids.numel()):
+            return decoder.decode(ids, None if self.batch.rows == 1 else lengths, cache.first(longest))
 
     def _taken(self, proposals: Tensor, guesses: Tensor, wanted: Tensor) -> Tensor:
         """How many proposals of each row are taken: all before the first that is not."""

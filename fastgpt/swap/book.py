@@ -37,7 +37,10 @@ def recognise(module: Any) -> Swap | str | None:
     )
     if not out or not hasattr(module, "dropout"):
         return None
-    caches = "cache" in inspect.signature(own_type(module).forward).parameters
+    parameters = inspect.signature(own_type(module).forward).parameters
+    caches = "cache" in parameters
+    if "use_cache" in parameters and not caches:  # and only its forward knows how far that cache, or a window, reaches
+        return "it keeps a cache of its own, and every call names it (use_cache)"
     what = "causal_attention" if out == "out_proj" else "causal_attention_qkv"
     return Swap(attention, "attention", what, (out, caches), width=module.d_out)
 

@@ -52,19 +52,29 @@ def why_not(module: nn.Module, swap: Swap) -> str | None:
     if swap.width == 0:
         return None
     if not any(buffer.is_meta for buffer in module.buffers()):
-        return _tried(module, swap)
+        why = _tried(module, swap)
+        if why is None and any(map(_is_empty, module.buffers())):  # which may be filled later
+            why = _tried(module, swap, fills=True)
+        return why
     # what a buffer on the meta device will hold is not known: a mask may say where to look, or where not to
     lower = _tried(module, swap, torch.tril)
     return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower
 
 
-def _tried(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor] = torch.tril) -> str | None:
+def _is_empty(buffer: Tensor) -> bool:
+    """Whether it holds nothing but zeros, as what is counted or learned later does."""
+    return buffer.is_floating_point() and buffer.numel() > 0 and not buffer.any()
+
+
+def _tried(
+    module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor] = torch.tril, fills: bool = False
+) -> str | None:
     kind = own_type(module).__name__
     whose = "a copy of it"
     try:
         with aside():
             torch.default_generator.manual_seed(0)
-            twin, inputs = _twin(module, swap, mask), _inputs(swap)
+            twin, inputs = _twin(module, swap, mask, fills), _inputs(swap)
             for training in (False, True):
                 twin.train(training)
                 torch.default_generator.manual_seed(1)  # dropout, or a stranger's part, must draw the same both times
@@ -110,7 +120,7 @@ def _agree(actual, expected) -> bool:
     return bool((actual - expected).norm() <= 1e-6 * expected.norm())
 
 
-def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor]) -> Any:
+def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor], fills: bool) -> Any:
     """A copy with random float64 weights on the CPU, without hooks and with dropout everywhere, its children swapped as
     the module's.
 
@@ -137,7 +147,8 @@ def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor]) -> An
                 memo[id(parameter)] = nn.Parameter(_random(shape), requires_grad=False)
         for buffer in part._buffers.values():
             if buffer is not None:
-                memo[id(buffer)] = _filled(buffer, mask) if buffer.is_meta else buffer.detach().to("cpu", copy=True)
+                unknown = buffer.is_meta or (fills and _is_empty(buffer))
+                memo[id(buffer)] = _filled(buffer, mask) if unknown else buffer.detach().to("cpu", copy=True)
     for layers in lists:  # a whole model is tried with its first layer in the place of all
         memo.update({id(layer): memo[id(layers[0])] for layer in list(layers)[1:]})
     for part in parts:

@@ -27,6 +27,11 @@ from fastgpt.training.step import Step, first_bad
 from fastgpt.weights import save_model
 
 CHECKPOINTS = "checkpoints"
+# Settings that change no bit of what the steps compute, or that a longer run is asked for by.
+SHOWN = (
+    *("init_from", "max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "tensorboard"),
+    *("sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device"),
+)
 OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
 
 
@@ -87,8 +92,12 @@ class Run:
         self.recent, self.seconds, self.skipped = list(facts["recent"]), facts["seconds"], facts.get("skipped", 0)
         if facts.get("scaler"):
             self.step_on.scaler.load_state_dict(facts["scaler"])
-        was, now = facts["versions"], state.versions(self.device)
-        notes = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name) != now[name]]
+        was = {**facts["model"], **facts["train"], **facts["versions"]}
+        settings = {**dataclasses.asdict(self.model.config), **dataclasses.asdict(self.config)}
+        shown = (*SHOWN, "backend") if self.device.type == "cpu" else SHOWN  # where each is PyTorch
+        now = {name: value for name, value in settings.items() if name not in shown}
+        now.update(state.versions(self.device))
+        notes = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
         if not state.restore_generators(saved, self.world):
             torch.manual_seed(_rank_seed(self.config.seed, self.world.rank, self.steps_done))
             if facts["processes"] != self.world.size:

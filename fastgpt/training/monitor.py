@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt.atomic import replacing
-from fastgpt.data.tokenizer import END_OF_TEXT
+from fastgpt.data.tokenizer import beginning, end_of_text, has_end_of_text
 from fastgpt.generation import generate
 from fastgpt.model import GPT, GPTConfig
 
@@ -158,11 +158,11 @@ def _event_writer() -> Any:
 
 def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, seed: int) -> str:
     """The prompt and up to `tokens` tokens after it; torch's generators are left alone."""
-    end = encoding.encode_single_token(END_OF_TEXT)
     device = next(model.parameters()).device
-    tokens_of_prompt = encoding.encode(prompt, disallowed_special=()) or [end]
-    ids = torch.tensor([tokens_of_prompt], dtype=torch.int64, device=device)
-    options: dict = dict(temperature=0.8, seed=seed, encoding=encoding, overflow="slide", stop_ids=end)
+    given = encoding.encode(prompt, disallowed_special=()) or [beginning(encoding)]
+    ids = torch.tensor([given], dtype=torch.int64, device=device)
+    stop = end_of_text(encoding) if has_end_of_text(encoding) else None
+    options: dict = dict(temperature=0.8, seed=seed, encoding=encoding, overflow="slide", stop_ids=stop)
     (written,) = generate(model, ids, tokens, **options).texts or ("",)
     return prompt + written
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import tiktoken
 
 from fastgpt.data import holds_tokens
-from fastgpt.data.tokenizer import BY_SIZE, Named, Unavailable, is_local, named
+from fastgpt.data.characters import PREFIX
+from fastgpt.data.tokenizer import BY_SIZE, Named, Unavailable, full_name, is_local, named
 from fastgpt.data.tokenizer import encoding as encoding_named
 from fastgpt.data.tokens import meta_beside, meta_of
 from fastgpt.fields import build, fields_of
@@ -62,6 +63,8 @@ def plan_run(
     source = base.get("data") if source is None else source
     usual = {"sample_prompt": PYTHON_PROMPT} if source is None else {}
     train = build(TrainConfig, {**usual, **fields_of(TrainConfig, base), **told})
+    meta = {} if source is None else _meta(Path(source))
+    told_name: Any = encoding or base.get("encoding") or meta.get("encoding")
     weights, preset = None, ""
     if isinstance(model, GPTConfig):
         shape = model
@@ -70,6 +73,8 @@ def plan_run(
         changes = {name: value for name, value in model.items() if name != "preset"}
         changes = {**fields_of(GPTConfig, base), **changes}
         if train.init_from == "scratch":
+            if isinstance(told_name, str) and (full := full_name(told_name)).startswith(PREFIX):
+                changes.setdefault("vocab_size", encoding_named(full).n_vocab)
             shape = GPTConfig.preset(preset, **changes)
         elif own and Checkpoints(folder / CHECKPOINTS).all():
             shape = GPTConfig.from_dict({**fields_of(GPTConfig, own), **changes})
@@ -77,9 +82,8 @@ def plan_run(
             weights = pretrained(train.init_from, **changes)
             shape = weights.config
     if encoding is None or isinstance(encoding, str):
-        meta = {} if source is None else _meta(Path(source))
         usual_name = BY_SIZE.get(shape.vocab_size, "byte" if preset.startswith("byte") else "gpt2")
-        name = encoding or base.get("encoding") or meta.get("encoding") or usual_name
+        name = told_name or usual_name
         # Asked for here and now: in a settings file that an earlier run left, everything stands.
         given = {} if isinstance(config, TrainConfig) else config
         asked = encoding or any(given.get(option) for option in ("sample_prompt", "sample_tokens"))

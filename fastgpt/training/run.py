@@ -57,7 +57,7 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
             f"{folder / WEIGHTS} holds a trained model: choose another folder (--out) or --overwrite it"
         )
     if model_config.vocab_size < encoding.n_vocab:
-        sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r} has {encoding.n_vocab} ids"
+        sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r:.60} has {encoding.n_vocab} ids"
         raise ValueError(f"the model can't hold every token: {sizes}")
     config.windows(model_config.block_size)
     if config.document_mask:
@@ -65,12 +65,15 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
     world = join(config.device)
     _hold_device(model_config, config, world)
     corpus = data.load_corpus(source, encoding, model_config.block_size)
+    if folder.is_dir() and not data.holds_tokens(source) and source is not None and folder.samefile(source):
+        raise ValueError(f"{folder} holds the texts, and the run's files would lie among them: choose another --out")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    begun = False
+    was_locked, held, begun = (folder / LOCK).exists(), False, False
     try:
         with contextlib.ExitStack() as stack:
             if world.rank == 0:
                 stack.enter_context(locked(writable_folder(folder)))
+                held = True
             signals = stack.enter_context(Signals())
             saved = _saved(_starting_point(folder, world, overwrite, resume, strict_resume), plan, corpus)
             torch.manual_seed(config.seed)
@@ -98,8 +101,9 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
                 if run.monitor is not None:
                     run.monitor.close()
     finally:
-        if made and world.rank == 0 and not begun:  # a run that is refused leaves nothing
-            (folder / LOCK).unlink(missing_ok=True)
+        if world.rank == 0 and not begun:  # a run that is refused leaves nothing
+            if held and not was_locked:
+                (folder / LOCK).unlink(missing_ok=True)
             for each in made:
                 with contextlib.suppress(OSError):  # no longer empty
                     each.rmdir()
@@ -126,9 +130,9 @@ def _saved(checkpoint: Checkpoint | None, plan: Plan, corpus: data.Corpus) -> st
     if saved.facts.get("data") != corpus.facts():
         was, now = saved.facts.get("data"), corpus.facts()
         raise ValueError(f"the data changed since {plan.out} was trained on it: {was} there, {now} in {corpus.name}")
-    if saved.facts.get("encoding") != plan.encoding.name:
-        name = saved.facts.get("encoding")
-        raise ValueError(f"{plan.out} was trained on tokens of the encoding {name!r}, not of {plan.encoding.name!r}")
+    if (name := saved.facts.get("encoding")) != plan.encoding.name:
+        named = f"the encoding {name!r:.60}, not of {plan.encoding.name!r:.60}"
+        raise ValueError(f"{plan.out} was trained on tokens of {named}")
     return saved
 
 

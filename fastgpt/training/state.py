@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgpt.atomic import read_json
@@ -25,7 +24,7 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.checkpoint import Checkpoint
 from fastgpt.training.distributed import World, placed, whole
 from fastgpt.weights import from_pretrained, save_pretrained
-from fastgpt.weights.files import write_tensors
+from fastgpt.weights.files import read_tensors, write_tensors
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -114,7 +113,7 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
     model = from_pretrained(path / MODEL, **{name: now[name] for name in FREE})
     weights = model.state_dict()
     try:
-        moments, random = load_file(path / OPTIMIZER), load_file(path / RANDOM)
+        moments, random = read_tensors(path / OPTIMIZER), read_tensors(path / RANDOM)
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
     expected = {f"{name}/{m}": t.shape if m != "step" else torch.Size() for name, t in weights.items() for m in MOMENTS}

@@ -3,8 +3,9 @@
 A .safetensors or .pt file, or a folder with one of them, whole or in parts, and the settings beside it.
 """
 
-import functools
+import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from fastgpt.atomic import read_json
@@ -20,6 +21,7 @@ from fastgpt.atomic import read_json
 WEIGHTS, CONFIG, CHECKPOINT, STATE = "model.safetensors", "config.json", "ckpt.pt", "model.pth"
 _WHOLE = (WEIGHTS, "pytorch_model.bin", CHECKPOINT, STATE)
 _INDEXES = (f"{WEIGHTS}.index.json", "pytorch_model.bin.index.json")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a model computes in
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
 _MASK = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|att\.mask)$")  # buffers of old files, which say nothing
 
@@ -44,9 +46,10 @@ def read_weights_of(source: Path) -> tuple[dict[str, Tensor], dict]:
             raise ValueError(f"{source} holds {plain} twice")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{source}: {plain} is a {type(tensor).__name__}, not a tensor")
-        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.dim() not in (1, 2):
+        if tensor.layout != torch.strided or tensor.dtype not in _DTYPES or tensor.dim() not in (1, 2):
             kind = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-            raise ValueError(f"{source}: {plain} is {kind}, not a vector or matrix of floating-point numbers")
+            numbers = "floating-point numbers of 16, 32 or 64 bits"
+            raise ValueError(f"{source}: {plain} is {kind}, not a vector or matrix of {numbers}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             shape, stored = tuple(tensor.shape), tensor.untyped_storage().nbytes()
             raise ValueError(f"{source}: {plain} claims the shape {shape} and holds {stored} bytes")
@@ -99,12 +102,11 @@ def _read_parts(folder: Path, index: str) -> dict[str, Any]:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     """The tensors and the settings of one file; a checkpoint's state dict is found by its usual names."""
     if path.suffix == ".safetensors":
-        return _parsed(path, load_file, "a whole safetensors file"), {}
+        return _parsed(path, read_tensors, "a whole safetensors file"), {}
     entries = _parsed(path, _entries, "a whole zip archive") if zipfile.is_zipfile(path) else []
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError(f"{path} is compressed, as torch.save writes nothing")
-    load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    found = _parsed(path, load, "a file of weights that torch.load reads without running code")
+    found = _parsed(path, _load, "a file of weights that torch.load reads without running code")
     settings: Any = {}
     if isinstance(found, dict):
         settings = found.get("model_args", {})
@@ -119,6 +121,23 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict]:
     ):
         raise ValueError(f"{path} holds a {type(found).__name__}, not a state dict")
     return found, settings
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a .safetensors file; SafetensorError where it is none."""
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):  # its reader takes names of UTF-8 alone
+        return load(path.read_bytes())
+    return load_file(path)
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # it goes on at length about how to run code all the same
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ValueError(f"it holds {named[1]}, which is no tensor" if named else "its bytes are none") from error
+    except (LookupError, EOFError, struct.error) as error:
+        raise ValueError("its bytes are none") from error
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -150,5 +169,5 @@ def _parsed(path: Path, parse: Callable[[Path], Any], what: str) -> Any:
         except MemoryError:
             raise
         except Exception as error:
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0].partition(". ")[0][:200] if str(error) else type(error).__name__
             raise ValueError(f"{path} is not {what}: {reason}") from error

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from fastgpt.atomic import read_json, replacing
-from fastgpt.data.tokenizer import BY_SIZE, check_name
+from fastgpt.data.tokenizer import BY_SIZE, full_name
 from fastgpt.model import GPT
 from fastgpt.weights.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, write_pickle, write_tensors
 from fastgpt.weights.pretrained import FAMILIES, from_pretrained
@@ -77,7 +77,7 @@ def convert(
         if value is not None and to != whose:
             raise ValueError(f"{option} = {value!r} is for {whose} alone, not for {to}")
     if encoding is not None:
-        check_name(encoding)
+        encoding = full_name(encoding)
     changes = {name: value for name, value in (("vocab_size", vocab_size), ("gelu", gelu)) if value is not None}
     model = from_pretrained(source, n_head=n_head, **changes)
     if encoding is None:

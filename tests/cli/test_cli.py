@@ -382,3 +382,35 @@ def test_samples_of_the_built_in_corpus_begin_with_def(fitted, capsys):
     fitted.clear()
     assert main(capsys, "train", "--sample_prompt", "class ")[0] == 0
     assert fitted[0].config.sample_prompt == "class "
+
+
+def test_a_run_among_its_texts_is_none_of_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("fox.txt").write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    assert main(capsys, "train", "--data", ".", "--out", "out", *TINY)[0] == 0
+    code, out, err = main(capsys, "train", "--out", "out", "--resume", "--max_iters", "4")
+    assert code == 0 and "resuming from" in out, err
+    code, _, err = main(capsys, "train", "--data", ".", "--out", "../" + tmp_path.name, *TINY)
+    assert code == 2 and "holds the texts, and the run's files would lie among them: choose another --out" in err
+    assert sorted(os.listdir()) == ["fox.txt", "out"]
+
+
+def test_a_refused_run_leaves_nothing_in_a_folder_that_was_there(capsys, text, tmp_path):
+    code, _, err = main(capsys, "train", "--data", text, "--out", str(tmp_path), *TINY, "--backend", "triton")
+    assert code == 2 and "backend='triton' can't be had" in err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every name is UTF-8")
+def test_a_folder_whose_name_is_not_utf8(capfd, text, tmp_path, monkeypatch):
+    """Trained in, resumed, written from and converted; what to do next is told as a shell reads it."""
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"it's caf\xe9")
+    assert main(capfd, "train", "--data", text, "--out", name, *TINY)[0] == 0
+    last = main(capfd, "train", "--out", name, "--resume", "--max_iters", "3")[1].splitlines()[-2:]
+    for line in last:
+        read = subprocess.run(["bash", "-c", f"printf '%s\\0' {line[line.index('fastgpt ') :]}"], capture_output=True)
+        assert main(capfd, *map(os.fsdecode, read.stdout.split(b"\0")[1:-1]))[0] == 0
+    assert load_model(name)[1]["step"] == 6
+    assert main(capfd, "convert", name, f"{name}2", "--to", "huggingface")[0] == 0
+    assert main(capfd, "eval", text, "--checkpoint", f"{name}2", "--encoding", "byte")[0] == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastgpt.atomic import digest
-from fastgpt.data import load_corpus, read_tokens, texts, tokenization, tokenize, tokens
+from fastgpt.data import load_corpus, texts, tokenization, tokenize, tokens
 from fastgpt.data.tokenizer import END_OF_TEXT, encoding
 from fastgpt.data.tokens import Shards, map_tokens
 
@@ -201,6 +201,19 @@ def test_the_tokens_never_lie_among_the_texts(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     first = tokenize([tmp_path], BYTE, tmp_path / "tokens")
     assert tokenize([tmp_path], BYTE, tmp_path / "tokens", overwrite=True) == first, "not of what it wrote itself"
+    assert tokenize([tmp_path], BYTE, tmp_path / "more") == first, "nor of what it wrote elsewhere among them"
+
+
+def test_a_folder_of_ones_own_is_read_whatever_its_names(tmp_path):
+    for name, folder in (("train.toml", "settings"), ("meta.json", "notes"), ("train.txt", "notes")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_text(f"{name} " * 9)
+    (tmp_path / "b.txt").write_text("some words " * 9)
+    corpus = load_corpus(tmp_path, BYTE, 4)
+    said = BYTE.decode([*corpus.train, *corpus.val])
+    assert said.count(END_OF_TEXT) == 4 and {"train.toml", "meta.json", "train.txt", "words"} <= set(
+        said.replace(END_OF_TEXT, "").split()
+    )
 
 
 @pytest.mark.parametrize("again", ["texts", "texts/a.txt", "texts/../texts"])
@@ -210,14 +223,3 @@ def test_a_text_that_is_given_twice(tmp_path, again):
     with pytest.raises(ValueError, match=r"a\.txt is given twice, by .*texts and by "):
         tokenize([tmp_path / "texts", tmp_path / again], BYTE, tmp_path / "new/out")
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize("name", ["", "train.bin"])
-def test_nanogpts_characters_are_not_taken_for_bytes(tmp_path, name):
-    for part in ("train", "val"):
-        np.arange(60, dtype=np.uint16).tofile(tmp_path / f"{part}.bin")
-    assert len(load_corpus(tmp_path / name, BYTE, 4).train) > 5
-    (tmp_path / "meta.pkl").write_bytes(b"a pickle, which is not read")
-    for read in (lambda: load_corpus(tmp_path / name, BYTE, 4), lambda: read_tokens(tmp_path / name, BYTE)):
-        with pytest.raises(ValueError, match=r"meta\.pkl is the vocabulary of nanoGPT's character-level tokens"):
-            read()

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import accelerate, modules
+from fastgpt import accelerate, generate, modules
 from fastgpt.families import book as book_family
 from fastgpt.families import gpt2
 from fastgpt.swap import book, layers, trial
+from tests import models
 
 
 class Sums(nn.Module):
@@ -84,3 +85,37 @@ def test_a_result_of_another_shape_or_dtype_does_not_agree():
     x = torch.ones(3)
     assert trial._agree((x, None), (x + 1e-8, None))
     assert not any(trial._agree(x, other) for other in (x.double(), torch.ones(1, 3), None, (x,), x + 1e-3))
+
+
+DROPOUTS = {
+    "hugging face": (models.hugging_face, "transformer", ("drop", "h.1.attn.resid_dropout", "h.1.mlp.dropout")),
+    "nanogpt": (models.nanogpt, "transformer", ("drop", "h.1.attn.resid_dropout", "h.1.mlp.dropout")),
+    "nanogpt, no flash": (lambda: models.nanogpt(flash=False), "transformer", ("h.1.attn.attn_dropout",)),
+    "book": (models.book, "", ("drop_emb", "trf_blocks.1.drop_resid", "trf_blocks.1.att.dropout")),
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_a_dropout_with_a_hook_that_generation_would_not_call(name):
+    """Though it only looks, so that no comparison of logits shows it."""
+    make, body, dropouts = DROPOUTS[name]
+    model = make().eval()
+    ids = torch.tensor([[1, 2, 3]])
+    for dropout in (f"{body}.{each}".lstrip(".") for each in dropouts):
+        seen = []
+        handle = model.get_submodule(dropout).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        model(ids)
+        assert seen
+        with pytest.raises(ValueError, match=f"generate: {dropout} would be passed by, and it has hooks"):
+            generate(model, ids, 2)
+        handle.remove()
+    assert len(generate(model, ids, 2).tokens[0]) == 2
+
+
+def test_a_dropout_with_a_hook_in_a_part_that_is_called():
+    model, seen = models.nanogpt().eval(), []
+    mlp = model.transformer.h[1].mlp
+    for module in (mlp, mlp.dropout):
+        module.register_forward_hook(lambda *_: seen.append(1))
+    generate(model, [[1, 2, 3]], 3)
+    assert len(seen) >= 2 * 3

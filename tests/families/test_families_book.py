@@ -136,3 +136,62 @@ def test_parts_of_the_book_in_a_model_of_ones_own():
         "TransformerBlock", "MultiHeadAttention", "Sequential", "LayerNorm", "LayerNorm", "LayerNorm",
     ]  # fmt: skip
     torch.testing.assert_close(model(x), before, rtol=1e-6, atol=1e-7)
+
+
+class CachingAttention(nn.Module):
+    """As in the book's chapters on caches and windows: keys and values in buffers, and use_cache in every call."""
+
+    def __init__(self, width, heads, window=None):
+        super().__init__()
+        self.num_heads, self.d_out, self.window = heads, width, window
+        self.W_query, self.W_key, self.W_value, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.dropout = nn.Dropout(0.1)
+        self.register_buffer("cache_k", None, persistent=False)
+        self.register_buffer("cache_v", None, persistent=False)
+
+    def forward(self, x, use_cache=False):
+        batch, time, width = x.shape
+        q, k, v = (
+            linear(x).view(batch, time, self.num_heads, -1).transpose(1, 2)
+            for linear in (self.W_query, self.W_key, self.W_value)
+        )
+        if use_cache:
+            if self.cache_k is not None:
+                k, v = torch.cat((self.cache_k, k), 2), torch.cat((self.cache_v, v), 2)
+            self.cache_k, self.cache_v = k, v
+        keys = torch.arange(k.shape[2])
+        distance = keys[-time:, None] - keys
+        hidden = (distance < 0) | (distance >= (self.window or k.shape[2]))
+        scores = (q @ k.transpose(2, 3)).masked_fill(hidden, -torch.inf) / q.shape[-1] ** 0.5
+        y = self.dropout(scores.softmax(-1)) @ v
+        return self.out_proj(y.transpose(1, 2).reshape(batch, time, width))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_with_a_cache_of_its_own_is_left_and_the_report_says_so(window):
+    """A window of 7 is more than a trial's five tokens show."""
+    model = book_package().TransformerBlock(
+        dict(vocab_size=VOCAB, context_length=CONTEXT, emb_dim=48, n_layers=1, n_heads=4, drop_rate=0.0, qkv_bias=False)
+    )
+
+    class Block(type(model)):
+        def forward(self, x, use_cache=False):
+            shortcut = x
+            x = self.drop_resid(self.att(self.norm1(x), use_cache=use_cache)) + shortcut
+            return self.drop_resid(self.ff(self.norm2(x))) + x
+
+    model.__class__ = Block
+    model.att = CachingAttention(48, 4, window)
+    model = model.double().eval()
+    x = torch.randn(2, 12, 48, dtype=torch.float64)
+
+    def results():
+        model.att.cache_k = model.att.cache_v = None
+        return model(x), torch.cat([model(x[:, a:b], use_cache=True) for a, b in ((0, 9), (9, 10), (10, 12))], 1)
+
+    before = results()
+    report = accelerate(model)
+    (row,) = (row for row in report.rows if row.kind == "CachingAttention")
+    assert row.now is None and "keeps a cache of its own" in str(report) and "causal_attention" not in str(report)
+    assert [row.kind for row in report.rows if row.now] == ["Block", "Sequential", "LayerNorm", "LayerNorm"]
+    torch.testing.assert_close(results(), before, rtol=1e-6, atol=1e-7)

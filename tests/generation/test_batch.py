@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt import cuda_graph, generate
+from fastgpt import cuda_graph, generate, stream
 from fastgpt.generation import batch
 from fastgpt.generation.batch import Batch, Readback
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
 from fastgpt.ops import pytorch
-from tests.generation.small_gpt import gpt
+from tests.generation.small_gpt import PROMPT, gpt
 
 
 @pytest.fixture
@@ -157,3 +157,46 @@ def test_the_graph_gives_the_steps_tokens(dtype, monkeypatch):
         monkeypatch.setattr(batch, "GRAPH_FROM", 10**9)
         assert generate(model, [[3, 1, 4], [7]], 100, **options).tokens == captured.tokens
         monkeypatch.undo()
+
+
+@pytest.fixture
+def two_threads():
+    """As many as a user may have set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_small_model_takes_one_thread_a_token_and_gives_the_others_back(two_threads, draft):
+    """A large pass, as over a long prompt, has them all; so has whoever reads the stream."""
+    model, passes = gpt(1024), []
+    model.h[0].mlp.register_forward_hook(
+        lambda module, args, out: passes.append((len(out[0]), torch.get_num_threads()))
+    )
+    helper = gpt(1024) if draft else None
+    for _ in stream(model, [[3, 1, 4] * 200], 3, draft=helper, draft_tokens=2):
+        assert torch.get_num_threads() == 2
+    assert {threads for tokens, threads in passes if tokens == 600} == {2}
+    assert {threads for tokens, threads in passes if tokens < 4} == {1}
+
+
+def test_a_step_that_fails_gives_the_threads_back(two_threads):
+    def fails(module, args, out):
+        if torch.get_num_threads() == 1:
+            raise MemoryError
+
+    model = gpt()
+    model.h[0].mlp.register_forward_hook(fails)
+    with pytest.raises(MemoryError):
+        generate(model, PROMPT, 3)
+    assert torch.get_num_threads() == 2
+
+
+def test_a_model_that_is_moved_between_two_tokens(model):
+    steps = stream(model, PROMPT, 4)
+    next(steps)
+    model.to("meta")
+    with pytest.raises(ValueError, match="generate: the model was moved from cpu to meta between two tokens"):
+        next(steps)

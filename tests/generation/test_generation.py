@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,7 +89,12 @@ BYTES = encoding("byte")
         ([], 1, {}, "there is no prompt"),
         ([[1], []], 1, {}, "prompt 1 is empty; begin with the end-of-text token"),
         (PROMPT, 1, {"attention_mask": torch.zeros(1, 3)}, "prompt 0 is empty"),
-        (PROMPT, 1, {"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\)"),
+        (PROMPT, 1, {"attention_mask": torch.ones(1, 4)}, r"attention_mask has shape \(1, 4\), and the prompts have"),
+        (PROMPT, 1, {"attention_mask": [[1, 1]]}, r"attention_mask has rows of \[2\] tokens, and the prompts"),
+        (PROMPT, 1, {"attention_mask": [1, 1, 1]}, r"attention_mask has rows of \[None, None, None\] tokens"),
+        (PROMPT, 1, {"attention_mask": 1}, "attention_mask has rows of None tokens"),
+        (PROMPT, 1, {"attention_mask": torch.tensor([[0.0, 0.0, -1e9]])}, "attention_mask holds -1000000000.0, not 0"),
+        ([3, 1, 4], 1, {}, r"prompt 0 is 3, not a list of tokens; one prompt alone is \[\[3, …\]\]"),
         ([[1], [2, 13]], 1, {}, "token 13 at 1 of prompt 1 is outside a vocabulary of 13"),
         ([[-1]], 1, {}, "token -1 at 0 of prompt 0 is outside a vocabulary of 13"),
         (PROMPT, 0, {}, "max_new_tokens is 0, not at least 1"),
@@ -98,7 +104,16 @@ BYTES = encoding("byte")
         (PROMPT, 1, {"temperature": -0.5}, "temperature is -0.5, not a finite number of at least 0"),
         (PROMPT, 1, {"temperature": float("nan")}, "temperature is nan, not a finite number"),
         (PROMPT, 1, {"temperature": float("inf")}, "temperature is inf, not a finite number"),
+        (PROMPT, 1, {"temperature": "hot"}, "temperature is 'hot', not a number"),
+        (PROMPT, 1, {"top_p": True}, "top_p is True, not a number"),
         (PROMPT, 1, {"top_k": 0}, "top_k is 0, not at least 1"),
+        (PROMPT, 1, {"top_k": 2.0}, "top_k is 2.0, not a whole number"),
+        (PROMPT, 2.0, {}, "max_new_tokens is 2.0, not a whole number"),
+        (PROMPT, None, {}, "max_new_tokens is None, not a whole number"),
+        (PROMPT, 1, {"num_samples": True}, "num_samples is True, not a whole number"),
+        (PROMPT, 1, {"vocab_size": "13"}, "vocab_size is '13', not a whole number"),
+        (PROMPT, 1, {"seed": 1.5}, "seed is 1.5, not a whole number"),
+        (PROMPT, 1, {"draft": "same", "draft_tokens": 2.5}, "draft_tokens is 2.5, not a whole number"),
         (PROMPT, 1, {"top_p": 0.0}, r"top_p is 0.0, not in \(0, 1\]"),
         (PROMPT, 1, {"top_p": 1.5}, r"top_p is 1.5, not in \(0, 1\]"),
         (PROMPT, 1, {"min_p": float("nan")}, r"min_p is nan, not in \[0, 1\]"),
@@ -130,8 +145,16 @@ def test_bad_argument_is_refused_by_the_call_itself(model, ids, count, options, 
     ("ids", "options", "message"),
     [
         (PROMPT.float(), {}, "ids is torch.float32, not of integers"),
-        ([["a"]], {}, "prompt 0 holds 'a'"),
+        ([["a"]], {}, "prompt 0 holds 'a', not a token id"),
+        ([[1.0]], {}, "prompt 0 holds 1.0, not a token id"),
+        ("some text", {}, "ids is a str; encode it first"),
+        (["some text"], {}, "prompt 0 is text, 'some text'; encode it first"),
+        ({"input_ids": PROMPT}, {}, "ids is a dict; give a list of prompts, such as its input_ids"),
+        (None, {}, "ids is a NoneType; give a list of prompts"),
         (PROMPT, {"stop_ids": ["a"]}, "stop_ids holds 'a', not an int"),
+        (PROMPT, {"stop_ids": [[1]]}, r"stop_ids holds \[1\], not an int"),
+        (PROMPT, {"stop_ids": 1.5}, "stop_ids holds 1.5, not an int"),
+        (PROMPT, {"stop_strings": 5, "encoding": BYTES}, "stop_strings is 5, not a string or several"),
         (PROMPT, {"encoding": "gpt2"}, "encoding is a str, not a tiktoken.Encoding"),
         (PROMPT, {"dtype": torch.int8}, "dtype is torch.int8, not a floating-point one"),
     ],
@@ -139,6 +162,23 @@ def test_bad_argument_is_refused_by_the_call_itself(model, ids, count, options, 
 def test_a_wrong_type_is_refused(model, ids, options, message):
     with pytest.raises(TypeError, match=f"generate: {message}"):
         stream(model, ids, 1, **options)
+
+
+def test_none_is_an_options_default(model):
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_samples", "stop_ids", "stop_strings",
+             "encoding", "attention_mask", "vocab_size", "logprobs", "dtype", "draft", "draft_tokens")  # fmt: skip
+    assert generate(model, PROMPT, 4, seed=1, **dict.fromkeys(names)) == generate(model, PROMPT, 4, seed=1)
+
+
+@pytest.mark.parametrize(
+    "mask", [[[0, 1, 1], [1, 1, 0]], np.array([[0, 1, 1], [1, 1, 0]]), [torch.tensor([0, 1, 1]), (True, True, False)]]
+)
+def test_prompts_and_masks_of_any_library(model, mask):
+    expected = generate(model, [[1, 4], [2, 7]], np.int64(3), temperature=np.float32(0), stop_ids=np.array([5]))
+    ids = [[9, 1, 4], [2, 7, 9]]
+    for given in (ids, torch.tensor(ids), np.array(ids, dtype=np.uint16), [np.array(row) for row in ids]):
+        assert generate(model, given, 3, temperature=0, stop_ids=5, attention_mask=mask) == expected
+    assert ids == [[9, 1, 4], [2, 7, 9]]
 
 
 PLACES = {

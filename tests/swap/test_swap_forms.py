@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgpt import accelerate
+from fastgpt import accelerate, restore
 from tests.models import book, hugging_face, nanogpt
 from tests.swap.swapped import assert_as_before, batch
 
@@ -143,6 +143,32 @@ def test_layers_that_differ_are_each_tried(order):
         block.attn.register_buffer("table", torch.tensor(1.0 + factor))
     left = [row.name for row in accelerate(model).rows if row.why]
     assert left == [f"transformer.h.{order.index(1)}.attn"]
+
+
+class Shifted(type(nanogpt().transformer.h[0].attn)):
+    def forward(self, x):
+        return super().forward(x + self.table)
+
+
+class Counts(type(nanogpt().transformer.h[0].attn)):
+    """Its table changes nothing."""
+
+
+@pytest.mark.parametrize("kind", [Shifted, Counts])
+def test_a_buffer_that_is_zero_and_may_be_filled_later(kind):
+    """What the trial can't see yet, as a gate that is learned, is a reason where it would change something."""
+    model = nanogpt().eval()
+    idx = torch.arange(6)[None]
+    for block in model.transformer.h:
+        block.attn.__class__ = kind
+        block.attn.register_buffer("table", torch.zeros(1))
+    report = accelerate(model)
+    assert {row.why is None for row in report.rows if row.kind == kind.__name__} == {kind is Counts}
+    for block in model.transformer.h:
+        block.attn.table.fill_(0.5)
+    found = model(idx)[0]
+    restore(model)
+    torch.testing.assert_close(found, model(idx)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_buffer_that_shows_no_bytes():

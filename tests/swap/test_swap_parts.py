@@ -193,15 +193,6 @@ def test_a_wrapper_around_our_forward_outlives_restore():
     assert calls and all(torch.equal(after[name], before[name]) for name in before)
 
 
-# Models that only look like one of the families
-
-
-# What two tokens of size 1, without dropout, would not tell apart
-
-
-# Calls with more than x
-
-
 def test_what_fails_leaves_an_earlier_swap(monkeypatch):
     model = nanogpt()
     accelerate(model, attention=False)

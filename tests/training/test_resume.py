@@ -181,6 +181,39 @@ def test_other_threads_are_told_of(run, capsys, monkeypatch):
     assert "not to the bit as an uninterrupted run: threads was 1, is 5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(seed=5), "seed was 1337, is 5"),
+        (dict(order="epoch"), "order was random, is epoch"),
+        (dict(batch_size=4, beta1=0.8), "batch_size was 2, is 4; beta1 was 0.9, is 0.8"),
+        (dict(model=dataclasses.replace(MODEL, dropout=0.25)), "dropout was 0.2, is 0.25"),
+    ],
+    ids=["seed", "order", "batch", "dropout"],
+)
+def test_settings_that_another_run_would_have_are_told(run, capsys, changes, told):
+    run(max_iters=1)
+    capsys.readouterr()
+    run(resume=True, max_iters=2, **changes)
+    assert f"not to the bit as an uninterrupted run: {told}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_dropout_that_draws_anew_is_told_where_there_is_dropout(run, capsys, monkeypatch, dropout):
+    model = dataclasses.replace(MODEL, dropout=dropout)
+    run(max_iters=1, model=model)
+    monkeypatch.setattr(state, "restore_generators", lambda saved, world: False)
+    run(resume=True, model=model, max_iters=2)
+    assert ("dropout draws anew" in capsys.readouterr().out) == bool(dropout)
+
+
+def test_settings_that_change_no_bit_are_not_told(run, capsys):
+    run(max_iters=1)
+    free = dataclasses.replace(MODEL, activation_checkpointing="block", backend="torch")
+    run(resume=True, model=free, max_iters=3, eval_interval=2, eval_iters=2, log_interval=3, sample_tokens=4)
+    assert "not to the bit" not in capsys.readouterr().out
+
+
 def test_model_folder_loads_in_transformers(run):
     from transformers import GPT2LMHeadModel
 

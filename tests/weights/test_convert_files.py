@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import sys
 import zipfile
@@ -94,6 +95,42 @@ def test_what_is_no_file_of_weights(tmp_path, suffix, content):
     with pytest.raises(ValueError, match=r"a\.\w+ is (no|not)"):
         convert(path, tmp_path / "b", "huggingface")
     assert not (tmp_path / "b").exists()
+
+
+class Stranger:
+    pass
+
+
+def _pickled(path):
+    path.write_bytes(pickle.dumps({"a": Stranger()}, protocol=2))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (
+            lambda path: torch.save({"model": {}, "config": Stranger()}, path),
+            r"it holds [\w.]*Stranger, which is no tensor",
+        ),
+        (
+            lambda path: torch.save(torch.nn.Linear(2, 2), path),
+            "it holds torch.nn.modules.linear.Linear, which is no tensor",
+        ),
+        (_pickled, r"it holds [\w.]*Stranger, which is no tensor"),
+        (lambda path: path.write_text("hello world\n"), "its bytes are none"),
+        (lambda path: path.write_bytes(b""), "its bytes are none"),
+        (lambda path: path.write_bytes(b"PK\x03\x04junk"), "failed reading zip archive: not a ZIP archive"),
+    ],
+    ids=["object", "module", "pickle", "text", "empty", "zip"],
+)
+def test_what_is_no_checkpoint_is_told_in_a_line(tmp_path, write, message):
+    """Of ours: PyTorch's goes on about how to run the code in it."""
+    path = tmp_path / "a.pt"
+    write(path)
+    with pytest.raises(ValueError, match=message + "$") as caught:
+        GPT.from_pretrained(path)
+    said = str(caught.value)
+    assert "weights_only" not in said and "trust" not in said and said.isprintable() and len(said) < 300
 
 
 def test_nothing_is_unpickled_or_unpacked(good, tmp_path):
@@ -258,3 +295,23 @@ def test_layers_in_several_dtypes_load_in_the_widest(tmp_path):
     loaded = GPT.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert torch.equal(logits(loaded), logits(model.float()))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", ["ln_", "wte", "wpe", ".bias", "h.0."])
+def test_whichever_part_is_wider_a_model_computes(tmp_path, stored, wide):
+    model = ours().to(stored)
+    model.save_pretrained(tmp_path)
+    tensors = {name: t.float() if wide in name else t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(logits(GPT.from_pretrained(tmp_path)), logits(model.float()))
+
+
+@pytest.mark.parametrize("part", ["", "h.1.mlp"])
+def test_numbers_that_no_model_computes_in_are_refused(tmp_path, part):
+    ours().save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    tensors = {name: t.to(torch.float8_e4m3fn) if part in name else t for name, t in stored.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{part}[\w.]+ is torch.float8_e4m3fn of shape .* of 16, 32 or 64 bits"):
+        GPT.from_pretrained(tmp_path)
