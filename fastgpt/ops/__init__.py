@@ -27,10 +27,12 @@ from fastgpt.ops.choice import (
     interpreted,
     no_triton,
 )
+from fastgpt.ops.decoding import OnPyTorch as DecodingSteps
 
 __all__ = [
     "FUNCTIONS",
     "Backend",
+    "DecodingSteps",
     "add_layer_norm",
     "autograd",
     "backend_in_words",

@@ -41,7 +41,11 @@ def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
     """The steps of decoding of a model of which `operand` is a weight, chosen once for all its calls."""
     if backend_for("layer_norm", backend, operand) is pytorch:
         return decoding.OnPyTorch()
-    return decoding.OnKernels(autograd)
+
+    def choose(name: str, operand: Tensor, **arguments) -> ModuleType:
+        return backend_for(name, backend, operand, **arguments)
+
+    return decoding.OnKernels(autograd, choose)
 
 
 def explain(function: Callable, *args, **kwargs) -> str:

@@ -1,0 +1,90 @@
+"""The keys and values of tokens that were read, and how a pass over new tokens attends with them.
+
+`B` batch, `T` time, `C` channels, `H` heads, `D` head dim; `Tq` new tokens.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+
+if TYPE_CHECKING:
+    from fastgpt.generation.decoder import Decoder
+
+
+class Cache:
+    """Keys and values of `rows` sequences of up to `slots` tokens, allocated once."""
+
+    def __init__(self, decoder: "Decoder", rows: int, slots: int):
+        self.rows, self.slots = rows, slots
+        self.whole = torch.zeros(_shape(decoder, rows, slots), dtype=decoder.dtype, device=decoder.device)
+        self.k, self.v = (half.unbind() for half in self.whole)  # of each layer, (rows, H, slots, D)
+
+    @staticmethod
+    def size(decoder: "Decoder", rows: int, slots: int) -> int:
+        """Bytes."""
+        return math.prod(_shape(decoder, rows, slots)) * decoder.dtype.itemsize
+
+
+def _shape(decoder: "Decoder", rows: int, slots: int) -> tuple[int, ...]:
+    config = decoder.gpt.config
+    return 2, config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head
+
+
+class Prompts:
+    """A pass over B prompts, which a cache keeps, of a multiple of B rows: each prompt that many times, in a row."""
+
+    def __init__(self, cache: Cache, backend: ops.Backend, prompts: int):
+        self._cache, self._backend, self._copies = cache, backend, cache.rows // prompts
+
+    def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
+        """(B, T, 3C) -> (B, T, C), each token over those of its prompt up to itself."""
+        keys, values = self._cache.k[layer], self._cache.v[layer]
+        _, k, v = _split(qkv, keys.shape[1])
+        for kept, new in ((keys, k), (values, v)):
+            kept.unflatten(0, (-1, self._copies))[:, :, :, : qkv.shape[1]] = new[:, None]
+        return ops.causal_attention_qkv(qkv, keys.shape[1], scale=scale, backend=self._backend)
+
+
+class Step:
+    """A pass over the next few tokens of each row, which go into the cache first.
+
+    lengths: (B,), of the rows with the new tokens counted in.
+    """
+
+    def __init__(self, cache: Cache, steps: ops.DecodingSteps, lengths: Tensor, new: int):
+        self._steps, self._lengths = steps, lengths
+        whole = cache.whole
+        offsets = torch.arange(-new, 0, device=lengths.device)
+        self.positions = lengths[:, None] + offsets  # of the new tokens
+        if not steps.on_kernels and (reached := _on_the_host(lengths)) is not None:
+            longest = max(reached)
+            whole = whole[..., :longest, :]  # a kernel reads no further by itself
+            if min(reached) == longest:
+                self._lengths, self.positions = None, longest + offsets
+                self._newest = whole[..., longest - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
+        self._k, self._v = (half.unbind() for half in whole)
+
+    def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
+        """(B, Tq, 3C) -> (B, Tq, C), each token over all of its row up to itself."""
+        keys, values = self._k[layer], self._v[layer]
+        packed = _split(qkv, keys.shape[1])
+        if self._lengths is None:
+            self._newest[layer].copy_(packed[1:])
+        else:
+            self._steps.append(qkv, keys, values, self._lengths)
+        y = self._steps.attend(packed[0], keys, values, self._lengths, scale)
+        return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+
+
+def _split(qkv: Tensor, heads: int) -> Tensor:
+    """(B, T, 3C) -> queries, keys and values, a view (3, B, H, T, D)."""
+    return qkv.view(*qkv.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+
+
+def _on_the_host(lengths: Tensor) -> list[int] | None:
+    """The lengths, where to ask for them does not stop a queue of steps: not on a GPU."""
+    return None if lengths.is_cuda else lengths.tolist()
