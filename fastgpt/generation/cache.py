@@ -35,18 +35,24 @@ def _shape(decoder: "Decoder", rows: int, slots: int) -> tuple[int, ...]:
 
 
 class Prompts:
-    """A pass over B prompts, which a cache keeps, of a multiple of B rows: each prompt that many times, in a row."""
+    """A pass over B prompts, each token over those of its prompt up to itself.
 
-    def __init__(self, cache: Cache, backend: ops.Backend, prompts: int):
-        self._cache, self._backend, self._copies = cache, backend, cache.rows // prompts
+    cache: keeps them, unless None; of a multiple of B rows, each prompt that many times, in a row.
+    """
+
+    positions = None  # the first ones
+
+    def __init__(self, decoder: "Decoder", prompts: int, cache: Cache | None = None):
+        self._causal_attention, self._heads = decoder.steps.causal_attention, decoder.gpt.config.n_head
+        self._cache, self._copies = cache, 1 if cache is None else cache.rows // prompts
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
-        """(B, T, 3C) -> (B, T, C), each token over those of its prompt up to itself."""
-        keys, values = self._cache.k[layer], self._cache.v[layer]
-        _, k, v = _split(qkv, keys.shape[1])
-        for kept, new in ((keys, k), (values, v)):
-            kept.unflatten(0, (-1, self._copies))[:, :, :, : qkv.shape[1]] = new[:, None]
-        return ops.causal_attention_qkv(qkv, keys.shape[1], scale=scale, backend=self._backend)
+        """(B, T, 3C) -> (B, T, C)."""
+        if self._cache is not None:
+            _, k, v = _split(qkv, self._heads)
+            for kept, new in ((self._cache.k, k), (self._cache.v, v)):
+                kept[layer].unflatten(0, (-1, self._copies))[:, :, :, : qkv.shape[1]] = new[:, None]
+        return self._causal_attention(qkv, self._heads, scale)
 
 
 class Step:
@@ -55,7 +61,7 @@ class Step:
     lengths: (B,), of the rows with the new tokens counted in.
     """
 
-    def __init__(self, cache: Cache, steps: ops.DecodingSteps, lengths: Tensor, new: int):
+    def __init__(self, steps: ops.DecodingSteps, cache: Cache, lengths: Tensor, new: int):
         self._steps, self._lengths = steps, lengths
         whole = cache.whole
         offsets = torch.arange(-new, 0, device=lengths.device)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.generation.cache import Cache, Prompts, Step
 from fastgpt.generation.view import Called, Plain, View, anatomy, is_plain_gpt, norm_of, plain_layers, unwrapped
-from fastgpt.model import GPT
+from fastgpt.model import GPT, CachedPass
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
 
 
-def fused_step(steps: ops.DecodingSteps, layers: Iterable[Plain], norm: tuple, x: Tensor, cache: Step) -> Tensor:
+def fused_step(steps: ops.DecodingSteps, layers: Iterable[Plain], norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
     """Embedded tokens (B, Tq, C) -> what the head sees, (B, Tq, C): each norm is of one call with the residual add
     before it and the linear layer after it. The block's formula, as model.Block has it."""
     shape, x = x.shape, x.flatten(0, 1)
@@ -72,7 +72,7 @@ class Decoder:
         self.vocabulary, width = found.tokens.weight.shape
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
         self.context = len(found.positions.weight)
-        self.stream_dtype = torch.float32 if residual == "float32" else self.dtype
+        self._stream_dtype = torch.float32 if residual == "float32" else self.dtype
         self._free_tables = not any(isinstance(table, Called) for table in (self.gpt.wte, self.gpt.wpe))
         self.calls = bool(view.called) or not self._free_tables  # modules, which may do anything
         self._layers = plain_layers(self.gpt) if self.steps.fuses(width, self.dtype) else None
@@ -113,7 +113,7 @@ class Decoder:
         lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row.
         """
         with self._inference():
-            x = self.gpt.features(ids, cache=Prompts(cache, self.anatomy.backend, len(ids)))
+            x = self._walk(ids, Prompts(self, len(ids), cache))
             return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
 
     def decode(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
@@ -122,28 +122,25 @@ class Decoder:
         lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
         """
         with self._inference():
-            step = Step(cache, self.steps, lengths, ids.shape[1])
-            if not self._fits(ids.numel()):
-                return self._logits(self.gpt.features(ids, positions=step.positions, cache=step))
-            layers: Any = self._layers
-            return self._logits(
-                fused_step(self.steps, layers, norm_of(self.gpt.ln_f), self._embed(ids, step.positions), step)
-            )
-
-    def _fits(self, rows: int) -> bool:
-        """Whether so few rows take the fused step."""
-        linears = (linear for layer in self._layers or () for linear in (layer.qkv, layer.out, layer.fc, layer.proj))
-        return self._layers is not None and all(self.steps.fits(rows, linear.weight) for linear in linears)
-
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        if not self._free_tables:
-            return self.gpt.embed(ids, positions)
-        return self.steps.embedding(ids, self.gpt.wte.weight, self.gpt.wpe.weight, positions, self.stream_dtype)
+            return self._logits(self._walk(ids, Step(self.steps, cache, lengths, ids.shape[1])))
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
         with self._inference():
-            return self.gpt.features(ids)
+            return self._walk(ids, Prompts(self, len(ids)))
+
+    def _walk(self, ids: Tensor, cache: Prompts | Step) -> Tensor:
+        layers = self._layers
+        few = layers is not None and not (self.on_kernels and isinstance(cache, Prompts))
+        linears = (linear for layer in layers or () for linear in (layer.qkv, layer.out, layer.fc, layer.proj))
+        if layers is None or not few or not all(self.steps.fits(ids.numel(), linear.weight) for linear in linears):
+            return self.gpt.features(ids, positions=cache.positions, cache=cache)
+        if self._free_tables:
+            tables = self.gpt.wte.weight, self.gpt.wpe.weight
+            x = self.steps.embedding(ids, *tables, cache.positions, self._stream_dtype)
+        else:
+            x = self.gpt.embed(ids, cache.positions)
+        return fused_step(self.steps, layers, norm_of(self.gpt.ln_f), x, cache)
 
     def first_not_finite(self, ids: Tensor) -> str | None:
         """The name of the first part that makes a number of this row (T,) infinite or NaN."""
@@ -164,7 +161,8 @@ class Decoder:
             parts += [(block.ln_2, layer.norm_2), (block.mlp, layer.mlp)]
         hooks = [part.register_forward_hook(look(self.name(module))) for part, module in parts]
         try:
-            self.features(ids[None])
+            with self._inference():
+                self.gpt.features(ids[None])
         finally:
             for hook in hooks:
                 hook.remove()

@@ -162,37 +162,46 @@ class View:
 
     def __init__(self, found: Anatomy, cast: torch.dtype | None, layout: Any, residual: Any):
         """layout: ops.decoding_steps' own. residual: as in GPTConfig."""
-        self._cast, self._layout = cast, layout
+        self._cast, self._layout, self._backend = cast, layout, found.backend
+        self.dtype = found.tokens.weight.dtype if cast is None else cast
         self.sources = Sources()
         self.called: list[nn.Module] = []
         (vocabulary, width), context = found.tokens.weight.shape, len(found.positions.weight)
-        config = GPTConfig(
-            vocabulary, context, len(found.layers), found.heads, width, tie=False, residual=residual,
-            backend=found.backend,
-        )  # fmt: skip
-        with torch.device("meta"):
-            self.gpt = gpt = GPT(config).eval()
-        self.dtype = gpt.dtype = found.tokens.weight.dtype if cast is None else cast
-        gpt.wte, gpt.wpe = self._table(gpt.wte, found.tokens), self._table(gpt.wpe, found.positions)
-        block: Any
-        for block, layer in zip(gpt.h, found.layers, strict=True):
-            block.ln_1, block.ln_2 = self._norm(block.ln_1, layer.norm_1), self._norm(block.ln_2, layer.norm_2)
-            block.attn.c_attn, block.attn.c_proj = self._packed(layer.qkv), self._linear(layer.out)
-            block.attn.scale, block.mlp = layer.scale, self._mlp(block.mlp, layer.mlp)
-        gpt.ln_f, gpt.lm_head = self._norm(gpt.ln_f, found.norm), self._linear(found.head)
+        shape: dict = dict(vocab_size=vocabulary, block_size=context, n_layer=len(found.layers), n_head=found.heads)
+        self.gpt = _made(
+            GPT,
+            config=GPTConfig(**shape, n_embd=width, tie=False, residual=residual, backend=found.backend),
+            dtype=self.dtype,
+            wte=self._table(found.tokens),
+            wpe=self._table(found.positions),
+            h=nn.ModuleList(self._block(number, layer, found.heads) for number, layer in enumerate(found.layers)),
+            ln_f=self._norm(found.norm),
+            lm_head=self._linear(found.head),
+        ).eval()
         self.sources.seal()
 
-    def _call(self, *modules: Any) -> Any:
+    def _block(self, number: int, layer: Layer, heads: int) -> nn.Module:
+        attn = _made(
+            CausalSelfAttention,
+            c_attn=self._packed(layer.qkv),
+            c_proj=self._linear(layer.out),
+            **dict(n_head=heads, dropout=0.0, backend=self._backend, layer=number, scale=layer.scale),
+        )
+        return _made(
+            Block, ln_1=self._norm(layer.norm_1), attn=attn, ln_2=self._norm(layer.norm_2), mlp=self._mlp(layer.mlp)
+        )
+
+    def _call(self, *modules: Any) -> nn.Module:
         self.called.extend(modules)
         return Called(*modules)
 
-    def _table(self, part: Any, module: Any) -> Any:
+    def _table(self, module: Any) -> nn.Module:
         if not free_embedding(module):
             return Called(module)
         self.sources.add(module, copied=False)
-        return _put(part, weight=module.weight)
+        return nn.Embedding.from_pretrained(module.weight.detach())
 
-    def _norm(self, part: Any, module: Any) -> Any:
+    def _norm(self, module: Any) -> nn.Module:
         names = ("weight", "bias")
         if not isinstance(module, LayerNorm):
             swap = recognise_norm(module)
@@ -203,18 +212,18 @@ class View:
         if occupied(module) or not plain(weight, bias):
             return self._call(module)
         self.sources.add(module, copied=False, names=names)
-        part.eps, part.dtype = getattr(module, "eps", 1e-5), self.dtype
-        return _put(part, weight=weight, bias=bias)
+        own = dict(eps=getattr(module, "eps", 1e-5), dropout=0.0, backend=self._backend, dtype=self.dtype)
+        return _made(LayerNorm, weight=weight, bias=bias, **own)
 
-    def _linear(self, module: Any) -> Any:
+    def _linear(self, module: Any) -> nn.Module:
         if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
             return self._laid_out(module.weight, None, [module])
         return self._read(module) if free_linear(module) else self._call(module)
 
-    def _read(self, module: Any) -> Any:
+    def _read(self, module: Any) -> nn.Module:
         return self._laid_out(linear_weight(module), module.bias, [module])
 
-    def _packed(self, parts: tuple[Any, ...]) -> Any:
+    def _packed(self, parts: tuple[Any, ...]) -> nn.Module:
         if len(parts) == 1:
             return self._linear(parts[0])
         if not all(map(free_linear, parts)) or len({part.bias is None for part in parts}) > 1:
@@ -223,43 +232,43 @@ class View:
         bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         return self._laid_out(weight, bias, list(parts))
 
-    def _laid_out(self, weight: Tensor, bias: Tensor | None, modules: list[Any]) -> Any:
+    def _laid_out(self, weight: Tensor, bias: Tensor | None, modules: list[Any]) -> nn.Module:
         form = self._layout.linear(self._as(weight), None if bias is None else self._as(bias))
         itself = not isinstance(form, tuple)  # or weight and bias alone
         copied = itself or form.weight.data_ptr() != modules[0].weight.data_ptr()
         for module in modules:
             self.sources.add(module, copied)
-        part: Any = (Lying if itself else nn.Linear)(1, 1, device="meta")
-        part.form = form
-        return _put(part, weight=form.weight, bias=form.bias)
+        return _made(Lying if itself else nn.Linear, weight=form.weight, bias=form.bias, form=form)
 
     def _as(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if self._cast is None else tensor.detach().to(self._cast)
 
-    def _mlp(self, part: Any, module: Any) -> Any:
+    def _mlp(self, module: Any) -> nn.Module:
         children = list(module.children())
         inner = children[0] if len(children) == 1 and not occupied(module) else module  # the book's ff.layers
         if isinstance(module, MLP):
-            linears, gelu, act = (module.c_fc, module.c_proj), module.gelu, None
+            fc, proj, gelu, act = module.c_fc, module.c_proj, module.gelu, None
         else:
             swap = recognise_mlp(inner)
             if isinstance(swap, str) or swap is None:
                 return self._call(module)
-            linears, gelu = (getattr(inner, swap.names[0]), getattr(inner, swap.names[1])), swap.gelu
-            act = swap.act
-        others = [part for part in (module, inner, act) if part is not None]
-        if any(occupied(part) for part in others) or not all(free_linear(linear) for linear in linears):
+            (fc, proj), gelu, act = (getattr(inner, name) for name in swap.names[:2]), swap.gelu, swap.act
+        changed = any(occupied(part) for part in (module, inner, act) if part is not None)
+        if changed or not (free_linear(fc) and free_linear(proj)):
             return self._call(module)
-        part.c_fc, part.c_proj = (self._read(linear) for linear in linears)
-        part.gelu = gelu
-        return part
+        own = dict(gelu=gelu, recompute=False, backend=self._backend)
+        return _made(MLP, c_fc=self._read(fc), c_proj=self._read(proj), **own)
 
 
-def _put(part: nn.Module, **tensors: Tensor | None) -> nn.Module:
-    """The part with these parameters in place of its own."""
-    for name, tensor in tensors.items():
-        setattr(part, name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False))
-    return part
+def _made(kind: Any, **own: Any) -> Any:
+    """A module with these attributes, tensors as parameters. Its own __init__ would fill parameters first, which takes
+    longer than a small model's first token, on the device "meta" too."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name, value in own.items():
+        value = nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, Tensor) else value
+        setattr(module, name, value)
+    return module
 
 
 class Plain(NamedTuple):

@@ -26,10 +26,14 @@ class OnPyTorch:
         return Layout(tokens, rows, self.on_kernels)
 
     def embedding(
-        self, ids: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor, dtype: torch.dtype
+        self, ids: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """ops.embedding of ids (B, Tq) at positions (B, Tq) or (Tq,)."""
+        """ops.embedding of ids (B, Tq) at positions (B, Tq) or (Tq,), or the first ones."""
         return pytorch.embedding(ids, token_weight, position_weight, positions, dtype=dtype)
+
+    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
+        """ops.causal_attention_qkv: (B, T, 3C) -> (B, T, C)."""
+        return pytorch.causal_attention_qkv(qkv, heads, scale=scale)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
         """ops.decode_attention: q (B, H, Tq, D) over the caches (B, H, Tmax, D). lengths: None where the caches are
@@ -93,10 +97,14 @@ class OnKernels(OnPyTorch):
         self._widest: int = autograd.few_rows.MAX_NORMED
 
     def embedding(
-        self, ids: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor, dtype: torch.dtype
+        self, ids: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         functions = self._choose("embedding", token_weight)
         return functions.embedding(ids, token_weight, position_weight, positions, dtype=dtype)
+
+    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
+        functions = self._choose("causal_attention_qkv", qkv, heads=heads)
+        return functions.causal_attention_qkv(qkv, heads, scale=scale)
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Any, scale: float | None) -> Tensor:
         functions = self._choose("decode_attention", q, k_cache=keys, v_cache=values)
