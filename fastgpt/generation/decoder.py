@@ -75,7 +75,7 @@ class Decoder:
         self._stream_dtype = torch.float32 if residual == "float32" else self.dtype
         self._free_tables = not any(isinstance(table, Called) for table in (self.gpt.wte, self.gpt.wpe))
         self.calls = bool(view.called) or not self._free_tables  # modules, which may do anything
-        self._layers = plain_layers(self.gpt) if self.steps.fuses(width, self.dtype) else None
+        self._layers = plain_layers(self.gpt.h) if view.plain and self.steps.fuses(width, self.dtype) else None
         if not is_plain_gpt(inner):
             self._try(model)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastgpt.families import book, gpt2, nanogpt
 from fastgpt.families.anatomy import Anatomy, Layer
 from fastgpt.model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
-from fastgpt.modules import free_embedding, free_linear, linear_weight, occupied, own_type, plain
+from fastgpt.modules import bare, free_embedding, free_linear, linear_weight, occupied, own_type, plain
 from fastgpt.swap.layers import recognise_mlp, recognise_norm
 
 
@@ -168,7 +168,7 @@ class View:
         self.called: list[nn.Module] = []
         (vocabulary, width), context = found.tokens.weight.shape, len(found.positions.weight)
         shape: dict = dict(vocab_size=vocabulary, block_size=context, n_layer=len(found.layers), n_head=found.heads)
-        self.gpt = _made(
+        self.gpt = bare(
             GPT,
             config=GPTConfig(**shape, n_embd=width, tie=False, residual=residual, backend=found.backend),
             dtype=self.dtype,
@@ -177,17 +177,18 @@ class View:
             h=nn.ModuleList(self._block(number, layer, found.heads) for number, layer in enumerate(found.layers)),
             ln_f=self._norm(found.norm),
             lm_head=self._linear(found.head),
-        ).eval()
+        )
+        self.plain = len(self.called) == isinstance(self.gpt.lm_head, Called)  # all that the fused step takes
         self.sources.seal()
 
     def _block(self, number: int, layer: Layer, heads: int) -> nn.Module:
-        attn = _made(
+        attn = bare(
             CausalSelfAttention,
             c_attn=self._packed(layer.qkv),
             c_proj=self._linear(layer.out),
             **dict(n_head=heads, dropout=0.0, backend=self._backend, layer=number, scale=layer.scale),
         )
-        return _made(
+        return bare(
             Block, ln_1=self._norm(layer.norm_1), attn=attn, ln_2=self._norm(layer.norm_2), mlp=self._mlp(layer.mlp)
         )
 
@@ -213,7 +214,7 @@ class View:
             return self._call(module)
         self.sources.add(module, copied=False, names=names)
         own = dict(eps=getattr(module, "eps", 1e-5), dropout=0.0, backend=self._backend, dtype=self.dtype)
-        return _made(LayerNorm, weight=weight, bias=bias, **own)
+        return bare(LayerNorm, weight=weight, bias=bias, **own)
 
     def _linear(self, module: Any) -> nn.Module:
         if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
@@ -238,7 +239,7 @@ class View:
         copied = itself or form.weight.data_ptr() != modules[0].weight.data_ptr()
         for module in modules:
             self.sources.add(module, copied)
-        return _made(Lying if itself else nn.Linear, weight=form.weight, bias=form.bias, form=form)
+        return bare(Lying if itself else nn.Linear, weight=form.weight, bias=form.bias, form=form)
 
     def _as(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if self._cast is None else tensor.detach().to(self._cast)
@@ -257,18 +258,7 @@ class View:
         if changed or not (free_linear(fc) and free_linear(proj)):
             return self._call(module)
         own = dict(gelu=gelu, recompute=False, backend=self._backend)
-        return _made(MLP, c_fc=self._read(fc), c_proj=self._read(proj), **own)
-
-
-def _made(kind: Any, **own: Any) -> Any:
-    """A module with these attributes, tensors as parameters. Its own __init__ would fill parameters first, which takes
-    longer than a small model's first token, on the device "meta" too."""
-    module = kind.__new__(kind)
-    nn.Module.__init__(module)
-    for name, value in own.items():
-        value = nn.Parameter(value.detach(), requires_grad=False) if isinstance(value, Tensor) else value
-        setattr(module, name, value)
-    return module
+        return bare(MLP, c_fc=self._read(fc), c_proj=self._read(proj), **own)
 
 
 class Plain(NamedTuple):
@@ -284,11 +274,8 @@ class Plain(NamedTuple):
     proj: Any
 
 
-def plain_layers(gpt: GPT) -> list[Plain] | None:
-    """What the fused step takes; None where a part of a layer, or the last norm, is to be called."""
-    blocks: Any = gpt.h
-    if any(isinstance(part, Called) for part in (*blocks.modules(), gpt.ln_f)):
-        return None
+def plain_layers(blocks: Any) -> list[Plain]:
+    """What the fused step takes of a view."""
     return [
         Plain(
             norm_of(block.ln_1), block.attn.c_attn.form, block.attn.scale, block.attn.c_proj.form,
