@@ -48,7 +48,7 @@ class Batch:
         """spare: tokens beyond new_tokens that may be written and not kept. never: ids that are not drawn."""
         self.decoder, self.sampling, self.generator, self.vocab_size = decoder, sampling, generator, vocab_size
         device, longest = decoder.device, max(map(len, prompts))
-        self.samples, self.prompted, self.steps = samples, longest, 0
+        self.samples, self.steps, self.filled = samples, 0, longest  # tokens of the longest row
         self.rows = len(prompts) * samples
         self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + spare))
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
@@ -78,11 +78,7 @@ class Batch:
         with device_of(self.decoder):
             self._advance()
         self.steps += 1
-
-    @property
-    def filled(self) -> int:
-        """Tokens of the longest row."""
-        return self.prompted + self.steps
+        self.filled += 1
 
     def _advance(self) -> None:
         if self.steps == 0:

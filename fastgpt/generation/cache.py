@@ -62,8 +62,8 @@ class Step:
     """
 
     def __init__(self, steps: ops.DecodingSteps, cache: Cache, lengths: Tensor, new: int):
-        self._steps, self._lengths = steps, lengths
-        whole = cache.whole
+        self._steps, whole = steps, cache.whole
+        self._lengths: Tensor | None = lengths
         offsets = torch.arange(-new, 0, device=lengths.device)
         self.positions = lengths[:, None] + offsets  # of the new tokens
         if not steps.on_kernels and (reached := _on_the_host(lengths)) is not None:

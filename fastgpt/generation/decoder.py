@@ -6,7 +6,7 @@ tokens, `C` channels, `V` vocabulary.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,26 +14,28 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.generation.cache import Cache, Prompts, Step
-from fastgpt.generation.view import Called, Plain, View, anatomy, is_plain_gpt, norm_of, plain_layers, unwrapped
+from fastgpt.generation.view import Called, View, anatomy, is_plain_gpt, unwrapped
 from fastgpt.model import GPT, CachedPass
 
 MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
 
 
-def fused_step(steps: ops.DecodingSteps, layers: Iterable[Plain], norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
-    """Embedded tokens (B, Tq, C) -> what the head sees, (B, Tq, C): each norm is of one call with the residual add
-    before it and the linear layer after it. The block's formula, as model.Block has it."""
+def fused_step(steps: ops.DecodingSteps, gpt: Any, x: Tensor, cache: CachedPass) -> Tensor:
+    """The embedded tokens (B, Tq, C) of a view that calls nothing -> what the head sees, (B, Tq, C). The block's
+    formula, as model.Block has it: each norm is of one call with the residual add before it and the linear layer after
+    it."""
     shape, x = x.shape, x.flatten(0, 1)
     branch: Tensor | None = None
     bias: Tensor | None = None
-    for index, layer in enumerate(layers):
-        qkv, x = steps.norm_linear(x, branch, bias, layer.norm_1, layer.qkv, "")
-        y = cache.attend(index, qkv.view(*shape[:2], -1), layer.scale)
-        branch, bias = steps.product(y.view(-1, shape[2]), layer.out)
-        hidden, x = steps.norm_linear(x, branch, bias, layer.norm_2, layer.fc, layer.gelu)
-        branch, bias = steps.product(hidden, layer.proj)
-    return steps.add_norm(x, branch, bias, norm).view(shape)
+    for index, block in enumerate(gpt.h):
+        attn, mlp = block.attn, block.mlp
+        qkv, x = steps.norm_linear(x, branch, bias, block.ln_1.form, attn.c_attn.form, "")
+        y = cache.attend(index, qkv.view(*shape[:2], -1), attn.scale)
+        branch, bias = steps.product(y.view(-1, shape[2]), attn.c_proj.form)
+        hidden, x = steps.norm_linear(x, branch, bias, block.ln_2.form, mlp.c_fc.form, mlp.gelu)
+        branch, bias = steps.product(hidden, mlp.c_proj.form)
+    return steps.add_norm(x, branch, bias, gpt.ln_f.form).view(shape)
 
 
 class Decoder:
@@ -68,14 +70,16 @@ class Decoder:
         view = View(found, dtype, self.steps.layout(tokens, rows), residual)
         if view.called and dtype not in (None, embedded):
             raise ValueError(f"generate: dtype is {dtype}, but {self.name(view.called[0])} must be called as it is")
-        self.gpt, self.dtype, self._sources = view.gpt, view.dtype, view.sources
+        self.dtype, self._sources = view.dtype, view.sources
+        self.gpt: Any = view.gpt
         self.vocabulary, width = found.tokens.weight.shape
         self.outputs: int = head.weight.shape[0]  # may be padded past the vocabulary, or cropped
         self.context = len(found.positions.weight)
         self._stream_dtype = torch.float32 if residual == "float32" else self.dtype
         self._free_tables = not any(isinstance(table, Called) for table in (self.gpt.wte, self.gpt.wpe))
         self.calls = bool(view.called) or not self._free_tables  # modules, which may do anything
-        self._layers = plain_layers(self.gpt.h) if view.plain and self.steps.fuses(width, self.dtype) else None
+        self._fused = view.plain and self.steps.fuses(width, self.dtype)
+        self._weights = [part.weight for part in self.gpt.h.modules() if isinstance(part, nn.Linear)]
         if not is_plain_gpt(inner):
             self._try(model)
 
@@ -130,17 +134,16 @@ class Decoder:
             return self._walk(ids, Prompts(self, len(ids)))
 
     def _walk(self, ids: Tensor, cache: Prompts | Step) -> Tensor:
-        layers = self._layers
-        few = layers is not None and not (self.on_kernels and isinstance(cache, Prompts))
-        linears = (linear for layer in layers or () for linear in (layer.qkv, layer.out, layer.fc, layer.proj))
-        if layers is None or not few or not all(self.steps.fits(ids.numel(), linear.weight) for linear in linears):
-            return self.gpt.features(ids, positions=cache.positions, cache=cache)
+        """ids (B, T) -> what the head sees, (B, T, C)."""
+        gpt, steps, positions = self.gpt, self.steps, cache.positions
+        fused = self._fused and not (steps.on_kernels and isinstance(cache, Prompts))
+        if not (fused and all(steps.fits(ids.numel(), weight) for weight in self._weights)):
+            return gpt.features(ids, positions=positions, cache=cache)
         if self._free_tables:
-            tables = self.gpt.wte.weight, self.gpt.wpe.weight
-            x = self.steps.embedding(ids, *tables, cache.positions, self._stream_dtype)
+            x = steps.embedding(ids, gpt.wte.weight, gpt.wpe.weight, positions, self._stream_dtype)
         else:
-            x = self.gpt.embed(ids, cache.positions)
-        return fused_step(self.steps, layers, norm_of(self.gpt.ln_f), x, cache)
+            x = gpt.embed(ids, positions)
+        return fused_step(steps, gpt, x, cache)
 
     def first_not_finite(self, ids: Tensor) -> str | None:
         """The name of the first part that makes a number of this row (T,) infinite or NaN."""
@@ -155,7 +158,6 @@ class Decoder:
 
         gpt, live = self.gpt, self.anatomy
         parts = [(gpt.wte, live.tokens), (gpt.wpe, live.positions), (gpt.ln_f, live.norm)]
-        block: Any
         for block, layer in zip(gpt.h, live.layers, strict=True):
             parts += [(block.ln_1, layer.norm_1), (block.attn, layer.attn)]
             parts += [(block.ln_2, layer.norm_2), (block.mlp, layer.mlp)]
@@ -174,9 +176,9 @@ class Decoder:
             return self._logits(x)
 
     def _logits(self, x: Tensor) -> Tensor:
-        head: Any = self.gpt.lm_head
-        form = head if isinstance(head, Called) else head.form
-        few = self._layers is not None and self.on_kernels and form is not head and x.dim() == 3
+        head = self.gpt.lm_head
+        form = getattr(head, "form", head)  # or it is called
+        few = self._fused and self.on_kernels and form is not head and x.dim() == 3
         if few and self.steps.fits(x.shape[0] * x.shape[1], form.weight):
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
             return self.steps.linear(x.flatten(0, 1), *form, wide).view(*x.shape[:2], -1)

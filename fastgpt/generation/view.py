@@ -1,6 +1,6 @@
 """A live model of any family as a GPT in fastgpt's names: of its tensors, and its modules where they must be called."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,8 @@ class View:
     """A live model in fastgpt's names: `gpt`, a GPT whose parameters are the model's own tensors, or copies of them
     that are cast to `cast` unless None, and laid out. Norms and embeddings are never copied.
 
-    called: the parts that do more than their class, in whose places a Called stands.
+    Each norm and linear layer has a `form`, what the fused step takes: (weight, bias, eps), or a function with a weight
+    and a bias. called: the parts that do more than their class, in whose places a Called stands.
     """
 
     def __init__(self, found: Anatomy, cast: torch.dtype | None, layout: Any, residual: Any):
@@ -178,7 +179,7 @@ class View:
             ln_f=self._norm(found.norm),
             lm_head=self._linear(found.head),
         )
-        self.plain = len(self.called) == isinstance(self.gpt.lm_head, Called)  # all that the fused step takes
+        self.plain = len(self.called) == isinstance(self.gpt.lm_head, Called)  # all layers, and the last norm
         self.sources.seal()
 
     def _block(self, number: int, layer: Layer, heads: int) -> nn.Module:
@@ -213,8 +214,9 @@ class View:
         if occupied(module) or not plain(weight, bias):
             return self._call(module)
         self.sources.add(module, copied=False, names=names)
-        own = dict(eps=getattr(module, "eps", 1e-5), dropout=0.0, backend=self._backend, dtype=self.dtype)
-        return bare(LayerNorm, weight=weight, bias=bias, **own)
+        norm = weight, bias, getattr(module, "eps", 1e-5)
+        own: dict = dict(zip(("weight", "bias", "eps"), norm, strict=True), form=norm)
+        return bare(LayerNorm, **own, dropout=0.0, backend=self._backend, dtype=self.dtype)
 
     def _linear(self, module: Any) -> nn.Module:
         if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
@@ -259,31 +261,3 @@ class View:
             return self._call(module)
         own = dict(gelu=gelu, recompute=False, backend=self._backend)
         return bare(MLP, c_fc=self._read(fc), c_proj=self._read(proj), **own)
-
-
-class Plain(NamedTuple):
-    """A layer of a view whose parts are all weights: norms (weight, bias, eps), and linear layers in their forms."""
-
-    norm_1: tuple
-    qkv: Any
-    scale: float | None
-    out: Any
-    norm_2: tuple
-    fc: Any
-    gelu: str
-    proj: Any
-
-
-def plain_layers(blocks: Any) -> list[Plain]:
-    """What the fused step takes of a view."""
-    return [
-        Plain(
-            norm_of(block.ln_1), block.attn.c_attn.form, block.attn.scale, block.attn.c_proj.form,
-            norm_of(block.ln_2), block.mlp.c_fc.form, block.mlp.gelu, block.mlp.c_proj.form,
-        )
-        for block in blocks
-    ]  # fmt: skip
-
-
-def norm_of(norm: Any) -> tuple:
-    return norm.weight, norm.bias, norm.eps

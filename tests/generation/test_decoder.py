@@ -7,7 +7,7 @@ from torch import nn
 
 from fastgpt import GPT, generate
 from fastgpt.generation import stream
-from fastgpt.generation.cache import Cache
+from fastgpt.generation.cache import Cache, Prompts, Step
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.evaluation import evaluate
 from fastgpt.ops import autograd
@@ -58,6 +58,18 @@ def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens):
         tolerance = max(tolerance, 1e-6)  # what it rounds to
     for alone, among in zip(logits[:3] * 2, logits[3:], strict=True):
         torch.testing.assert_close(alone, among, rtol=0, atol=tolerance * among.abs().max().item())
+
+
+def test_a_gpts_own_features_with_a_cache(model):
+    """In two passes as in one."""
+    decoder = Decoder(model)
+    ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    whole, cache = model.features(ids), Cache(decoder, 2, 5)
+    with torch.no_grad():
+        first = model.features(ids[:, :3], cache=Prompts(decoder, 2, cache))
+        step = Step(decoder.steps, cache, torch.tensor([5, 5]), 2)
+        second = model.features(ids[:, 3:], positions=step.positions, cache=step)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_of_two_dtypes_go_the_long_way(model):
@@ -215,7 +227,7 @@ def test_the_model_is_left_as_it_was(family):
 
 
 def test_a_part_with_a_hook_is_called():
-    model, calls = models.hugging_face(), []
+    model, calls = models.hugging_face(scale_attn_by_inverse_layer_idx=True), []
     plain = generate(model, PROMPT, 4, temperature=0).tokens
 
     def louder(module, inputs, output):
