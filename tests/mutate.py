@@ -80,9 +80,8 @@ DECODER, CACHE, SAMPLING, BATCH = (
     "fastgpt/generation/batch.py",
 )
 LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/view.py", "fastgpt/model.py"
-KEPT, CALLED, LOOKS, HOOKED = (
+KEPT, LOOKS, HOOKED = (
     "test_decoder.py::",
-    "test_decoder.py::test_a_part_with_a_hook_is_called",
     "test_swap_parts.py::",
     "test_model_parts.py::test_a_part_with_a_hook_is_called",
 )
@@ -369,12 +368,10 @@ MUTANTS = [
     Mutant("GPT passes by a hooked projection", MODEL, "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
     Mutant("GPT passes by a hooked MLP", MODEL, "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),
     Mutant("GPT passes by a hooked embedding", MODEL, "if free_embedding(self.wte) and free_embedding(self.wpe):", "if True:", HOOKED, False),
-    Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED, False),
-    Mutant("GPT does not hear positions", MODEL, "x = self.embed(idx, positions)", "x = self.embed(idx)", CALLED, False),
-    Mutant("GPT does not hear the scale of the scores", MODEL, "cache.attend(self.layer, qkv, self.scale)", "cache.attend(self.layer, qkv, None)", CALLED, False),
+    Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
+    Mutant("GPT does not hear positions", MODEL, "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
+    Mutant("GPT does not hear the scale of the scores", MODEL, "cache.attend(self.layer, qkv, self.scale)", "cache.attend(self.layer, qkv, None)", KEPT + "test_a_gpts_own_features_with_a_cache", False),
     Mutant("all layers in one layer's cache", MODEL, "Block(config, layer) for layer", "Block(config) for layer", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
-    Mutant("a view's norm in its weight's dtype", MODEL, "return self(x).to(self.dtype or compute_dtype(self.weight)), x", "return self(x).to(compute_dtype(self.weight)), x", GENERATION + "test_logits_that_are_not_finite", False),
-    Mutant("called projections in another order", READ, "torch.cat(made, dim=-1)", "torch.cat(made[::-1], dim=-1)", KEPT + "test_queries_with_a_bias_and_keys_without", False),
     Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
     # runs and data
     Mutant("overwritten before it can begin", "fastgpt/training/run.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
