@@ -61,17 +61,20 @@ class Step:
     lengths: (B,), of the rows with the new tokens counted in.
     """
 
+    _lengths: Tensor | None  # None where they are all the caches' slots
+
     def __init__(self, steps: ops.DecodingSteps, cache: Cache, lengths: Tensor, new: int):
-        self._steps, whole = steps, cache.whole
-        self._lengths: Tensor | None = lengths
+        self._steps, self._lengths, whole = steps, lengths, cache.whole
         offsets = torch.arange(-new, 0, device=lengths.device)
-        self.positions = lengths[:, None] + offsets  # of the new tokens
-        if not steps.on_kernels and (reached := _on_the_host(lengths)) is not None:
+        reached = None if steps.on_kernels else _on_the_host(lengths)  # a kernel reads no further by itself
+        if reached is not None:
             longest = max(reached)
-            whole = whole[..., :longest, :]  # a kernel reads no further by itself
+            whole = whole[..., :longest, :]
             if min(reached) == longest:
-                self._lengths, self.positions = None, longest + offsets
+                self._lengths, self.positions = None, longest + offsets  # of the new tokens
                 self._newest = whole[..., longest - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
+        if self._lengths is not None:
+            self.positions = lengths[:, None] + offsets
         self._k, self._v = (half.unbind() for half in whole)
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:

@@ -137,7 +137,7 @@ class Decoder:
         """ids (B, T) -> what the head sees, (B, T, C)."""
         gpt, steps, positions = self.gpt, self.steps, cache.positions
         fused = self._fused and not (steps.on_kernels and isinstance(cache, Prompts))
-        if not (fused and all(steps.fits(ids.numel(), weight) for weight in self._weights)):
+        if not (fused and steps.fits(ids.numel(), *self._weights)):
             return gpt.features(ids, positions=positions, cache=cache)
         if self._free_tables:
             x = steps.embedding(ids, gpt.wte.weight, gpt.wpe.weight, positions, self._stream_dtype)

@@ -60,8 +60,8 @@ class OnPyTorch:
         """Whether a layer of that width and dtype may take norm_linear and product."""
         return True
 
-    def fits(self, rows: int, weight: Tensor) -> bool:
-        """Whether so few rows of a product with that weight (N, K) are faster by norm_linear and product."""
+    def fits(self, rows: int, *weights: Tensor) -> bool:
+        """Whether so few rows of products with these weights (N, K) are faster by norm_linear and product."""
         return True
 
     def norm_linear(
@@ -116,8 +116,8 @@ class OnKernels(OnPyTorch):
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
         return width <= self._widest and dtype != torch.float64
 
-    def fits(self, rows: int, weight: Tensor) -> bool:
-        return self._fits(rows, weight)
+    def fits(self, rows: int, *weights: Tensor) -> bool:
+        return all(self._fits(rows, weight) for weight in weights)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """x (M, K) -> (M, N), rounded to weight's dtype and given in it or in `dtype`."""
