@@ -21,21 +21,20 @@ MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
 
 
-def fused_step(steps: ops.DecodingSteps, gpt: Any, x: Tensor, cache: CachedPass) -> Tensor:
-    """The embedded tokens (B, Tq, C) of a view that calls nothing -> what the head sees, (B, Tq, C). The block's
-    formula, as model.Block has it: each norm is of one call with the residual add before it and the linear layer after
-    it."""
+def fused_step(steps: ops.DecodingSteps, layers: list, norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
+    """Embedded tokens (B, Tq, C) -> what the head sees, (B, Tq, C), of a view none of whose layers calls a module. The
+    block's formula, as model.Block has it: each norm is of one call with the residual add before it and the linear
+    layer after it. layers: the forms of each, as Decoder lists them."""
     shape, x = x.shape, x.flatten(0, 1)
     branch: Tensor | None = None
     bias: Tensor | None = None
-    for index, block in enumerate(gpt.h):
-        attn, mlp = block.attn, block.mlp
-        qkv, x = steps.norm_linear(x, branch, bias, block.ln_1.form, attn.c_attn.form, "")
-        y = cache.attend(index, qkv.view(*shape[:2], -1), attn.scale)
-        branch, bias = steps.product(y.view(-1, shape[2]), attn.c_proj.form)
-        hidden, x = steps.norm_linear(x, branch, bias, block.ln_2.form, mlp.c_fc.form, mlp.gelu)
-        branch, bias = steps.product(hidden, mlp.c_proj.form)
-    return steps.add_norm(x, branch, bias, gpt.ln_f.form).view(shape)
+    for index, (ln_1, c_attn, scale, c_proj, ln_2, c_fc, gelu, mlp_proj) in enumerate(layers):
+        qkv, x = steps.norm_linear(x, branch, bias, ln_1, c_attn, "")
+        y = cache.attend(index, qkv.view(*shape[:2], -1), scale)
+        branch, bias = steps.product(y.view(-1, shape[2]), c_proj)
+        hidden, x = steps.norm_linear(x, branch, bias, ln_2, c_fc, gelu)
+        branch, bias = steps.product(hidden, mlp_proj)
+    return steps.add_norm(x, branch, bias, norm).view(shape)
 
 
 class Decoder:
@@ -79,6 +78,11 @@ class Decoder:
         self._free_tables = not any(isinstance(table, Called) for table in (self.gpt.wte, self.gpt.wpe))
         self.calls = bool(view.called) or not self._free_tables  # modules, which may do anything
         self._fused = view.plain and self.steps.fuses(width, self.dtype)
+        self._layers = [  # looked up once: modules find their parts slowly
+            (block.ln_1.form, attn.c_attn.form, attn.scale, attn.c_proj.form,
+             block.ln_2.form, mlp.c_fc.form, mlp.gelu, mlp.c_proj.form)
+            for block, attn, mlp in ((block, block.attn, block.mlp) for block in self.gpt.h if self._fused)
+        ]  # fmt: skip
         self._weights = [part.weight for part in self.gpt.h.modules() if isinstance(part, nn.Linear)]
         if not is_plain_gpt(inner):
             self._try(model)
@@ -143,7 +147,7 @@ class Decoder:
             x = steps.embedding(ids, gpt.wte.weight, gpt.wpe.weight, positions, self._stream_dtype)
         else:
             x = gpt.embed(ids, positions)
-        return fused_step(steps, gpt, x, cache)
+        return fused_step(steps, self._layers, gpt.ln_f.form, x, cache)
 
     def first_not_finite(self, ids: Tensor) -> str | None:
         """The name of the first part that makes a number of this row (T,) infinite or NaN."""
