@@ -73,12 +73,13 @@ CACHED, DRAWN, STOPS = (
     SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
     SAMPLED + "test_each_row_stops_by_itself",
 )
-DECODER, SAMPLING, BATCH = (
+DECODER, CACHE, SAMPLING, BATCH = (
     "fastgpt/generation/decoder.py",
+    "fastgpt/generation/cache.py",
     "fastgpt/generation/sampling.py",
     "fastgpt/generation/batch.py",
 )
-LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/parts.py", "fastgpt/model.py"
+LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/view.py", "fastgpt/model.py"
 KEPT, HOOKED = "test_decoder.py::", "test_model_parts.py::test_a_part_with_a_hook_is_called"
 SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/generation/speculative.py",
@@ -270,11 +271,11 @@ MUTANTS = [
     Mutant("loss ignores -100", "fastgpt/swap/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", DECODER, "else (lengths[:, None] - new) + steps", "else (lengths[:, None] - new - 1).clamp(min=0) + steps", CACHED, False),
+    Mutant("positions one too early", CACHE, "self.positions = lengths[:, None] + offsets", "self.positions = (lengths[:, None] - 1 + offsets).clamp(min=0)", CACHED, False),
     Mutant("a stale cache row", "fastgpt/ops/decoding.py", "values[rows, :, places] = v", "pass", CACHED, False),
-    Mutant("a position of a filled cache one too late", DECODER, "cache.slots - new + steps if", "cache.slots - new + 1 + steps if", ALONE, False),
-    Mutant("keys of a filled cache a slot early", DECODER, "cache.slots - new :, :]", "cache.slots - new - 1 : -1, :]", ALONE, False),
-    Mutant("a token that does not see itself", DECODER, "packed[0], keys, values, scale", "packed[0], keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
+    Mutant("a position of a filled cache one too late", CACHE, "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
+    Mutant("keys of a filled cache a slot early", CACHE, "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
+    Mutant("a token that does not see itself", STEPS, "return F.scaled_dot_product_attention(q, keys, values, scale", "return F.scaled_dot_product_attention(q, keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
     Mutant("the fused step skips a residual add", "fastgpt/ops/decoding.py", "total = x if branch is None else x + branch", "total = x if branch is None else branch", ALONE, False),
     Mutant("the fused step without its GELU", "fastgpt/ops/decoding.py", "(_gelu(y, gelu) if gelu else y), x", "y, x", ALONE, False),
     Mutant("a bag without its bias", LINEARS, "if bias is not None:", "if False:", "test_linears.py::test_bags_are_a_linear_layer", False),
@@ -282,8 +283,8 @@ MUTANTS = [
     Mutant("streams that x does not follow", LINEARS, ".view(streams, -1).t().flatten()", ".view(-1, streams).t().flatten()", "test_linears.py::test_bags_are_a_linear_layer", False),
     Mutant("tensors that overlap", "fastgpt/memory.py", "* _CACHE_LINE :]", "* _CACHE_LINE // 2 :]", "test_linears.py::test_tensors_on_large_pages", False),
     Mutant("a sum that need not be finite", BATCH, "math.isfinite(logits.sum().item())", "True", BATCHED + "test_finite_logits_whose_sum_is_not", False),
-    Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),
-    Mutant("the family's scale not read", "fastgpt/generation/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
+    Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, ids.shape[1]) - 1)", CACHED, False),
+    Mutant("the family's scale not read", READ, "scale=layer.scale", "scale=None", CACHED, False),
     Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", "test_decoder.py::test_a_model_of_another_form_is_refused", False),
     Mutant("modes not restored", DECODER, "module.training = training", "pass", "test_decoder.py::test_the_model_is_left_as_it_was", False),
     Mutant("top_p one token short", SAMPLING, "F.pad(counts.cumsum(-1)[:, :-1], (1, 0))", "counts.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
@@ -370,7 +371,10 @@ MUTANTS = [
     Mutant("GPT passes by a hooked projection", MODEL, "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
     Mutant("GPT passes by a hooked MLP", MODEL, "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),
     Mutant("GPT passes by a hooked embedding", MODEL, "if free_embedding(self.wte) and free_embedding(self.wpe):", "if True:", HOOKED, False),
-    Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED, False),
+    Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
+    Mutant("GPT does not hear positions", MODEL, "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
+    Mutant("GPT does not hear the scale of the scores", MODEL, "cache.attend(self.layer, qkv, self.scale)", "cache.attend(self.layer, qkv, None)", KEPT + "test_a_gpts_own_features_with_a_cache", False),
+    Mutant("all layers in one layer's cache", MODEL, "Block(config, layer) for layer", "Block(config) for layer", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
     Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
     # runs and data
     Mutant("overwritten before it can begin", "fastgpt/training/run.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),

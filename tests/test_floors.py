@@ -172,6 +172,37 @@ def test_only_judges_know_the_naive_reference():
     assert not found, "\n".join(found)
 
 
+def past_the_door(source: str, package: str) -> list[tuple[int, str]]:
+    """Modules of ops/ that are reached, not ops itself."""
+    rooms = {file.stem for file in (PACKAGE / "ops").iterdir()} - {"__init__", "__pycache__"}
+    found = {(line, name) for line, name in reached(source, package) if name.startswith("fastgpt.ops.")}
+    return sorted((line, name) for line, name in found if name.split(".")[2] in rooms)
+
+
+def test_above_ops_its_functions_alone_are_reached():
+    found = []
+    for name, file in modules().items():
+        if name.split(".")[1] not in ("ops", "kernels"):
+            for line, other in past_the_door(file.read_text(encoding="utf-8"), package_of(name, file)):
+                if not (file.name in JUDGES and other.split(".")[2] == "reference"):
+                    found.append(f"{name}:{line} reaches {other}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from fastgpt.ops import pytorch",
+        "from fastgpt.ops.cpu.linears import Layout",
+        "from fastgpt.ops.decoding import OnPyTorch",
+        "from fastgpt import ops\nops.cpu.mlp.gelu",
+    ],
+)
+def test_every_way_past_the_door_is_seen(source):
+    assert past_the_door(source, "fastgpt")
+    assert not past_the_door("from fastgpt import ops\nops.embedding\nops.decoding_steps", "fastgpt")
+
+
 @pytest.mark.parametrize(
     "source",
     [

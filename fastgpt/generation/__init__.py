@@ -10,7 +10,8 @@ from torch import nn
 from fastgpt import memory
 from fastgpt.data.tokenizer import undecodable
 from fastgpt.generation.batch import Batch, Readback, Told, slots
-from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.generation.cache import Cache
+from fastgpt.generation.decoder import MAX_STEP, Decoder
 from fastgpt.generation.given import at_least_1, prompts_of, stop_ids_of, strings_of, whole_number
 from fastgpt.generation.sampling import Sampling
 from fastgpt.generation.speculative import Speculation

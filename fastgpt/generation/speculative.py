@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.generation.batch import Batch, Told, threads_for
-from fastgpt.generation.decoder import Cache, Decoder
+from fastgpt.generation.cache import Cache
+from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import race
 
 
@@ -19,13 +20,13 @@ class Speculation:
     def __init__(self, batch: Batch, draft: Decoder, count: int):
         self.batch, self.draft, self.count = batch, draft, count
         self.cache = Cache(draft, batch.rows, batch.cache.slots)
-        self.lengths = [batch.longest] * batch.rows  # as the host knows them; the longest is what matters
+        self.lengths = [batch.filled] * batch.rows  # as the host knows them; the longest is what matters
         self.active = [True] * batch.rows
 
     def start(self) -> Told:
         """The first token of each row, which no draft is needed for."""
         batch = self.batch
-        rows, lengths = batch.history[:: batch.samples, : batch.longest], batch.lengths[:: batch.samples]
+        rows, lengths = batch.history[:: batch.samples, : batch.filled], batch.lengths[:: batch.samples]
         self.draft.prefill(rows, lengths, self.cache)
         batch.advance()
         self.lengths = batch.lengths.tolist()
@@ -39,10 +40,11 @@ class Speculation:
         longest = max(length for length, active in zip(self.lengths, self.active, strict=True) if active)
         count = min(self.count if most is None else most, batch.cache.slots - longest)
         lengths = batch.lengths.clamp(max=longest)  # a row that has ended goes along, and writes nothing down
-        proposals, guesses, seen = self._propose(count, lengths, longest)
+        proposals, guesses, seen = self._propose(count, lengths)
         last = batch.history.gather(1, lengths[:, None] - 1)
         ids = torch.cat((last, proposals), dim=1)
-        logits = self._decode(batch.decoder, ids, lengths + count, batch.cache, longest + count)
+        with threads_for(batch.decoder, ids.numel()):
+            logits = batch.decoder.decode(ids, lengths + count, batch.cache)
         logits = batch.allowed(logits)  # (B, count + 1, V)
         if count and not logits[torch.tensor(self.active, dtype=torch.bool, device=logits.device)].isfinite().all():
             return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
@@ -58,7 +60,7 @@ class Speculation:
         new[row, taken] = race(rest, batch.generator)
         return self._write(new, taken, logits)
 
-    def _propose(self, count: int, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def _propose(self, count: int, lengths: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Tokens (B, count), what they were drawn from (B, count, V), and what each row had seen before each."""
         batch, draft = self.batch, self.draft
         proposals = lengths.new_zeros(batch.rows, count)
@@ -69,7 +71,8 @@ class Speculation:
                 ids = batch.history.gather(1, places)
             else:
                 ids = proposals[:, i - 1 : i]
-            logits = self._decode(draft, ids, lengths + i, self.cache, longest + i)[:, -1]
+            with threads_for(draft, ids.numel()):
+                logits = draft.decode(ids, lengths + i, self.cache)[:, -1]
             logits = batch.allowed(logits)
             guess = batch.sampling.probabilities(logits, seen[-1])
             if not logits.isfinite().all():
@@ -79,13 +82,6 @@ class Speculation:
             before = seen[-1]
             seen.append(None if before is None else before.scatter(1, proposals[:, i : i + 1], True))
         return proposals, torch.stack(guesses, dim=1) if guesses else proposals, seen
-
-    def _decode(self, decoder: Decoder, ids: Tensor, lengths: Tensor, cache: Cache, longest: int) -> Tensor:
-        """longest: of the lengths, as far as the cache is to be read; the kernels see to that themselves."""
-        if decoder.on_kernels:
-            return decoder.decode(ids, lengths, cache)
-        with threads_for(decoder, ids.numel()):
-            return decoder.decode(ids, None if self.batch.rows == 1 else lengths, cache.first(longest))
 
     def _taken(self, proposals: Tensor, guesses: Tensor, wanted: Tensor) -> Tensor:
         """How many proposals of each row are taken: all before the first that is not."""

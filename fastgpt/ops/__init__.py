@@ -27,11 +27,13 @@ from fastgpt.ops.choice import (
     interpreted,
     no_triton,
 )
+from fastgpt.ops.decoding import OnPyTorch as DecodingSteps
 from fastgpt.ops.transforms import watcher
 
 __all__ = [
     "FUNCTIONS",
     "Backend",
+    "DecodingSteps",
     "add_layer_norm",
     "autograd",
     "backend_in_words",

@@ -41,9 +41,13 @@ def backend_for(name: str, backend: Backend, operand: Tensor, **arguments) -> Mo
 
 def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
     """The steps of decoding of a model of which `operand` is a weight, chosen once for all its calls."""
-    if backend_for("layer_norm", backend, operand) is autograd:
-        return decoding.OnKernels(autograd)
-    return decoding.OnPyTorch()
+    if backend_for("layer_norm", backend, operand) is not autograd:
+        return decoding.OnPyTorch()
+
+    def choose(name: str, operand: Tensor, **arguments) -> ModuleType:
+        return backend_for(name, backend, operand, **arguments)
+
+    return decoding.OnKernels(autograd, choose)
 
 
 def explain(function: Callable, *args, **kwargs) -> str:
