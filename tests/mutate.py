@@ -73,7 +73,7 @@ CACHED, DRAWN, STOPS = (
     SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
     SAMPLED + "test_each_row_stops_by_itself",
 )
-DECODER, CACHE, SAMPLING, BATCH = (
+DECODER, ATTENDED, SAMPLING, BATCH = (
     "fastgpt/generation/decoder.py",
     "fastgpt/generation/cache.py",
     "fastgpt/generation/sampling.py",
@@ -271,10 +271,10 @@ MUTANTS = [
     Mutant("loss ignores -100", "fastgpt/swap/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", CACHE, "self.positions = lengths[:, None] + offsets", "self.positions = (lengths[:, None] - 1 + offsets).clamp(min=0)", CACHED, False),
+    Mutant("positions one too early", ATTENDED, "self.positions = lengths[:, None] + offsets", "self.positions = (lengths[:, None] - 1 + offsets).clamp(min=0)", CACHED, False),
     Mutant("a stale cache row", "fastgpt/ops/decoding.py", "values[rows, :, places] = v", "pass", CACHED, False),
-    Mutant("a position of a filled cache one too late", CACHE, "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
-    Mutant("keys of a filled cache a slot early", CACHE, "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
+    Mutant("a position of a filled cache one too late", ATTENDED, "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
+    Mutant("keys of a filled cache a slot early", ATTENDED, "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
     Mutant("a token that does not see itself", STEPS, "return F.scaled_dot_product_attention(q, keys, values, scale", "return F.scaled_dot_product_attention(q, keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
     Mutant("the fused step skips a residual add", "fastgpt/ops/decoding.py", "total = x if branch is None else x + branch", "total = x if branch is None else branch", ALONE, False),
     Mutant("the fused step without its GELU", "fastgpt/ops/decoding.py", "(_gelu(y, gelu) if gelu else y), x", "y, x", ALONE, False),
