@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt import ops
+from fastgpt.private import FakeTensorMode
 
 DRIVER = Path("/proc/driver/nvidia/version")  # there while NVIDIA's module is loaded; Linux alone has it
 

@@ -18,10 +18,9 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import ops, private
 
 
 class Swap(NamedTuple):
@@ -153,14 +152,11 @@ def runs(module: nn.Module) -> bool:
 def occupied(module: nn.Module) -> str | None:
     """Why the module must be called, or None where its forward is all that a call does."""
     state = module.__dict__
-    if (
-        state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-        or state["_backward_pre_hooks"] or torch.nn.modules.module._has_any_global_hook()
-    ):  # fmt: skip
+    if private.has_hooks(state):
         return "it has hooks"
-    if "parametrizations" in state["_modules"]:
+    if "parametrizations" in private.children(module):
         return "it is parametrized"
-    if state.get("_compiled_call_impl") is not None:
+    if private.is_compiled(state):
         return "it is compiled by itself"
     if "forward" in state and not is_ours(module, state["forward"]):
         return "it has a forward of its own"
@@ -198,14 +194,14 @@ def is_linear(module) -> bool:
     return type(module).forward is nn.Linear.forward or (
         own_type(module).__name__ == "Conv1D"
         and hasattr(module, "nf")
-        and list(module._parameters) == ["weight", "bias"]
+        and list(private.parameters(module)) == ["weight", "bias"]
     )
 
 
 def free_linear(module) -> bool:
     if not is_linear(module) or occupied(module):
         return False
-    own = module._parameters  # quicker to look into than attributes
+    own = private.parameters(module)  # quicker to look into than attributes
     return plain(*own.values()) if "weight" in own else plain(module.weight, module.bias)
 
 
@@ -234,7 +230,7 @@ def bare(kind: Any, **own: Any) -> Any:
     nn.Module.__init__(module)
     for name, value in dict(own, training=False).items():
         if isinstance(value, Tensor):
-            module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
+            private.parameters(module)[name] = nn.Parameter(value.detach(), requires_grad=False)
         else:
-            (module._modules if isinstance(value, nn.Module) else module.__dict__)[name] = value
+            (private.children(module) if isinstance(value, nn.Module) else module.__dict__)[name] = value
     return module

@@ -16,7 +16,7 @@ import fastgpt.kernels
 PACKAGE = Path(fastgpt.__file__).parent
 KERNELS = Path(fastgpt.kernels.__path__[0])  # which lie beside the package in a checkout
 FLOORS = (  # from the ground up: a file imports of its own floor and of those below
-    {"kernels", "atomic", "memory", "fields", "cuda_graph"},
+    {"kernels", "atomic", "memory", "fields", "cuda_graph", "private"},
     {"ops"},
     {"modules", "families", "model"},
     {"swap", "weights", "data"},

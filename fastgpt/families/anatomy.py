@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from fastgpt import ops
+from fastgpt import ops, private
 from fastgpt.modules import Swap, dropout_p, occupied, swap_of
 
 
@@ -50,8 +50,8 @@ class Anatomy(NamedTuple):
 def _only_listened_to(module: nn.Module) -> bool:
     """Whether its only hooks are those that transformers leaves once it was asked for hidden states or attentions: they
     keep an output while that is asked for, and change nothing."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    others = module._backward_hooks or module._backward_pre_hooks or "parametrizations" in module._modules
+    hooks = private.hooks(module)
+    others = private.has_backward_hooks(module) or "parametrizations" in private.children(module)
     theirs = all(getattr(hook, "__module__", "") == "transformers.utils.output_capturing" for hook in hooks)
     return bool(hooks) and theirs and not others
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt import private
 from fastgpt.families import book, gpt2, nanogpt
 from fastgpt.families.anatomy import Anatomy, Layer
 from fastgpt.model import GPT, MLP, Block, CausalSelfAttention, GPTConfig, LayerNorm
@@ -15,8 +16,8 @@ from fastgpt.swap.layers import recognise_mlp, recognise_norm
 def unwrapped(model: Any) -> Any:
     """Without torch.compile's, DistributedDataParallel's and PEFT's covers."""
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
+        if (inner := private.compiled_from(model)) is not None:
+            model = inner
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
@@ -108,7 +109,7 @@ class Sources:
 
 
 def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else 0 if tensor.is_inference() else tensor._version
+    return None if tensor is None else private.version(tensor)
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 import triton
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
 from fastgpt.ops import loss
-from fastgpt.ops.transforms import is_batch, transformed
+from fastgpt.private import dispatch_modes, is_batch, transformed
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 _FEWEST_ROWS = 256  # of the logits at once: with fewer the matmuls wait for weight and dweight to be read and written
@@ -123,7 +122,7 @@ def _custom_op(launcher, fake):
 
     @functools.wraps(launcher)
     def call(first, *args):
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or transformed():
+        if torch.compiler.is_compiling() or dispatch_modes() or transformed():
             return op(first, *args)
         for arg in (first, *args):
             if isinstance(arg, Tensor) and (type(arg) not in _ORDINARY or is_batch(arg)):

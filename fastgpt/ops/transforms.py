@@ -3,11 +3,10 @@ every way, mapped and recorded: a kernel, an autograd.Function of ours and what 
 """
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-transformed = torch._C._are_functorch_transforms_active
-is_batch = torch._C._functorch.is_legacy_batchedtensor  # see mapped
+from fastgpt import private
+from fastgpt.private import is_batch, transformed
 
 
 def mapped(gradient: Tensor) -> bool:
@@ -20,7 +19,7 @@ def watcher() -> str | None:
     """What follows each operation now, in words, or None. 0.1 µs: every call asks."""
     if transformed():
         return "a transform of torch.func is at work"
-    if forward_ad._current_level >= 0:
+    if private.is_forward_mode():
         return "forward-mode differentiation is on"
     if torch.jit.is_tracing():
         return "torch.jit.trace records the call"
@@ -29,7 +28,4 @@ def watcher() -> str | None:
 
 def unwrapped(x: Tensor) -> Tensor:
     """The tensor that a transform of torch.func wraps, with the axes over which it is mapped; x itself elsewhere."""
-    if transformed() and not torch.compiler.is_compiling():
-        while torch._C._functorch.is_functorch_wrapped_tensor(x):
-            x = torch._C._functorch.get_unwrapped(x)
-    return x
+    return private.unwrapped(x) if transformed() and not torch.compiler.is_compiling() else x

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastgpt import modules, ops
+from fastgpt import modules, ops, private
 from fastgpt.modules import Swap
 from fastgpt.swap import book, gpt2, layers, nanogpt, trial
 from fastgpt.swap.report import Report, Row
@@ -106,7 +106,9 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
     """Put the swap in, or say why not."""
     if "forward" in module.__dict__:
         return "it has a forward of its own"
-    if "parametrizations" in module._modules:  # whose removal looks for its own class right behind the module's
+    if "parametrizations" in private.children(
+        module
+    ):  # whose removal looks for its own class right behind the module's
         return "it is parametrized"
     if hasattr(type(module), "fastgpt_made") and modules.made_of(type(module)) is None:
         return "its class was made of a swapped module's"

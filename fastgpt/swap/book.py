@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import ops, private
 from fastgpt.families.book import SPLIT, residual_dropout
 from fastgpt.modules import (
     Swap,
@@ -24,7 +24,7 @@ from fastgpt.swap.layers import add_then_norm
 
 
 def recognise(module: Any) -> Swap | str | None:
-    children = module._modules
+    children = private.children(module)
     if {"att", "ff", "norm1", "norm2"} <= children.keys():
         width = width_of(children["norm1"])
         if width is None:
@@ -58,7 +58,7 @@ def _heads(attn: Any, swap: Swap, x: Tensor, use_cache=False, cache=None) -> tup
         return None
     batch, time, _ = x.shape
     options: dict = dict(dropout_p=p, backend=swap.backend)
-    if "qkv" in attn._modules:
+    if "qkv" in private.children(attn):
         return ops.causal_attention_qkv(attn.qkv(x), attn.num_heads, **options), None
     k, v, q = (  # in the order of the book's forward, for the sake of hooks
         linear(x).view(batch, time, attn.num_heads, -1).transpose(1, 2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import ops, private
 from fastgpt.families.gpt2 import SPECIAL, key_mask, special
 from fastgpt.modules import (
     Swap,
@@ -34,7 +34,7 @@ _KNOWN = {
 
 
 def recognise(module: Any) -> Swap | str | None:
-    children = module._modules
+    children = private.children(module)
     if {"ln_1", "attn", "ln_2", "mlp"} <= children.keys() and hasattr(children["attn"], "num_heads"):
         parameters = tuple(inspect.signature(own_type(module).forward).parameters)[1:]
         width = width_of(children["ln_1"])

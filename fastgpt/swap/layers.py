@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import ops
+from fastgpt import ops, private
 from fastgpt.modules import (
     Swap,
     class_forward,
@@ -55,7 +55,7 @@ _AFFINE = (["weight", "bias"], ["weight"], ["scale", "shift"])  # a norm's param
 
 def recognise_norm(module: Any) -> Swap | str | None:
     """nn.LayerNorm, nanoGPT's (weight, bias or none) and the book's (scale, shift)."""
-    own = list(module._parameters)
+    own = list(private.parameters(module))
     if own_type(module).forward is nn.LayerNorm.forward:
         if len(module.normalized_shape) != 1:
             return f"it normalises {len(module.normalized_shape)} axes"
@@ -67,7 +67,7 @@ def recognise_norm(module: Any) -> Swap | str | None:
         return None
     names = ("scale", "shift") if own == ["scale", "shift"] else ("weight", "bias")
     weight = getattr(module, names[0])
-    if module._modules or weight is None or weight.dim() != 1:
+    if private.children(module) or weight is None or weight.dim() != 1:
         return None
     return Swap(layer_norm, "layer_norm", "layer_norm", names, width=weight.shape[0])
 
@@ -96,7 +96,7 @@ def add_then_norm(
 
 @of_one_input
 def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
-    if tuple(module._modules) != swap.children:  # one was added to an nn.Sequential, or taken from it
+    if tuple(private.children(module)) != swap.children:  # one was added to an nn.Sequential, or taken from it
         return class_forward(module, x)
     parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
     linear_in, linear_out, act, dropout = parts
@@ -116,13 +116,13 @@ def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
 
 def recognise_mlp(module: nn.Module) -> Swap | str | None:
     """A module whose children are two linear layers, an activation and perhaps a dropout, under any names."""
-    children = module._modules
+    children = private.children(module)
     linears = [name for name, child in children.items() if is_linear(child)]
     dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
     others = [name for name in children if name not in linears + dropouts]
     if {"c_fc", "c_proj"} <= children.keys() and len(linears) != 2:
         return "its layers are of another kind"
-    if len(linears) != 2 or len(others) != 1 or len(dropouts) > 1 or module._parameters:
+    if len(linears) != 2 or len(others) != 1 or len(dropouts) > 1 or private.parameters(module):
         return None
     first, last = (linear_weight(children[name]) for name in linears)
     act = children[others[0]]

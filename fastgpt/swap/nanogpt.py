@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import ops
+from fastgpt import ops, private
 from fastgpt.modules import (
     Swap,
     class_forward,
@@ -23,14 +23,14 @@ from fastgpt.swap.layers import add_then_norm
 
 
 def recognise(module: Any) -> Swap | str | None:
-    children = module._modules
+    children = private.children(module)
     if {"ln_1", "attn", "ln_2", "mlp"} <= children.keys() and hasattr(children["attn"], "n_head"):
         width = width_of(children["ln_1"])
         if width is None:
             return "its ln_1 has no weight"
         return Swap(block, "layer_norm", "the first residual add inside ln_2", width=width)
     if {"transformer", "lm_head"} <= children.keys() and hasattr(getattr(module, "config", None), "block_size"):
-        if "wte" not in getattr(children["transformer"], "_modules", {}) or not is_linear(children["lm_head"]):
+        if not hasattr(children["transformer"], "wte") or not is_linear(children["lm_head"]):
             return None
         return Swap(model, "loss", "linear_cross_entropy in training", width=children["lm_head"].weight.shape[1])
     if {"c_attn", "c_proj"} <= children.keys() and all(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt import private
 from fastgpt.modules import Swap, class_forward, own_type, swap_of, swapped_class
 from fastgpt.swap.layers import aside
 
@@ -139,13 +140,13 @@ def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor], fills
         for name, value in part.__dict__.items():
             if name.endswith("_hooks") or "hooks_with_kwargs" in name or "hooks_always_called" in name:
                 memo[id(value)] = type(value)()
-        for parameter in part._parameters.values():
+        for parameter in private.parameters(part).values():
             if parameter is not None and id(parameter) not in memo:  # tied
                 shape = list(parameter.shape)
                 if swap.flag == "loss" and (isinstance(part, nn.Embedding) or part is getattr(module, "lm_head", None)):
                     shape[0] = _TOKENS
                 memo[id(parameter)] = nn.Parameter(_random(shape), requires_grad=False)
-        for buffer in part._buffers.values():
+        for buffer in private.buffers(part).values():
             if buffer is not None:
                 unknown = buffer.is_meta or (fills and _is_empty(buffer))
                 memo[id(buffer)] = _filled(buffer, mask) if unknown else buffer.detach().to("cpu", copy=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastgpt.cuda_graph import captured, warmed
+from fastgpt.private import multiply_
 
 SCALING = ("cpu", "cuda")  # whose fused AdamW hears grad_scale and found_inf; MPS's did not in every PyTorch
 
@@ -71,7 +72,7 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | N
     if gradients and gradients[0].device.type not in SCALING:
         if not norm.isfinite() or (skip is not None and skip != 0):
             return norm
-        torch._foreach_mul_(gradients, (max_norm / norm).clamp(max=1))
+        multiply_(gradients, (max_norm / norm).clamp(max=1))
         optimizer.step()
         return norm
     scales: Any = optimizer  # what the fused step looks for on itself, as torch.amp.GradScaler puts it there
