@@ -58,7 +58,7 @@ def _rank(rank, size, port, text, out, fault, resume, model, changes) -> None:
     def fit(options):
         training.fit(GPTConfig(**model), config, encoding("byte"), text, out, resume=resume)
 
-    cli._train = fit
+    cli.train.run = fit
     try:
         code = cli.main(["train"])
     except SystemExit as end:
