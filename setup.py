@@ -47,6 +47,7 @@ setup(
         "fastgpt.kernels",
         "fastgpt.ops",
         "fastgpt.ops.cpu",
+        "fastgpt.sanitizer",
         "fastgpt.swap",
         "fastgpt.training",
         "fastgpt.weights",

@@ -3,7 +3,7 @@
 import torch
 
 from bench import cases, models
-from bench.cases import SUBJECT, Case
+from bench.case import SUBJECT, Case
 from bench.families import EAGER_ATTENTION, HUGGING_FACE, NANOGPT
 from bench.generation import KEPT, STATIC, generation
 from bench.machine import Machine

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cases import Case
+from bench.case import Case
 from bench.catalogue import catalogue
 from bench.machine import Machine, header, measure_roofs
 from bench.measure import AGAIN, DeviceLost, Folder, Row, failed, measure

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import baselines, families, work
-from bench.cases import EAGER, SUBJECT, Case, Subject
+from bench.case import EAGER, SUBJECT, Case, Subject
 from bench.families import BOOK, HUGGING_FACE, NANOGPT
 from bench.machine import Machine
 from bench.models import gpt, with_backend

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.cases import SUBJECT
+from bench.case import SUBJECT
 from bench.measure import AGAIN, Folder, Row
 from bench.report import RESULTS, Report, runs, slug
 

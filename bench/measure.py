@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from bench.baselines import Unavailable
-from bench.cases import EAGER, SUBJECT, Case, Subject
+from bench.case import EAGER, SUBJECT, Case, Subject
 from bench.check import judge
 from bench.machine import Machine
 from bench.timing import Timing, interleaved

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import baselines, families, work
-from bench.cases import COMPILED, EAGER, SUBJECT, Case, Subject
+from bench.case import COMPILED, EAGER, SUBJECT, Case, Subject
 from bench.families import HUGGING_FACE
 from bench.machine import Machine
 from bench.work import Work

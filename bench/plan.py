@@ -12,7 +12,7 @@ import dataclasses
 from typing import NamedTuple
 
 from bench import work
-from bench.cases import SUBJECT
+from bench.case import SUBJECT
 from bench.report import RESULTS, Report, runs
 from bench.work import CARDS, Card, Line
 from fastgpt.model import PRESETS, GPTConfig

@@ -1,7 +1,6 @@
 """The report's plots: times against the floor, attention over T, the roofline, peak memory and how it grows, where a
 step's time goes."""
 
-import csv
 import io
 import itertools
 import math
@@ -15,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image  # matplotlib brings it
 
-from bench.cases import COMPILED, EAGER, SUBJECT
+from bench.case import COMPILED, EAGER, SUBJECT
 from bench.measure import AGAIN, Row
+from bench.steps.rows import Steps
 
 _COLOURS = {SUBJECT: "#c0392b", EAGER: "#7f8c8d", COMPILED: "#2e86c1", "its matmuls alone": "#d5d8dc"}
 _OTHERS = tuple(to_hex(colour) for colour in colormaps["tab20"].colors)
@@ -41,27 +41,30 @@ def draw(report, folder: Path) -> list[str]:
     return [name for name, figure in figures.items() if figure is not None]
 
 
-def steps(table: Path, file: Path) -> None:
-    """Draw a table of training steps as it is committed: `#` lines of conditions, then rows of group, variant, ms,
-    tokens_per_second and gib. Rows that run fastgpt's functions have fastgpt's colour."""
-    lines = table.read_text(encoding="utf-8").splitlines()
-    rows = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    names = [f"{row['group']}, {row['variant']}" for row in rows]
-    colours = [_COLOURS[SUBJECT if "fastgpt" in name or "accelerate" in name else EAGER] for name in names]
-    places = [number + 0.6 * len({row["group"] for row in rows[: number + 1]}) for number in range(len(rows))]
+def steps(table: Steps, file: Path) -> None:
+    """Draw a table of training steps: time and memory of each row that was measured. Those that run fastgpt's functions
+    have fastgpt's colour."""
+    rows = [row for row in table.rows if row.median is not None and row.peak_bytes is not None]
+    models = [row.what.partition(",")[0] for row in rows]
+    colours = [_COLOURS[SUBJECT if row.ours else EAGER] for row in rows]
+    places = [number + 0.6 * len(set(models[: number + 1])) for number in range(len(rows))]
     figure = Figure(figsize=(11, 0.7 + 0.3 * len(rows)), layout="constrained")
-    panels = (("ms", "ms a step; shorter is better", 1), ("gib", "GiB of GPU memory; shorter is better", 1))
-    for axis, (key, label, digits) in zip(figure.subplots(1, 2, sharey=True, width_ratios=(2, 1)), panels, strict=True):
-        values = [float(row[key]) for row in rows]
+    panels = (
+        ([1e3 * (row.median or 0) for row in rows], "ms a step; shorter is better", "{:.1f}"),
+        ([(row.peak_bytes or 0) / 2**30 for row in rows], "GiB of GPU memory; shorter is better", "{:.1f}"),
+    )
+    for axis, (values, label, digits) in zip(
+        figure.subplots(1, 2, sharey=True, width_ratios=(2, 1)), panels, strict=True
+    ):
         axis.barh(places, values, color=colours)
         for place, value in zip(places, values, strict=True):
-            _label(axis, place, value, f"{value:.{digits}f}")
+            _label(axis, place, value, digits.format(value))
         axis.set_xlim(0, 1.12 * max(values))
         axis.set_xlabel(label, fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     first = figure.axes[0]
-    first.set_yticks(places, names, fontsize=9)
+    first.set_yticks(places, [row.what for row in rows], fontsize=9)
     first.invert_yaxis()
     _save(figure, file)
 

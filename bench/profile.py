@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from bench import models, work
-from bench.cases import SUBJECT
+from bench.case import SUBJECT
 from bench.machine import Machine, header, measure_roofs
 from fastgpt.model import PRESETS, GPTConfig
 
@@ -38,7 +38,7 @@ PARTS = (
     ("cross entropy", r"cross_entropy|chunked_losses", r"cross entropy"),
     ("AdamW", r"(?i)adam", r"AdamW"),
     ("embedding", r"(?i)embedding|run_sums|join_runs|index_select|gather|sort", r"embedding"),
-    ("matmuls", r"(?i)linear_gelu|gemm|nvjet|cutlass|cublas|aten::(add)?mm\b|splitK", r"projection|linear|head"),
+    ("matmuls", r"(?i)gemm|nvjet|cutlass|cublas|aten::(add)?mm\b|splitK", r"projection|linear|head"),
     ("bias gradients and other sums", r"(?i)reduce|aten::sum", r"bias gradient"),
     ("everything else", r"", r"$^"),
 )

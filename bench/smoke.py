@@ -2,7 +2,7 @@
 
 import argparse
 
-from bench.cases import FUSED, SUBJECT
+from bench.case import SUBJECT
 from bench.catalogue import small
 from bench.machine import Machine
 
@@ -15,15 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Call fastgpt's variants of every small case."""
+    """Call fastgpt's variant of every small case."""
     machine = Machine.of("dry" if options.dry_run else "cuda")
     for case in small(machine):
         if case.op.endswith(_REPEATS):
             continue
         with machine.clock.session():
             problem = case.problem()
-            for name in case.variants.keys() & {SUBJECT, FUSED}:
-                case.variants[name](problem).run()
+            case.variants[SUBJECT](problem).run()
             machine.cuda.synchronize()
         print(case.name, flush=True)
     return 0

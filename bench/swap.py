@@ -8,7 +8,7 @@ from torch import nn
 
 import fastgpt
 from bench import baselines, work
-from bench.cases import SUBJECT, Case, Subject
+from bench.case import SUBJECT, Case, Subject
 from bench.families import FAMILIES, Family
 from bench.machine import Machine
 from bench.models import StepProblem, own_loss, step, step_problem, step_work, with_backend

@@ -18,13 +18,13 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from bench.cases import SUBJECT, Case, Subject
+from bench.case import SUBJECT, Case, Subject
 from bench.catalogue import catalogue
 from bench.check import judge
 from bench.machine import Machine
 from bench.measure import device_is_lost
 from bench.timing import interleaved
-from fastgpt.kernels import attention_tiles, cross_entropy, decode, layernorm, linear_gelu, mlp
+from fastgpt.kernels import attention_tiles, cross_entropy, decode, layernorm, mlp
 
 WORTH = 1.03  # a gain below 3 % is noise's
 
@@ -40,7 +40,6 @@ class Tunable(NamedTuple):
     trials: dict[str, tuple[int, ...]]  # every value of each field
     shipped: Callable[[dict, Machine], Trial]  # the tiles of a case's shape
     patched: Callable[[Trial], Any]  # a context in which launches take these
-    ships_another: bool = False  # what is shipped is another kernel, so that `shipped` is itself a trial
 
 
 def _attention(kind: str, op: str, blocks_m: tuple, blocks_n: tuple) -> Tunable:
@@ -80,30 +79,6 @@ def _layer_norm(phase: str) -> Tunable:
         values["stages"] = (1, 2, 3, 4)
     name = f"layer_norm_{phase}"
     return Tunable(name, name, f"add_layer_norm {phase}", values, shipped, patched)
-
-
-def _linear_gelu(phase: str, op: str) -> Tunable:
-    """The MLP's matmul with the GELU in its epilogue. Shipped is cuBLAS and a pass until one of these wins."""
-
-    def patched(trial):
-        def tiles(kernel, x, hidden):
-            return linear_gelu.Tiles(**trial) if kernel == phase else None
-
-        return mock.patch.object(linear_gelu, "measured_tiles", tiles)
-
-    def first(shape, machine):
-        card = linear_gelu.capability(torch.empty(0, device=machine.device))
-        return linear_gelu.candidate(machine.dtype, card)._asdict()
-
-    values = dict(
-        block_m=(64, 128, 256),
-        block_n=(64, 128, 256),
-        block_k=(32, 64),
-        num_warps=(4, 8),
-        num_stages=(2, 3, 4),
-        resident=(1, 2),
-    )
-    return Tunable(f"linear_gelu_{phase}", f"linear_gelu_{phase}", op, values, first, patched, ships_another=True)
 
 
 def _decode() -> Tunable:
@@ -158,8 +133,6 @@ def tunables() -> list[Tunable]:
         _attention("dkdv", "attention bwd", (32, 64, 128), (32, 64, 128)),
         _attention("dq", "attention bwd", (32, 64, 128), (32, 64, 128)),
         _attention("fwd", "attention fwd", (64, 128), (32, 64, 128)),
-        _linear_gelu("fwd", "linear + GELU"),
-        _linear_gelu("bwd", "dgrad + dGELU"),
         _gelu("fwd", "linear + GELU"),
         _gelu("bwd", "dgrad + dGELU"),
         _cross_entropy(),
@@ -220,8 +193,6 @@ def trials(tunable: Tunable, shipped: Trial) -> list[Trial]:
     """Every combination but the shipped one, those that change the fewest fields first."""
     fields = list(tunable.trials)
     every = [dict(zip(fields, values, strict=True)) for values in itertools.product(*tunable.trials.values())]
-    if tunable.ships_another:
-        return sorted([shipped, *every], key=lambda trial: sum(trial[f] != shipped[f] for f in fields))
     changed = {tuple(trial.items()): sum(trial[f] != shipped[f] for f in fields) for trial in every}
     return [dict(items) for items, changes in sorted(changed.items(), key=lambda item: item[1]) if changes]
 

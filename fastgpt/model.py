@@ -8,7 +8,7 @@ the next LayerNorm adds it, with the bias of the linear layer that made it and w
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +90,21 @@ def only_multiplies(linear: nn.Module) -> bool:
     return is_linear(linear) and not occupied(linear)
 
 
+class CachedPass(Protocol):
+    """A pass over new tokens that attends over a cache of keys and values, and keeps theirs there."""
+
+    def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
+        """The new tokens' queries, keys and values, (B, T, 3C), in this layer -> (B, T, C)."""
+
+
 class LayerNorm(nn.Module):
     """LayerNorm over (…, C), with or without the residual add before it."""
 
+    dtype: torch.dtype | None = None  # of what `add` returns, where neither autocast nor the weight says it
+
     def __init__(self, config: GPTConfig):
         super().__init__()
+        # as nn.Linear makes its own: on the default device and of the default dtype
         self.weight = nn.Parameter(torch.ones(config.n_embd))
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
         self.eps, self.dropout, self.backend = config.layer_norm_eps, config.dropout, config.backend
@@ -111,21 +121,28 @@ class LayerNorm(nn.Module):
         if branch is not None:
             branch = branch if branch_bias is None else branch + branch_bias.to(branch.dtype)
             x = x + F.dropout(branch, p)
-        return self(x).to(compute_dtype(self.weight)), x
+        return self(x).to(self.dtype or compute_dtype(self.weight)), x
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: GPTConfig):
+    scale: float | None = None  # of the scores; None is 1 / sqrt(D)
+
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.n_head, self.dropout, self.backend = config.n_head, config.dropout, config.backend
+        self.n_head, self.dropout, self.backend, self.layer = config.n_head, config.dropout, config.backend, layer
 
-    def forward(self, x: Tensor, add_bias: bool = True, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, add_bias: bool = True, documents: Tensor | None = None, cache: CachedPass | None = None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
         qkv = self.c_attn(x)  # (B, T, 3C)
-        options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
-        y = ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend)  # (B, T, C)
+        if cache is not None:
+            y = cache.attend(self.layer, qkv, self.scale)  # (B, T, C)
+        else:
+            options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
+            y = ops.causal_attention_qkv(qkv, self.n_head, scale=self.scale, **options, backend=self.backend)
         return self.c_proj(y) if add_bias else F.linear(y, self.c_proj.weight)
 
 
@@ -168,10 +185,10 @@ class Block(nn.Module):
     (16 C in all; 12 C with activation_checkpointing "mlp", 2 C with "block"), and 6 + H numbers of statistics.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.ln_1 = LayerNorm(config)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = LayerNorm(config)
         self.mlp = MLP(config)
 
@@ -182,13 +199,15 @@ class Block(nn.Module):
         branch_bias: Tensor | None = None,
         documents: Tensor | None = None,
         add_bias: bool = False,
+        cache: CachedPass | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The stream x and the branch that is not yet added to it, both (B, T, C), and the bias (C,) that the branch
         still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj, unless
         add_bias."""
         normed, x = self.ln_1.add(branch, x, branch_bias)
         leaves_bias = only_multiplies(self.attn.c_proj)
-        branch = self.attn(normed, add_bias=not leaves_bias, documents=documents)
+        seen: dict = dict(documents=documents) if cache is None else dict(cache=cache)
+        branch = self.attn(normed, add_bias=not leaves_bias, **seen)
         normed, x = self.ln_2.add(branch, x, self.attn.c_proj.bias if leaves_bias else None)
         return x, self.mlp(normed, add_bias=add_bias)
 
@@ -199,12 +218,14 @@ class GPT(nn.Module):
     model(idx) -> logits (B, T, V); model(idx, targets) -> the mean loss in nats, without ever holding all logits.
     """
 
+    dtype: torch.dtype | None = None  # of the activations, where neither autocast nor the embedding says it
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.reset_parameters()
@@ -222,26 +243,40 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def features(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) -> what the head sees, (B, T, C). documents: (B, T) integers; a token sees its own document
-        alone. ValueError for more tokens than the context holds."""
+    def embed(self, idx: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, T) -> the stream before the first block, (B, T, C). positions: as `features` takes them."""
         config = self.config
         p = config.dropout if self.training else 0.0
-        dtype = torch.float32 if config.residual == "float32" else compute_dtype(self.wte.weight)
+        dtype = torch.float32 if config.residual == "float32" else self.dtype or compute_dtype(self.wte.weight)
         if free_embedding(self.wte) and free_embedding(self.wpe):
             tables = self.wte.weight, self.wpe.weight
-            x = ops.embedding(idx, *tables, dropout_p=p, dtype=dtype, backend=config.backend)
-        else:
+            return ops.embedding(idx, *tables, positions, dropout_p=p, dtype=dtype, backend=config.backend)
+        if positions is None:
             if idx.shape[1] > config.block_size:
                 raise ValueError(f"GPT: {idx.shape[1]} tokens are more than the context of {config.block_size}")
-            x = self.wte(idx) + self.wpe(torch.arange(idx.shape[1], device=idx.device))
-            x = F.dropout(x.to(dtype), p)
+            positions = torch.arange(idx.shape[1], dtype=torch.int64, device=idx.device)
+        x = self.wte(idx) + self.wpe(positions)
+        return F.dropout(x.to(dtype), p)
+
+    def features(
+        self,
+        idx: Tensor,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: CachedPass | None = None,
+    ) -> Tensor:
+        """Token ids (B, T) -> what the head sees, (B, T, C). documents: (B, T) integers; a token sees its own document
+        alone. positions: (B, T) or (T,), the first T if None. cache: what attends in each layer's place. ValueError for
+        more tokens than the context holds."""
+        config = self.config
+        x = self.embed(idx, positions)
         branch, branch_bias = None, None
         again = config.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
+        again = again and not ops.watcher()  # torch.func knows no checkpoints
         block: Any  # ModuleList does not say what it holds
         for block in self.h:
             leaves_bias = only_multiplies(block.mlp.c_proj)
-            given = x, branch, branch_bias, documents, not leaves_bias
+            given = x, branch, branch_bias, documents, not leaves_bias, cache
             x, branch = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
             branch_bias = block.mlp.c_proj.bias if leaves_bias else None  # a parameter is no output to checkpoint
         normed, _ = self.ln_f.add(branch, x, branch_bias)

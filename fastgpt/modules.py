@@ -225,3 +225,16 @@ def dropout_p(module) -> float | None:
     if isinstance(module, nn.Dropout) and type(module).forward is nn.Dropout.forward:
         return float(module.p) if module.training else 0.0
     return 0.0 if type(module).forward is nn.Identity.forward else None
+
+
+def bare(kind: Any, **own: Any) -> Any:
+    """A module of this class in eval mode with these attributes alone, tensors as parameters without a gradient. Its
+    own __init__ would fill parameters first, which takes longer than a small model's first token, on "meta" too."""
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name, value in dict(own, training=False).items():
+        if isinstance(value, Tensor):
+            module._parameters[name] = nn.Parameter(value.detach(), requires_grad=False)
+        else:
+            (module._modules if isinstance(value, nn.Module) else module.__dict__)[name] = value
+    return module

@@ -113,7 +113,8 @@ def verify_model(
     training = model.training
     model.eval()
     name, size = type(model).__name__, f"{ids.shape[0]} x {ids.shape[1]} tokens"
-    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(1))
+    none = torch.empty(1, dtype=torch.float32, device="cpu")
+    weight = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), none)
     try:
         write(f"{name} on {size}: in float64 … ")
         twin = copy.deepcopy(model)
@@ -165,7 +166,8 @@ def _verify_functions(
     found = []
     on_kernels = not ops.interpreted() and place.type == "cuda" and ops.no_triton() is None
     note = "; each is compiled at its first call" if on_kernels else ""
-    write(f"{_place(place)}, {ops.backend_in_words('auto', torch.empty(1, device=place))}{note}\n{HEADING}\n")
+    backend = ops.backend_in_words("auto", torch.empty(1, dtype=torch.float32, device=place))
+    write(f"{_place(place)}, {backend}{note}\n{HEADING}\n")
     for dtype in (torch.float32, *halves):
         for label, (name, floats, options) in _calls(place).items():
             what = f"{label}, {str(dtype).removeprefix('torch.')}"
@@ -198,16 +200,17 @@ def _calls(device: torch.device) -> dict[str, tuple[str, list[Tensor], dict[str,
     generator = torch.Generator().manual_seed(0)
 
     def floats(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device)
+        return (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * scale).to(device)
 
     def numbers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator).to(device)
+        return torch.randint(high, shape, generator=generator, dtype=torch.int64, device="cpu").to(device)
 
     (B, H, T, D, F, V), C = SIZES, SIZES.heads * SIZES.channels
     x, heads = floats(B, T, C), [floats(B, H, T, D) for _ in range(3)]
     dropped: dict[str, Any] = dict(dropout_p=0.1, seed=1)
-    padding = torch.arange(T, device=device) >= torch.tensor([[0], [T // 8]], device=device)
-    lengths = torch.tensor([T, T // 2], device=device)
+    whole: Any = dict(dtype=torch.int64, device=device)
+    padding = torch.arange(T, **whole) >= torch.tensor([[0], [T // 8]], **whole)
+    lengths = torch.tensor([T, T // 2], **whole)
     mlp = [x, floats(F, C, scale=C**-0.5), floats(F), floats(C, F, scale=F**-0.5), floats(C)]
     ids = dict(ids=numbers(V, B, T))
     targets = dict(targets=numbers(V, B, T))
@@ -233,7 +236,8 @@ def _results(function: Any, floats: list[Tensor], options: dict[str, Any]) -> li
     outs = outs if isinstance(outs, tuple) else (outs,)
     if not trained:
         return [out.detach() for out in outs]
-    upstream = [torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(out.dtype) for out in outs]
+    evenly: Any = dict(dtype=torch.float32, device=outs[0].device)
+    upstream = [torch.linspace(-1, 2, out.numel(), **evenly).view(out.shape).to(out.dtype) for out in outs]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
 
 
@@ -329,5 +333,6 @@ def random_ids(model: nn.Module, rows: int = 2, tokens: int = 33, seed: int = 0)
     if not (0 < rows < 2**31 and 1 < tokens < 2**31):
         raise ValueError(f"rows is {rows} and tokens {tokens}, not at least 1 and 2, and below 2**31")
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, vocabulary, (rows, min(tokens, context + 1)), generator=generator)
+    shape = (rows, min(tokens, context + 1))
+    ids = torch.randint(0, vocabulary, shape, generator=generator, dtype=torch.int64, device="cpu")
     return ids.to(next(model.parameters()).device)

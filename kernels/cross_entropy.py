@@ -1,8 +1,10 @@
 """Cross entropy of rows of logits, and its gradient in their place, in one launch.
 
-    lse  = log Σ exp(z)                                        online, in float32, over blocks of the vocabulary
-    loss = lse - (1 - ε) z[target] - ε avg(z) + λ lse²         ε label smoothing, λ the z-loss
-    dz   = g ((1 + 2 λ lse) exp(z - lse) - (1 - ε) onehot - ε / V)        g: what reaches the loss from above
+    total = Σ exp(z - top),  lse = log total + top             online, in float32, over blocks of the vocabulary
+    loss  = log total + (top - z[target]) - ε avg(z - z[target]) + λ lse²      ε label smoothing, λ the z-loss
+    dz    = g ((1 + 2 λ lse) exp(z - top) / total - (1 - ε) onehot - ε / V)    g: what reaches the loss from above
+
+where log total + top would round away what is left of a loss near zero, and avg(z) alike.
 
 One program a row reads it twice, the second time from the cache, and writes it once: 3 V e bytes a row, of which 2 V e
 reach memory. Rows may be padded, to a width at which loads are of 16 bytes, where those of an odd vocabulary are of 2;
@@ -37,8 +39,8 @@ def _add_up(z, tops, totals, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _gradient(z, cols, place, lse, scale, grad, smoothing, V, SMOOTHS: tl.constexpr):
-    dz = scale * tl.exp(z - lse)
+def _gradient(z, cols, place, top, scale, grad, smoothing, V, SMOOTHS: tl.constexpr):
+    dz = scale * tl.exp(z - top)
     if SMOOTHS:
         dz -= grad * smoothing / V
     return tl.where(cols == place, dz - (1 - smoothing) * grad, dz)
@@ -77,30 +79,32 @@ def _cross_entropy_kernel(
         z = tl.load(logits_ptr + start + tl.arange(0, BLOCK_V)).to(ACC)
         tops, totals = _add_up(z, tops, totals, BLOCK_V)
         if SMOOTHS:
-            plain += z
+            plain += z - z_target
     last = whole + tl.arange(0, BLOCK_V)
     z = tl.load(logits_ptr + last, last < width, 0.0).to(ACC)
     tops, totals = _add_up(tl.where(last < V, z, float("-inf")), tops, totals, BLOCK_V)
     top = tl.max(tops, axis=0)
-    lse = top + tl.log(tl.sum(totals * tl.exp(tops - top), axis=0))
+    total = tl.sum(totals * tl.exp(tops - top), axis=0)
+    log_total = tl.log(total)
+    lse = log_total + top
 
-    loss = lse - (1 - smoothing) * z_target + z_loss * lse * lse
+    loss = log_total + (top - z_target) + z_loss * lse * lse
     if SMOOTHS:
-        loss -= smoothing * (tl.sum(plain + tl.where(last < V, z, 0.0), axis=0) / V)
+        loss -= smoothing * (tl.sum(plain + tl.where(last < V, z - z_target, 0.0), axis=0) / V)
     loss = tl.where(valid, loss, float("nan"))
     tl.store(losses_ptr + row, tl.where(target == ignore_index, 0.0, loss))
     if HAS_GRAD:
         grad = tl.where(valid, tl.load(row_grads_ptr + row * stride_gn).to(ACC), float("nan"))
         grad = tl.where(target == ignore_index, 0.0, grad)
-        scale = grad * (1 + 2 * z_loss * lse)
+        scale = grad * (1 + 2 * z_loss * lse) / total
         place = target.to(tl.int32)  # one out of range has NaN for its gradient, wherever it falls
         for start in range(0, whole, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             z = tl.load(logits_ptr + cols).to(ACC)
-            dz = _gradient(z, cols, place, lse, scale, grad, smoothing, V, SMOOTHS)
+            dz = _gradient(z, cols, place, top, scale, grad, smoothing, V, SMOOTHS)
             tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), eviction_policy="evict_first")
         z = tl.load(logits_ptr + last, last < width, 0.0).to(ACC)
-        dz = _gradient(z, last, place, lse, scale, grad, smoothing, V, SMOOTHS)
+        dz = _gradient(z, last, place, top, scale, grad, smoothing, V, SMOOTHS)
         dz = tl.where(last < V, dz, 0.0)
         tl.store(logits_ptr + last, dz.to(logits_ptr.dtype.element_ty), last < width)
 

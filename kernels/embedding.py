@@ -249,6 +249,6 @@ def embedding_bwd_outputs(dout, keys, seed, size, dropout_p, dtype):
 def _in_order(keys, batch, time, device):
     """The keys of all rows in order, and the rows that have them; rows of one key stay in their order."""
     if keys is None:  # every sequence counts from 0: the order is known
-        order = torch.arange(batch * time, device=device).view(batch, time).t().flatten()
+        order = torch.arange(batch * time, dtype=torch.int64, device=device).view(batch, time).t().flatten()
         return order % time, order
     return keys.expand(batch, time).flatten().sort(stable=True)

@@ -2,10 +2,9 @@
 
     pre = x w_inᵀ + b_in        act = gelu(pre)        y = act w_outᵀ + b_out
 
-By default the matmuls are cuBLAS's, which adds b_in as it writes. The forward's pass then reads pre and writes act:
-2 M F elements. The backward's pass turns dact into dpre = dact gelu'(pre) in place and sums its columns for b_in's
-gradient: 3 M F elements, 4 if act is made again (`recompute`). Where it was measured to win, kernels/linear_gelu.py
-does this work in the matmul's epilogue instead. The derivative is taken at pre as it was rounded. Column sums are
+The matmuls are cuBLAS's, which adds b_in as it writes. The forward's pass then reads pre and writes act: 2 M F
+elements. The backward's pass turns dact into dpre = dact gelu'(pre) in place and sums its columns for b_in's gradient:
+3 M F elements, 4 if act is made again (`recompute`). The derivative is taken at pre as it was rounded. Column sums are
 float32 partials, added up by torch: the same bits every time.
 """
 
@@ -15,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import linear_gelu
 from .gelu import gelu, gelu_derivative
 from .launch import accumulator, cdiv, multiprocessors, statistics_dtype
 
@@ -97,15 +95,11 @@ def gelu_mlp_fwd(
     """x (M, C), w_in (F, C), w_out (C, F) -> y (M, C), pre (M, F) and act (M, F), which is empty with recompute."""
     y, pre, act = gelu_mlp_fwd_outputs(x, w_in, b_in, w_out, b_out, tanh, recompute)
     full_act = torch.empty_like(pre) if recompute else act
-    tiles = linear_gelu.measured_tiles("fwd", x, w_in.shape[0])
-    if pre.numel() and x.shape[1] and tiles is not None:
-        linear_gelu.linear_gelu_fwd(x, w_in, b_in, tanh, pre, full_act, tiles)
+    if b_in is None:
+        torch.mm(x, w_in.t(), out=pre)
     else:
-        if b_in is None:
-            torch.mm(x, w_in.t(), out=pre)
-        else:
-            torch.addmm(b_in, x, w_in.t(), out=pre)
-        _gelu(pre, tanh, full_act)
+        torch.addmm(b_in, x, w_in.t(), out=pre)
+    _gelu(pre, tanh, full_act)
     if b_out is None:
         torch.mm(full_act, w_out.t(), out=y)
     else:
@@ -130,7 +124,7 @@ def gelu_mlp_bwd(
     act: torch.Tensor,
     tanh: bool,
     needs: list[bool],
-) -> list[torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, w_in, b_in, w_out and b_out; empty where `needs` has False. act is empty with recompute."""
     grads = gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs)
     dx, dw_in, db_in, dw_out, db_out = grads
@@ -140,13 +134,8 @@ def gelu_mlp_bwd(
     recompute = act.numel() == 0 and needs_w_out
     if needs_x or needs_w_in or needs_b_in or recompute:
         act = torch.empty_like(pre) if recompute else act
-        tiles = linear_gelu.measured_tiles("bwd", dy, pre.shape[1])
-        if pre.numel() and dy.shape[1] and tiles is not None:
-            dpre = torch.empty_like(pre)
-            partials = linear_gelu.linear_gelu_bwd(dy, w_out, pre, tanh, dpre, act, recompute, tiles)
-        else:
-            dpre = torch.mm(dy, w_out)
-            partials = _gelu_backward(dpre, pre, tanh, act, recompute)
+        dpre = torch.mm(dy, w_out)
+        partials = _gelu_backward(dpre, pre, tanh, act, recompute)
         if needs_b_in:
             db_in.copy_(partials.sum(0))
         if needs_x:
@@ -161,10 +150,10 @@ def gelu_mlp_bwd(
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
     """What gelu_mlp_bwd returns, so it serves as its fake too."""
     shapes = (x.shape, w_in.shape, w_in.shape[:1], w_out.shape, w_out.shape[:1])
-    return [
+    return tuple(
         torch.empty(shape if needed else (0,), dtype=x.dtype, device=x.device)
         for shape, needed in zip(shapes, needs, strict=True)
-    ]
+    )
 
 
 def _gelu(pre, tanh, act) -> None:

@@ -30,7 +30,7 @@ class Mutant(NamedTuple):
 
 NORM, LOSS, MLP = "kernels/layernorm.py", "kernels/cross_entropy.py", "kernels/mlp.py"
 HEAD, TILES = "kernels/attention.py", "kernels/attention_tiles.py"
-GELU, FUSED, EMBEDDING = "kernels/gelu.py", "kernels/linear_gelu.py", "kernels/embedding.py"
+GELU, EMBEDDING = "kernels/gelu.py", "kernels/embedding.py"
 BACK, DECODE = "kernels/attention_backward.py", "kernels/decode.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
 NORM_STRIDES, HEAD_STRIDES = (
@@ -58,7 +58,7 @@ GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
 FEW = "test_few_rows.py::"
-FUSED_WIDTHS, RUNS = "test_linear_gelu.py::test_widths", "test_embedding.py::test_runs_of_one_token"
+RUNS = "test_embedding.py::test_runs_of_one_token"
 FALLBACK, FALLBACK_MLP = "test_pytorch.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
@@ -73,24 +73,21 @@ CACHED, DRAWN, STOPS = (
     SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
     SAMPLED + "test_each_row_stops_by_itself",
 )
-DECODER, SAMPLING, BATCH = (
+DECODER, ATTENDED, SAMPLING, BATCH = (
     "fastgpt/generation/decoder.py",
+    "fastgpt/generation/cache.py",
     "fastgpt/generation/sampling.py",
     "fastgpt/generation/batch.py",
 )
-LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/parts.py", "fastgpt/model.py"
-KEPT, LOOKS, HOOKED = (
-    "test_decoder.py::",
-    "test_swap_parts.py::",
-    "test_model_parts.py::test_a_part_with_a_hook_is_called",
-)
+LINEARS, READ, MODEL = "fastgpt/ops/cpu/linears.py", "fastgpt/generation/view.py", "fastgpt/model.py"
+KEPT, HOOKED = "test_decoder.py::", "test_model_parts.py::test_a_part_with_a_hook_is_called"
 SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/generation/speculative.py",
     "fastgpt/ops/decoding.py",
     "fastgpt/training/monitor.py",
 )
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
-WORLDLY = "test_swap_world.py::"
+WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "test_swap_forms.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
@@ -212,7 +209,21 @@ MUTANTS = [
     Mutant("target read out of range", LOSS, "tl.load(logits_ptr + target, valid, 0.0)", "tl.load(logits_ptr + target)", "test_cross_entropy.py::test_ignored_rows_and_targets_out_of_range"),
     Mutant("dweight of the last chunk alone", "fastgpt/ops/loss.py", "total.addmm_(", "total.zero_().addmm_(", "test_cross_entropy.py::test_several_blocks_and_chunks"),
     Mutant("mean over ignored rows too", "fastgpt/ops/loss.py", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
+    Mutant("the kernel's loss from a rounded log-sum-exp", LOSS, "loss = log_total + (top - z_target)", "loss = lse - z_target", "test_cross_entropy.py::test_a_loss_near_zero_keeps_its_digits"),
+    Mutant("each of several gradients is the first", "fastgpt/ops/loss.py", "arg.select(dim, i)", "arg.select(dim, 0)", "test_several_gradients.py::test_several_gradients_at_once"),
+    Mutant("a launcher's sums of the default dtype", MLP, "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
     # the fallback's head
+    Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "log_total + (1 - smoothing) * (self.top - self.z_target)", "lse - smoothing * self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
+    Mutant("smoothing's sum keeps an old top", "fastgpt/ops/cpu/logits.py", "self.below += start * (self.top - top)", "pass", FALLBACK_LOSS, False),
+    Mutant("a GELU's scale of the default dtype", "fastgpt/ops/cpu/mlp.py", "_SCALE, dtype=x.dtype, device=x.device)", "_SCALE, device=x.device)", "test_defaults.py::test_a_function", False),
+    Mutant("log-probabilities of the default dtype", "fastgpt/generation/batch.py", "torch.zeros(self.rows, dtype=statistics, ", "torch.zeros(self.rows, ", "test_defaults.py::test_what_is_generated", False),
+    Mutant("a run's model of the default dtype", "fastgpt/training/run.py", "torch.set_default_dtype(torch.float32)", "pass", "test_defaults.py::test_a_short_fit_and_its_files", False),
+    Mutant("a mapped target out of range passes", "fastgpt/ops/checks.py", "    values = unwrapped(values)\n", "    if unwrapped(values) is not values:\n        return\n", "test_transforms.py::test_what_is_mapped", False),
+    Mutant("smoothing left out under torch.func", "fastgpt/ops/loss.py", "losses = losses - settings.label_smoothing * logprobs.mean(-1)", "pass", "test_transforms.py::test_torch_funcs_gradients", False),
+    Mutant("a trace takes the fallback", "fastgpt/ops/transforms.py", 'return "torch.jit.trace records the call"', "return None", "test_transforms.py::test_explain_says_so", False),
+    Mutant("halves' norms stay halves under CUDA's autocast", "fastgpt/swap/layers.py", 'device != "cpu" and torch', "False and torch", "test_swap_dtypes.py::test_any_layer_norm_of_halves_under_autocast", False),
+    Mutant("the book's norm in its input's dtype", "fastgpt/swap/layers.py", 'if swap.names[0] == "scale":', "if False:", "test_swap_dtypes.py::test_every_part_gives_what_it_gave", False),
+    Mutant("a stranger's MLP is given halves", "fastgpt/swap/layers.py", "alike = branch.dtype == x.dtype or swap_of(then) is not None", "alike = True", "test_swap_dtypes.py::test_what_an_mlp_is_given_under_autocast", False),
     Mutant("a second backward reads what the first wrote over", "fastgpt/ops/cpu/mlp.py", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
     Mutant("the cube's factor without the other", "fastgpt/ops/cpu/mlp.py", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
     Mutant("a slope of three times too little", "fastgpt/ops/cpu/mlp.py", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
@@ -229,13 +240,6 @@ MUTANTS = [
     Mutant("derivative overflows", GELU, "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
     Mutant("activation not made again", MLP, "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
-    Mutant("fused: b_in dropped", FUSED, "HAS_BIAS=b_in is not None", "HAS_BIAS=False", FUSED_WIDTHS),
-    Mutant("fused: channels past the last whole step", FUSED, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K + 1, BLOCK_K)", FUSED_WIDTHS),
-    Mutant("fused: gelu of what was not rounded", FUSED, "gelu(rounded.to(z.dtype), TANH)", "gelu(z, TANH)", "test_linear_gelu.py::test_recompute_changes_no_bit"),
-    Mutant("fused: halves swapped", FUSED, "    return tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))", "    a, b = tl.split(tl.permute(tl.reshape(tile, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))\n    return b, a", FUSED_WIDTHS),
-    Mutant("fused: the last band's height", FUSED, "height = tl.minimum(down - 8 * band, 8)", "height = 8", "test_linear_gelu.py::test_row_counts"),
-    Mutant("fused: one row of partials for all", FUSED, "(first_row // BLOCK_M).to(tl.int64) * F", "(first_row // BLOCK_M * 0).to(tl.int64) * F", "test_linear_gelu.py::test_row_counts"),
-    Mutant("fused: TF32 where IEEE was promised", FUSED, '"PRECISION": matmul_precision()', '"PRECISION": "tf32"', "test_linear_gelu.py::test_float32_stays_float32"),
     # Embedding
     Mutant("positions not added", EMBEDDING, "x += tl.load(position_ptr", "x += 0 * tl.load(position_ptr", "test_embedding.py::test_widths"),
     Mutant("positions taken from the row", EMBEDDING, "places = time\n", "places = rows.to(tl.int64)\n", "test_embedding.py::test_widths"),
@@ -255,23 +259,23 @@ MUTANTS = [
     Mutant("a forward of its own bypassed", "fastgpt/modules.py", 'if "forward" in state and not is_ours(module, state["forward"]):', "if False:", CHILD, False),
     Mutant("a replaced activation bypassed", "fastgpt/swap/layers.py", "if act is not swap.act or occupied", "if occupied", "test_swap_parts.py::test_a_replaced_activation_is_called", False),
     Mutant("the dropout module's own mode", "fastgpt/modules.py", "float(module.p) if module.training else 0.0", "float(module.p)", "test_swap.py::test_nanogpts_dropout_stays_where_it_is", False),
-    Mutant("no trial", "fastgpt/swap/trial.py", "if swap.width == 0:", "if True:", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
-    Mutant("no trial in training mode", "fastgpt/swap/trial.py", "for training in (False, True):", "for training in (False,):", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
-    Mutant("a lenient trial", "fastgpt/swap/trial.py", "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap_parts.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial", "fastgpt/swap/trial.py", "if swap.width == 0:", "if True:", "test_swap_forms.py::test_a_part_of_another_form_is_left", False),
+    Mutant("no trial in training mode", "fastgpt/swap/trial.py", "for training in (False, True):", "for training in (False,):", "test_swap_forms.py::test_a_part_of_another_form_is_left", False),
+    Mutant("a lenient trial", "fastgpt/swap/trial.py", "<= 1e-6 * expected.norm()", "<= expected.norm()", "test_swap_forms.py::test_a_part_of_another_form_is_left", False),
     Mutant("restore leaves the swap", SWAP, 'module.__dict__.pop("fastgpt_swap", None)', "pass", "test_swap.py::test_restore_undoes_all_of_it", False),
     Mutant("scale not read", "fastgpt/swap/gpt2.py", 'scale=getattr(attn, "scaling", None)', "scale=None", "test_families_gpt2.py::test_scale_flags", False),
     Mutant("padding not handed on", GPT2, "return padding is not None and padding.shape == (mask.shape[0], keys), padding", "return padding is not None, None", "test_families_gpt2.py::test_padding", False),
     Mutant("any mask taken for padding", GPT2, "if queries == 1:", "if queries >= 1:", "test_families_gpt2.py::test_packed_documents_and_masks_of_four_axes", False),
     Mutant("checkpointing lost", "fastgpt/swap/gpt2.py", "is not None or checkpointed:", "is not None:", "test_swap_composes.py::test_checkpointing_happens", False),
-    Mutant("a cache that is never filled", "fastgpt/swap/book.py", "if use_cache and cache is not None:", "if False:", "test_families_raschka.py::test_the_cache_of_the_packages_variant_works", False),
+    Mutant("a cache that is never filled", "fastgpt/swap/book.py", "if use_cache and cache is not None:", "if False:", "test_families_book.py::test_the_cache_of_the_packages_variant_works", False),
     Mutant("loss ignores -100", "fastgpt/swap/nanogpt.py", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", DECODER, "else (lengths[:, None] - new) + steps", "else (lengths[:, None] - new - 1).clamp(min=0) + steps", CACHED, False),
+    Mutant("positions one too early", ATTENDED, "self.positions = lengths[:, None] + offsets", "self.positions = (lengths[:, None] - 1 + offsets).clamp(min=0)", CACHED, False),
     Mutant("a stale cache row", "fastgpt/ops/decoding.py", "values[rows, :, places] = v", "pass", CACHED, False),
-    Mutant("a position of a filled cache one too late", DECODER, "cache.slots - new + steps if", "cache.slots - new + 1 + steps if", ALONE, False),
-    Mutant("keys of a filled cache a slot early", DECODER, "cache.slots - new :, :]", "cache.slots - new - 1 : -1, :]", ALONE, False),
-    Mutant("a token that does not see itself", DECODER, "packed[0], keys, values, scale", "packed[0], keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
+    Mutant("a position of a filled cache one too late", ATTENDED, "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
+    Mutant("keys of a filled cache a slot early", ATTENDED, "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
+    Mutant("a token that does not see itself", STEPS, "return F.scaled_dot_product_attention(q, keys, values, scale", "return F.scaled_dot_product_attention(q, keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
     Mutant("the fused step skips a residual add", "fastgpt/ops/decoding.py", "total = x if branch is None else x + branch", "total = x if branch is None else branch", ALONE, False),
     Mutant("the fused step without its GELU", "fastgpt/ops/decoding.py", "(_gelu(y, gelu) if gelu else y), x", "y, x", ALONE, False),
     Mutant("a bag without its bias", LINEARS, "if bias is not None:", "if False:", "test_linears.py::test_bags_are_a_linear_layer", False),
@@ -279,8 +283,8 @@ MUTANTS = [
     Mutant("streams that x does not follow", LINEARS, ".view(streams, -1).t().flatten()", ".view(-1, streams).t().flatten()", "test_linears.py::test_bags_are_a_linear_layer", False),
     Mutant("tensors that overlap", "fastgpt/memory.py", "* _CACHE_LINE :]", "* _CACHE_LINE // 2 :]", "test_linears.py::test_tensors_on_large_pages", False),
     Mutant("a sum that need not be finite", BATCH, "math.isfinite(logits.sum().item())", "True", BATCHED + "test_finite_logits_whose_sum_is_not", False),
-    Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, time) - 1)", CACHED, False),
-    Mutant("the family's scale not read", "fastgpt/generation/parts.py", "            layer.scale,\n", "            None,\n", CACHED, False),
+    Mutant("logits after the padding", DECODER, "x.gather(1, (lengths - 1)", "x.gather(1, (lengths.new_full(lengths.shape, ids.shape[1]) - 1)", CACHED, False),
+    Mutant("the family's scale not read", READ, "scale=layer.scale", "scale=None", CACHED, False),
     Mutant("no trial of a stranger's model", DECODER, "            self._try(model)", "            pass", "test_decoder.py::test_a_model_of_another_form_is_refused", False),
     Mutant("modes not restored", DECODER, "module.training = training", "pass", "test_decoder.py::test_the_model_is_left_as_it_was", False),
     Mutant("top_p one token short", SAMPLING, "F.pad(counts.cumsum(-1)[:, :-1], (1, 0))", "counts.cumsum(-1)", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
@@ -356,18 +360,21 @@ MUTANTS = [
     Mutant("a Decoder keeps tensors that were replaced", READ, "if any(_address(getattr(module, name, None)) != address", "if any(False and address", KEPT + "test_a_decoder_of_weights_that_were_replaced", False),
     Mutant("evaluation of what was before", "fastgpt/generation/evaluation.py", "    decoder.check_unchanged()\n", "", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
     Mutant("a capture on PyTorch's own stream", "fastgpt/cuda_graph.py", "stream=_stream(device)", "stream=None", BATCHED + "test_a_step_is_captured_once_and_replayed", False),
-    Mutant("no dropout in a trial", "fastgpt/swap/trial.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", LOOKS + "test_dropout_in_another_place", False),
-    Mutant("no large numbers in a trial", "fastgpt/swap/trial.py", "x[1, 4] *= 30", "x[1, 4] *= 1", LOOKS + "test_attention_with_bounds", False),
-    Mutant("one trial for layers with other buffers", "fastgpt/swap/trial.py", "return (shapes, buffers, parts,", "return (shapes, parts,", LOOKS + "test_layers_that_differ_are_each_tried", False),
-    Mutant("one trial for layers in other places", "fastgpt/swap/trial.py", '"layer_idx" if own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', LOOKS + "test_layers_that_differ_are_each_tried", False),
-    Mutant("a mask for strangers", "fastgpt/swap/gpt2.py", "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2.py::test_a_subclass_without_room_for_our_mask", False),
-    Mutant("a block's word is not heard", "fastgpt/swap/gpt2.py", "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
+    Mutant("no dropout in a trial", "fastgpt/swap/trial.py", "_DROPOUT = 0.25", "_DROPOUT = 0.0", FORMS + "test_dropout_in_another_place", False),
+    Mutant("no large numbers in a trial", "fastgpt/swap/trial.py", "x[1, 4] *= 30", "x[1, 4] *= 1", FORMS + "test_attention_with_bounds", False),
+    Mutant("one trial for layers with other buffers", "fastgpt/swap/trial.py", "return (shapes, buffers, parts,", "return (shapes, parts,", FORMS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("one trial for layers in other places", "fastgpt/swap/trial.py", '"layer_idx" if own_type(module).forward.__module__.startswith("transformers.") else None', '"layer_idx"', FORMS + "test_layers_that_differ_are_each_tried", False),
+    Mutant("a mask for strangers", "fastgpt/swap/gpt2.py", "return module is not None and _takes_any(own_type(module))", "return True", "test_families_gpt2_subclasses.py::test_a_subclass_without_room_for_our_mask", False),
+    Mutant("a block's word is not heard", "fastgpt/swap/gpt2.py", "understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)", "understood = True", "test_families_gpt2_subclasses.py::test_what_a_subclass_is_told_beside_the_known_arguments", False),
     Mutant("attention sinks are passed by", "fastgpt/families/huggingface.py", 'if kwargs.get("s_aux") is not None:', "if False:", "test_families_huggingface.py::test_attention_sinks_are_refused", False),
     Mutant("GPT passes by a hooked norm", MODEL, "if branch is not None and not occupied(self) and", "if branch is not None and", HOOKED, False),
     Mutant("GPT passes by a hooked projection", MODEL, "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
     Mutant("GPT passes by a hooked MLP", MODEL, "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),
     Mutant("GPT passes by a hooked embedding", MODEL, "if free_embedding(self.wte) and free_embedding(self.wpe):", "if True:", HOOKED, False),
-    Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED, False),
+    Mutant("GPT adds a bias twice", MODEL, "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
+    Mutant("GPT does not hear positions", MODEL, "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
+    Mutant("GPT does not hear the scale of the scores", MODEL, "cache.attend(self.layer, qkv, self.scale)", "cache.attend(self.layer, qkv, None)", KEPT + "test_a_gpts_own_features_with_a_cache", False),
+    Mutant("all layers in one layer's cache", MODEL, "Block(config, layer) for layer", "Block(config) for layer", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
     Mutant("a subclass is walked through as ours", READ, "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
     # runs and data
     Mutant("overwritten before it can begin", "fastgpt/training/run.py", "        elif checkpoints.all() and not overwrite:\n", "        elif overwrite:\n            _clear(folder)\n        elif checkpoints.all():\n", "test_run.py::test_what_fails_before_the_first_step_overwrites_nothing", False),
@@ -380,15 +387,15 @@ MUTANTS = [
     Mutant("a module holds itself", "fastgpt/swap/__init__.py", '    module.__dict__["fastgpt_swap"] = swap\n', '    module.__dict__["fastgpt_swap"] = swap\n    module.__dict__["itself"] = module\n', WORLDLY + "test_a_model_is_freed_with_its_last_name", False),
     Mutant("a trial in the user's default dtype", "fastgpt/swap/layers.py", "    torch.set_default_dtype(torch.float32)\n", "", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a trial on the user's default device", "fastgpt/swap/layers.py", 'with torch.no_grad(), torch.device("cpu"), torch.autocast', "with torch.no_grad(), torch.autocast", WORLDLY + "test_defaults_do_not_change_the_trial", False),
-    Mutant("a patched forward is not heard", "fastgpt/modules.py", "if swap is None or plain.forward is not written:", "if swap is None:", WORLDLY + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "if tuple(module._modules) != swap.children:", "if False:", WORLDLY + "test_children_of_a_sequential_are_those_of_now", False),
+    Mutant("a patched forward is not heard", "fastgpt/modules.py", "if swap is None or plain.forward is not written:", "if swap is None:", CHANGED + "test_a_class_that_changes_later_is_heard", False),
+    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "if tuple(module._modules) != swap.children:", "if False:", CHANGED + "test_children_of_a_sequential_are_those_of_now", False),
     Mutant("the default dtype is not put back", "fastgpt/swap/layers.py", "        torch.set_default_dtype(dtype)\n", "", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a mask on the meta device of one kind", "fastgpt/swap/trial.py", "return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower", "return lower", WORLDLY + "test_a_model_on_the_meta_device_is_served_as_the_real_one", False),
-    Mutant("a patched class is bypassed", "fastgpt/modules.py", "return made is not None and made.plain.forward is made.written", "return made is not None", WORLDLY + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("a class set later is bypassed", "fastgpt/modules.py", "return swap if swap is not None and runs(module) else None", "return swap", WORLDLY + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("a stranger's class is told of ours", "fastgpt/modules.py", 'if any(each.__name__ == "GradientCheckpointingLayer"', "if any(True", WORLDLY + "test_a_class_that_lists_its_subclasses_lists_none_of_ours", False),
+    Mutant("a patched class is bypassed", "fastgpt/modules.py", "return made is not None and made.plain.forward is made.written", "return made is not None", CHANGED + "test_a_class_that_changes_later_is_heard", False),
+    Mutant("a class set later is bypassed", "fastgpt/modules.py", "return swap if swap is not None and runs(module) else None", "return swap", CHANGED + "test_a_class_that_changes_later_is_heard", False),
+    Mutant("a stranger's class is told of ours", "fastgpt/modules.py", 'if any(each.__name__ == "GradientCheckpointingLayer"', "if any(True", CHANGED + "test_a_class_that_lists_its_subclasses_lists_none_of_ours", False),
     Mutant("transformers is not told of our class", "fastgpt/modules.py", '== "GradientCheckpointingLayer"', '== "nobody"', "test_swap_composes.py::test_checkpointing_happens", False),
-    Mutant("a forward that unwraps to the class's", "fastgpt/modules.py", 'own.__dict__["__signature__"] = inspect.signature(written)', 'own.__dict__["__wrapped__"] = written', WORLDLY + "test_the_accelerate_packages_wrapper_comes_off_again", False),
+    Mutant("a forward that unwraps to the class's", "fastgpt/modules.py", 'own.__dict__["__signature__"] = inspect.signature(written)', 'own.__dict__["__wrapped__"] = written', CHANGED + "test_the_accelerate_packages_wrapper_comes_off_again", False),
     # what shows a run, encodings with holes, no network
     Mutant("only a disk's error is told", MONITOR, "        except Exception as error:  # a disk, a", "        except (OSError, ValueError) as error:  # a disk, a", TOLD, False),
     Mutant("shown before it is saved", "fastgpt/training/loop.py", "            if saves or stop:\n                self.save(needed=last or bool(stop))\n            if evaluates:  # after the save: what only shows the run must not cost it\n                self.report()\n", "            if evaluates:\n                self.report()\n            if saves or stop:\n                self.save(needed=last or bool(stop))\n", SHOWN + "test_all_is_saved_before_anything_is_shown", False),
@@ -436,14 +443,14 @@ MUTANTS = [
     Mutant("tokens and runs among the texts are read", "fastgpt/data/texts.py", "if path.parent != folder and _is_ours(path.parent)]", "if False]", "test_tokens.py::test_the_tokens_never_lie_among_the_texts", False),
     Mutant("changed settings are not told", "fastgpt/training/loop.py", "for name, value in settings.items() if name not in shown}", "for name, value in settings.items() if False}", "test_resume.py::test_settings_that_another_run_would_have_are_told", False),
     Mutant("a refused run leaves its lock", "fastgpt/training/run.py", "if held and not was_locked:", "if False:", "test_cli.py::test_a_refused_run_leaves_nothing_in_a_folder_that_was_there", False),
-    Mutant("attention with its own cache is said to be served", "fastgpt/swap/book.py", 'if "use_cache" in parameters and not caches:', "if False:", "test_families_raschka.py::test_attention_with_a_cache_of_its_own_is_left_and_the_report_says_so", False),
-    Mutant("buffers of zeros are taken to stay", "fastgpt/swap/trial.py", "if why is None and any(map(_is_empty, module.buffers())):", "if False:", LOOKS + "test_a_buffer_that_is_zero_and_may_be_filled_later", False),
+    Mutant("attention with its own cache is said to be served", "fastgpt/swap/book.py", 'if "use_cache" in parameters and not caches:', "if False:", "test_families_book.py::test_attention_with_a_cache_of_its_own_is_left_and_the_report_says_so", False),
+    Mutant("buffers of zeros are taken to stay", "fastgpt/swap/trial.py", "if why is None and any(map(_is_empty, module.buffers())):", "if False:", FORMS + "test_a_buffer_that_is_zero_and_may_be_filled_later", False),
     Mutant("a dropout's hook is passed by", "fastgpt/families/anatomy.py", "if isinstance(each, nn.Dropout) and occupied(each))", "if False)", "test_families.py::test_a_dropout_with_a_hook_that_generation_would_not_call", False),
     Mutant("weights of 8 bits are read", "fastgpt/weights/files.py", "tensor.dtype not in _DTYPES", "not tensor.is_floating_point()", "test_convert_files.py::test_numbers_that_no_model_computes_in_are_refused", False),
 ]  # fmt: skip
 
 
-_FINDING = r"AssertionError|assert |Failed: DID NOT RAISE|fastgpt\.sanitizer\.SanitizerError"
+_FINDING = r"AssertionError|assert |Failed: DID NOT RAISE|fastgpt\.sanitizer\.launch\.SanitizerError"
 
 
 def run(mutant: Mutant | None, tests: list[str], interpreted: bool = True) -> tuple[bool, str]:

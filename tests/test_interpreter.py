@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent
 GROUPS = [  # each about a minute's work
     ["test_attention_masks.py", "test_embedding.py"],
     ["test_sanitizer.py", "test_sanitizer_numbers.py", "test_sanitizer_memory.py"],
-    ["test_attention.py", "test_linear_gelu.py", "test_model.py"],
+    ["test_attention.py", "test_model.py"],
     ["test_autograd.py", "test_mlp.py", "test_ops.py"],
     ["test_judges.py"],
     ["test_layernorm.py", "test_decode.py", "test_few_rows.py", "test_generation.py", "test_decoder.py"],

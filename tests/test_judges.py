@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench import cases, dry, measure, models
+from bench.case import EAGER, SUBJECT
 from bench.machine import Machine
 from bench.timing import DeviceClock
 from fastgpt import ops, verify
@@ -59,7 +60,7 @@ def benched(machine, name):
         "shared loss": lambda: cases.linear_cross_entropy(machine, 6, 8, 19, 0),
         "embedding": lambda: cases.embedding(machine, 2, 4, 8, 19, 0),
     }
-    return makers[name]() if name in makers else models.train_step(machine, 2, 8, TINY, 0, only=(cases.SUBJECT,))
+    return makers[name]() if name in makers else models.train_step(machine, 2, 8, TINY, 0, only=(SUBJECT,))
 
 
 ROOFS = {"flops_a_second": 1e11, "bytes_a_second": 1e10}
@@ -67,7 +68,7 @@ ROOFS = {"flops_a_second": 1e11, "bytes_a_second": 1e10}
 
 def statuses(backend, name):  # noqa: F811
     """What bench says of that backend in each case, and whether it timed it."""
-    device, variant = backend[1], cases.EAGER if backend[0] == "torch" else cases.SUBJECT
+    device, variant = backend[1], EAGER if backend[0] == "torch" else SUBJECT
     clock = DeviceClock(torch.cuda if device == "cuda" else dry.FakeCuda(), device)
     machine = Machine("cuda" if device == "cuda" else "dry", device, torch.float32, clock, "eager", 0.0, (2, 2))
     found = []

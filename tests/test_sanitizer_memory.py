@@ -233,7 +233,7 @@ def test_launches_do_not_race_with_each_other():
 
 
 def test_races_are_found_among_accesses_that_were_folded(monkeypatch):
-    monkeypatch.setattr("fastgpt.sanitizer._FOLD_LANES", 2)
+    monkeypatch.setattr("fastgpt.sanitizer.launch._FOLD_LANES", 2)
     test_races_are_found("load/store", 4, None)
     test_programs_that_keep_apart_do_not_race("own", None)
 

@@ -39,7 +39,7 @@ _MAY_SPILL = (
 )
 # Where ptxas may serialize wgmma: padding and dropout in one backward. A single stage would not be; it is not measured.
 _MAY_SERIALIZE = (("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (90,)),)
-_WGMMA = re.compile(r"(attention_(fwd|dq|dkdv)|linear_gelu_(fwd|bwd))_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
+_WGMMA = re.compile(r"(attention_(fwd|dq|dkdv))_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
 
 
 class Row(NamedTuple):

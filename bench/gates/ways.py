@@ -203,17 +203,6 @@ def _mlp(_, dtype: torch.dtype, approximate: Any, recompute: bool) -> None:
     _backward(ops.gelu_mlp(*operands, approximate=approximate, recompute=recompute))
 
 
-def _fused_mlp(_, dtype: torch.dtype) -> None:
-    """As if its matmuls had been measured to win with the GELU in them, as `python -m bench tune` tries."""
-    from fastgpt.kernels import linear_gelu
-
-    def tiles(kernel, x, hidden):
-        return linear_gelu.candidate(x.dtype, linear_gelu.capability(x))
-
-    with mock.patch.object(linear_gelu, "measured_tiles", tiles):
-        _mlp(None, dtype, "tanh", False)
-
-
 def _head(_, dtype: torch.dtype, **options) -> None:
     x, weight = _tensors(dtype, (4096, 768), (VOCAB, 768))
     loss = ops.linear_cross_entropy(x, weight, torch.zeros(4096, dtype=torch.int64, device="cuda"), **options)
@@ -297,7 +286,6 @@ def ways() -> dict[str, Way]:
         for approximate in ("tanh", "none"):
             add(f"gelu_mlp {approximate} {name}", _mlp, dtype, approximate, False)
         add(f"gelu_mlp recompute {name}", _mlp, dtype, "tanh", True)
-        add(f"gelu_mlp fused {name}", _fused_mlp, dtype)
         add(f"linear_cross_entropy {name}", _head, dtype)
         add(f"linear_cross_entropy none {name}", _head, dtype, reduction="none")
         for p in (0.0, 0.1):

@@ -4,7 +4,9 @@ Errors a person can mend are one line and exit code 2; Ctrl-C is 130.
 """
 
 import argparse
+import contextlib
 import io
+import os
 import sys
 
 import fastgpt
@@ -30,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away, as `head` does
-        sys.stderr.close()
+        with contextlib.suppress(OSError):  # what is left to write goes nowhere, or the exit would fail on it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141 if options.command == "train" else 0  # which is then not done
     except (ValueError, OSError, FloatingPointError) as error:
         said = str(error).removeprefix(f"{options.command}: ")  # a function of the command's name says it too

@@ -56,7 +56,7 @@ def _verify(options: argparse.Namespace) -> int:
         tokens = encoding(options.encoding).encode(written, disallowed_special=())
         if len(tokens) < ids.numel():
             raise ValueError(f"{options.text} holds {len(tokens)} tokens, fewer than the {ids.numel()} to compare")
-        ids = torch.tensor(tokens[: ids.numel()], device=device).view_as(ids)
+        ids = torch.tensor(tokens[: ids.numel()], dtype=torch.int64, device=device).view_as(ids)
     found = verify_model(model, ids, tolerance=options.tolerance, write=_at_once)
     print(found)
     return 0 if found.passed else 1

@@ -142,6 +142,6 @@ def write_weights(
             theirs.update({f"{block}att.{part}.{kind}": t for part, t in zip(SPLIT, tensor.chunk(3), strict=True)})
     theirs.setdefault("out_head.weight", theirs["tok_emb.weight"])
     if variant == "GPTModel":
-        mask = torch.ones(config.block_size, config.block_size).triu(diagonal=1)
+        mask = torch.ones(config.block_size, config.block_size, dtype=torch.float32, device="cpu").triu(diagonal=1)
         theirs.update({f"trf_blocks.{i}.att.mask": mask for i in range(config.n_layer)})
     return settings, theirs, notes

@@ -48,7 +48,7 @@ def attention_function(
     covered, seen = key_mask(queries, keys, attention_mask, None)
     if not (covered and causal and not special(kwargs) and key.shape == value.shape and plain(query, key, value)):
         if attention_mask is not None and attention_mask.dim() == 2:  # sdpa's function asks for all four axes
-            steps = torch.arange(keys, device=query.device)
+            steps = torch.arange(keys, dtype=torch.int64, device=query.device)
             attention_mask = attention_mask[:, None, None] & (steps <= steps[keys - queries :, None])
         options: dict = dict(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)

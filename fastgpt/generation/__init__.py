@@ -10,7 +10,8 @@ from torch import nn
 from fastgpt import memory
 from fastgpt.data.tokenizer import undecodable
 from fastgpt.generation.batch import Batch, Readback, Told, slots
-from fastgpt.generation.decoder import MAX_STEP, Cache, Decoder
+from fastgpt.generation.cache import Cache
+from fastgpt.generation.decoder import MAX_STEP, Decoder
 from fastgpt.generation.given import at_least_1, prompts_of, stop_ids_of, strings_of, whole_number
 from fastgpt.generation.sampling import Sampling
 from fastgpt.generation.speculative import Speculation
@@ -288,7 +289,7 @@ def _told(batch: Batch, speculation: Speculation | None, rows: list[_Row]) -> It
 
 def _not_finite(decoder: Decoder, row: _Row) -> str:
     ids = row.prompt + row.tokens
-    window = torch.tensor(ids[-decoder.context :], device=decoder.device)
+    window = torch.tensor(ids[-decoder.context :], dtype=torch.int64, device=decoder.device)
     part = decoder.first_not_finite(window)
     where = f"first in {part}" if part else "and a second pass over its tokens finds them finite"
     return f"generate: the model's logits at position {len(ids) - 1} are not finite, {where}"

@@ -4,13 +4,14 @@ import collections
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgpt.cuda_graph import captured, warmed
-from fastgpt.generation.decoder import Cache, Decoder
+from fastgpt.generation.cache import Cache
+from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
 
 SMALL = 1 << 19  # multiplications in a step's largest matmul, up to which a CPU's second thread gains nothing
@@ -48,19 +49,20 @@ class Batch:
         """spare: tokens beyond new_tokens that may be written and not kept. never: ids that are not drawn."""
         self.decoder, self.sampling, self.generator, self.vocab_size = decoder, sampling, generator, vocab_size
         device, longest = decoder.device, max(map(len, prompts))
-        self.samples, self.longest, self.steps = samples, longest, 0
+        self.samples, self.steps, self.filled = samples, 0, longest  # tokens of the longest row
         self.rows = len(prompts) * samples
         self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + spare))
-        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts])
-        lengths = torch.tensor([len(ids) for ids in prompts])
+        host: Any = dict(dtype=torch.int64, device="cpu")
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], **host)
+        lengths = torch.tensor([len(ids) for ids in prompts], **host)
         self.history = torch.zeros(self.rows, longest + new_tokens + spare, dtype=torch.int64, device=device)
         self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(device)
         self.lengths = lengths.repeat_interleave(samples, 0).to(device)
-        self.even = len(set(map(len, prompts))) == 1
         self.seen = None
         if sampling.repetition_penalty != 1:
-            inside = torch.arange(longest) < lengths[:, None]
-            seen = torch.zeros(len(prompts), max(decoder.outputs, decoder.vocabulary), dtype=torch.bool)
+            inside = torch.arange(longest, **host) < lengths[:, None]
+            most = max(decoder.outputs, decoder.vocabulary)
+            seen = torch.zeros(len(prompts), most, dtype=torch.bool, device="cpu")
             seen[torch.nonzero(inside)[:, 0], padded[inside]] = True
             self.seen = seen[:, :vocab_size].repeat_interleave(samples, 0).to(device)
         never = [token for token in never if token < vocab_size]
@@ -68,7 +70,8 @@ class Batch:
         if self._never is not None:
             self._never[never] = True
         self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(self.rows, device=device) if logprobs else None
+        statistics = torch.promote_types(decoder.dtype, torch.float32)
+        self.logprobs = torch.zeros(self.rows, dtype=statistics, device=device) if logprobs else None
         plain = sampling.greedy and self.seen is None and self.logprobs is None and decoder.dtype != torch.float64
         self._likeliest = plain and decoder.on_kernels  # by one kernel
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -82,49 +85,45 @@ class Batch:
         with device_of(self.decoder), self._threads():
             self._advance()
         self.steps += 1
-        self.longest += 1
+        self.filled += 1
 
     def _threads(self) -> contextlib.AbstractContextManager:
         """Of this step, which reads all tokens of a window or one of each row."""
-        reads_all = self.steps == 0 or self.longest > self.cache.slots
-        return threads_for(self.decoder, self.rows * (min(self.longest, self.decoder.context) if reads_all else 1))
+        reads_all = self.steps == 0 or self.filled > self.cache.slots
+        return threads_for(self.decoder, self.rows * (min(self.filled, self.decoder.context) if reads_all else 1))
 
     def _advance(self) -> None:
         if self.steps == 0:
             self._take(self.first_logits())
-        elif self.longest > self.cache.slots:  # past the context
+        elif self.filled > self.cache.slots:  # past the context
             self._take(self._window())
         elif not self._graphs:
-            self._step(self.longest)
+            self._step()
         elif self._graph is None and self.steps == 1:
-            warmed(self.decoder.device, lambda: self._step(None))
+            warmed(self.decoder.device, self._step)
         else:
             if self._graph is None:
-                self._graph, _ = captured(self.decoder.device, lambda: self._step(None), self.generator)
+                self._graph, _ = captured(self.decoder.device, self._step, self.generator)
             self._graph.replay()
 
     def first_logits(self) -> Tensor:
         """(rows, V) after the prompts, which go into the cache, each once."""
-        if self.longest > self.cache.slots:
+        if self.filled > self.cache.slots:
             return self._window()
-        prompts, lengths = self.history[:: self.samples, : self.longest], self.lengths[:: self.samples]
+        prompts, lengths = self.history[:: self.samples, : self.filled], self.lengths[:: self.samples]
         return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)
 
     def _window(self) -> Tensor:
         """The logits after the last tokens that the context holds, from the beginning: no position stays the same."""
         context = self.decoder.context
         starts = (self.lengths - context).clamp(min=0)
-        width = min(self.longest, context)
-        places = starts[:, None] + torch.arange(width, device=starts.device)
+        width = min(self.filled, context)
+        places = starts[:, None] + torch.arange(width, dtype=torch.int64, device=starts.device)
         return self.decoder.prefill(self.history.gather(1, places), self.lengths.clamp(max=context), self.cache)
 
-    def _step(self, reach: int | None) -> None:
+    def _step(self) -> None:
         last = self.history.gather(1, self.lengths[:, None] - 1)
-        if reach is None or self.decoder.on_kernels:  # a kernel reads no further than the lengths say
-            logits = self.decoder.decode(last, self.lengths, self.cache)
-        else:
-            logits = self.decoder.decode(last, None if self.even else self.lengths, self.cache.first(reach))
-        self._take(logits[:, 0])
+        self._take(self.decoder.decode(last, self.lengths, self.cache)[:, 0])
 
     def _take(self, logits: Tensor) -> None:
         """Sample from (rows, V) and write it down."""
@@ -168,7 +167,7 @@ def threads_for(decoder: Decoder, tokens: int) -> Iterator[None]:
     The others spin while they wait for work, and on a busy machine each wait is for a processor: docs/generation.md has
     what was measured. The user's number is set again after each pass.
     """
-    width = decoder.heads * decoder.head_dim
+    width = decoder.gpt.config.n_embd
     threads = torch.get_num_threads()
     if decoder.device.type != "cpu" or threads == 1 or tokens * width * max(4 * width, decoder.outputs) > SMALL:
         yield
@@ -206,7 +205,7 @@ class Readback:
     def _copy(self, tensor: Tensor) -> Tensor:
         if not self._asynchronous:  # it is taken before the next step
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
     def take(self) -> Told:
         """The oldest step's."""

@@ -93,8 +93,9 @@ def _batches(count: int, window: int, stride: int, batch_size: int) -> list[list
 def _loss(decoder: Decoder, tokens: np.ndarray, passes: list[tuple[int, int, int]]) -> float:
     rows = np.stack([tokens[begin:end] for begin, _, end in passes]).astype(np.int64)
     ids = torch.from_numpy(rows).to(decoder.device)
-    kept = torch.tensor([[begin + i + 1 >= counted for i in range(end - begin - 1)] for begin, counted, end in passes])
-    x = decoder.features(ids[:, :-1])[kept.to(ids.device)]  # (N, C): no logits of what does not count
-    targets = ids[:, 1:][kept.to(ids.device)]
+    counts = [[begin + i + 1 >= counted for i in range(end - begin - 1)] for begin, counted, end in passes]
+    kept = torch.tensor(counts, dtype=torch.bool, device=ids.device)
+    x = decoder.features(ids[:, :-1])[kept]  # (N, C): no logits of what does not count
+    targets = ids[:, 1:][kept]
     parts = zip(x.split(1024), targets.split(1024), strict=True)
     return math.fsum(F.cross_entropy(decoder.logits(part), aim, reduction="sum").item() for part, aim in parts)

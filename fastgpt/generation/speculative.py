@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.generation.batch import Batch, Told, threads_for
-from fastgpt.generation.decoder import Cache, Decoder
+from fastgpt.generation.cache import Cache
+from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import race
 
 
@@ -19,13 +20,13 @@ class Speculation:
     def __init__(self, batch: Batch, draft: Decoder, count: int):
         self.batch, self.draft, self.count = batch, draft, count
         self.cache = Cache(draft, batch.rows, batch.cache.slots)
-        self.lengths = [batch.longest] * batch.rows  # as the host knows them; the longest is what matters
+        self.lengths = [batch.filled] * batch.rows  # as the host knows them; the longest is what matters
         self.active = [True] * batch.rows
 
     def start(self) -> Told:
         """The first token of each row, which no draft is needed for."""
         batch = self.batch
-        rows, lengths = batch.history[:: batch.samples, : batch.longest], batch.lengths[:: batch.samples]
+        rows, lengths = batch.history[:: batch.samples, : batch.filled], batch.lengths[:: batch.samples]
         self.draft.prefill(rows, lengths, self.cache)
         batch.advance()
         self.lengths = batch.lengths.tolist()
@@ -39,16 +40,17 @@ class Speculation:
         longest = max(length for length, active in zip(self.lengths, self.active, strict=True) if active)
         count = min(self.count if most is None else most, batch.cache.slots - longest)
         lengths = batch.lengths.clamp(max=longest)  # a row that has ended goes along, and writes nothing down
-        proposals, guesses, seen = self._propose(count, lengths, longest)
+        proposals, guesses, seen = self._propose(count, lengths)
         last = batch.history.gather(1, lengths[:, None] - 1)
         ids = torch.cat((last, proposals), dim=1)
-        logits = self._decode(batch.decoder, ids, lengths + count, batch.cache, longest + count)
+        with threads_for(batch.decoder, ids.numel()):
+            logits = batch.decoder.decode(ids, lengths + count, batch.cache)
         logits = batch.allowed(logits)  # (B, count + 1, V)
-        if count and not logits[torch.tensor(self.active, device=logits.device)].isfinite().all():
+        if count and not logits[torch.tensor(self.active, dtype=torch.bool, device=logits.device)].isfinite().all():
             return self.round(0)  # a proposal's NaN is in its whole pass, and it may not be taken
         wanted = torch.stack([batch.sampling.probabilities(logits[:, i], seen[i]) for i in range(count + 1)], dim=1)
         taken = self._taken(proposals, guesses, wanted)  # (B,)
-        row = torch.arange(batch.rows, device=taken.device)
+        row = torch.arange(batch.rows, dtype=torch.int64, device=taken.device)
         rest = wanted[row, taken]
         if count:
             guess = guesses[row, taken.clamp(max=count - 1)].masked_fill((taken == count)[:, None], 0.0)
@@ -58,18 +60,19 @@ class Speculation:
         new[row, taken] = race(rest, batch.generator)
         return self._write(new, taken, logits)
 
-    def _propose(self, count: int, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    def _propose(self, count: int, lengths: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Tokens (B, count), what they were drawn from (B, count, V), and what each row had seen before each."""
         batch, draft = self.batch, self.draft
         proposals = lengths.new_zeros(batch.rows, count)
         guesses, seen = [], [batch.seen]
         for i in range(count):
             if i == 0:  # two: the last round may have taken a token that the draft was not given
-                places = lengths[:, None] - 2 + torch.arange(2, device=lengths.device)
+                places = lengths[:, None] - 2 + torch.arange(2, dtype=torch.int64, device=lengths.device)
                 ids = batch.history.gather(1, places)
             else:
                 ids = proposals[:, i - 1 : i]
-            logits = self._decode(draft, ids, lengths + i, self.cache, longest + i)[:, -1]
+            with threads_for(draft, ids.numel()):
+                logits = draft.decode(ids, lengths + i, self.cache)[:, -1]
             logits = batch.allowed(logits)
             guess = batch.sampling.probabilities(logits, seen[-1])
             if not logits.isfinite().all():
@@ -80,19 +83,14 @@ class Speculation:
             seen.append(None if before is None else before.scatter(1, proposals[:, i : i + 1], True))
         return proposals, torch.stack(guesses, dim=1) if guesses else proposals, seen
 
-    def _decode(self, decoder: Decoder, ids: Tensor, lengths: Tensor, cache: Cache, longest: int) -> Tensor:
-        """longest: of the lengths, as far as the cache is to be read; the kernels see to that themselves."""
-        if decoder.on_kernels:
-            return decoder.decode(ids, lengths, cache)
-        with threads_for(decoder, ids.numel()):
-            return decoder.decode(ids, None if self.batch.rows == 1 else lengths, cache.first(longest))
-
     def _taken(self, proposals: Tensor, guesses: Tensor, wanted: Tensor) -> Tensor:
         """How many proposals of each row are taken: all before the first that is not."""
         count = proposals.shape[1]
         if count == 0:
             return proposals.new_zeros(len(proposals))
-        chance = torch.rand(proposals.shape, generator=self.batch.generator, device=proposals.device)
+        chance = torch.rand(
+            proposals.shape, generator=self.batch.generator, dtype=torch.float32, device=proposals.device
+        )
         q = guesses.gather(2, proposals[..., None])[..., 0]
         p = wanted[:, :count].gather(2, proposals[..., None])[..., 0]
         return (chance * q < p).long().cumprod(dim=1).sum(dim=1)
@@ -100,8 +98,8 @@ class Speculation:
     def _write(self, new: Tensor, taken: Tensor, logits: Tensor) -> Told:
         """new: (B, count + 1), of which taken + 1 are good."""
         batch = self.batch
-        active = torch.tensor(self.active, device=new.device)
-        steps = torch.arange(new.shape[1], device=new.device)
+        active = torch.tensor(self.active, dtype=torch.bool, device=new.device)
+        steps = torch.arange(new.shape[1], dtype=torch.int64, device=new.device)
         good = (steps <= taken[:, None]) & active[:, None]
         batch.history.scatter_(1, batch.lengths[:, None] + steps, new)
         if batch.seen is not None:

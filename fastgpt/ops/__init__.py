@@ -27,10 +27,13 @@ from fastgpt.ops.choice import (
     interpreted,
     no_triton,
 )
+from fastgpt.ops.decoding import OnPyTorch as DecodingSteps
+from fastgpt.ops.transforms import watcher
 
 __all__ = [
     "FUNCTIONS",
     "Backend",
+    "DecodingSteps",
     "add_layer_norm",
     "autograd",
     "backend_in_words",
@@ -46,6 +49,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "no_triton",
+    "watcher",
 ]
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
 from fastgpt.ops import loss
+from fastgpt.ops.transforms import is_batch, transformed
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
 _FEWEST_ROWS = 256  # of the logits at once: with fewer the matmuls wait for weight and dweight to be read and written
@@ -108,6 +109,9 @@ def _go_over_logits(x, *arguments):
     loss.by_rows(pass_over_rows, max(_FEWEST_ROWS, 8 * -(-len(x) // 96)), True, x, *arguments)
 
 
+_ORDINARY = (Tensor, Parameter)
+
+
 def _custom_op(launcher, fake):
     """`launcher` as the op fastgpt::<its name>; called by Python it is launched at once, for PyTorch's way through an
     op took 12 of layer_norm's 18 µs on a CPU. A compiler, a mode that looks at every op and another kind of tensor get
@@ -115,13 +119,15 @@ def _custom_op(launcher, fake):
     launch = _on_its_device(launcher)
     op = torch.library.custom_op(f"fastgpt::{launcher.__name__}", launch, mutates_args=())
     op.register_fake(fake)
+    op.register_vmap(functools.partial(loss.one_by_one, op))
 
     @functools.wraps(launcher)
     def call(first, *args):
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or transformed():
             return op(first, *args)
-        if any(isinstance(arg, Tensor) and type(arg) not in (Tensor, Parameter) for arg in (first, *args)):
-            return op(first, *args)
+        for arg in (first, *args):
+            if isinstance(arg, Tensor) and (type(arg) not in _ORDINARY or is_batch(arg)):
+                return op(first, *args)
         return launch(first, *args)
 
     call.op = op  # type: ignore[attr-defined]

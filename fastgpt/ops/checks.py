@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastgpt.ops.transforms import unwrapped
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -121,6 +123,7 @@ def in_range(name, what, values, limit, place, ignored=None):
     """0 <= value < limit, on a CPU: on a GPU the check would make the host wait, and a compiler can't branch on it."""
     if values.device.type != "cpu" or torch.compiler.is_compiling() or values.numel() == 0:
         return
+    values = unwrapped(values)
     outside = (values < 0) | (values >= limit)
     if ignored is not None:
         outside &= values != ignored
@@ -133,6 +136,7 @@ def cumulative(name, cu_seqlens, time):
     """0 <= cu_seqlens[0] <= … <= time, on a CPU."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
+    cu_seqlens = unwrapped(cu_seqlens)
     steps = torch.diff(cu_seqlens, prepend=cu_seqlens.new_zeros(1), append=cu_seqlens.new_full((1,), time))
     if (steps < 0).any():
         values = cu_seqlens.tolist() if len(cu_seqlens) <= 8 else f"{cu_seqlens[:8].tolist()}…"

@@ -1,5 +1,6 @@
 """The one place that chooses a backend for a call, for a model that is decoded too, and that explains the choice.
 
+What follows a call operation by operation (fastgpt.ops.transforms) gets fastgpt.ops.plain, whatever the device.
 A form of its own that a backend has for some calls (few rows, a CPU's MLP and loss) is chosen where that form stands;
 here it is put into words, by the same functions.
 """
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgpt.ops import decoding, loss, pytorch
+from fastgpt.ops import decoding, loss, plain, pytorch
 from fastgpt.ops.cpu import logits, mlp
+from fastgpt.ops.transforms import watcher
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -39,9 +41,13 @@ def backend_for(name: str, backend: Backend, operand: Tensor, **arguments) -> Mo
 
 def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
     """The steps of decoding of a model of which `operand` is a weight, chosen once for all its calls."""
-    if backend_for("layer_norm", backend, operand) is pytorch:
+    if backend_for("layer_norm", backend, operand) is not autograd:
         return decoding.OnPyTorch()
-    return decoding.OnKernels(autograd)
+
+    def choose(name: str, operand: Tensor, **arguments) -> ModuleType:
+        return backend_for(name, backend, operand, **arguments)
+
+    return decoding.OnKernels(autograd, choose)
 
 
 def explain(function: Callable, *args, **kwargs) -> str:
@@ -75,7 +81,7 @@ def no_triton() -> str | None:
 def backend_in_words(backend: Backend, operand: Tensor) -> str:
     """What serves a model of which `operand` is a weight, as words after "on the CPU, " or "on cuda:0, "."""
     found, sentence = _choose("layer_norm", backend, operand, {})
-    if found is not pytorch:
+    if found is autograd:
         return "with the Triton kernels" + (" in Triton's interpreter" if interpreted() else "")
     ours = "with PyTorch's own functions"
     if backend == "torch":
@@ -90,9 +96,12 @@ def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tu
         return backend, f"{name} runs on {backend.__name__}"
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"{name}: backend is {backend!r}, not 'auto', 'triton' or 'torch'")
+    followed = watcher()
+    if followed is not None and backend != "triton":
+        return plain, f"{name} runs on PyTorch's own differentiable operations: {followed}"
     if backend == "torch":
         return pytorch, f"{name} runs on PyTorch: backend='torch' was asked for"
-    obstacle = _obstacle(name, operand, arguments)
+    obstacle = _obstacle(name, operand, arguments) if followed is None else followed
     if autograd is not None and obstacle is None:
         where = "Triton's interpreter" if autograd.INTERPRETED else f"its Triton kernel on {operand.device}"
         return autograd, f"{name} runs on {where}"

@@ -4,6 +4,7 @@ Their arguments are not checked: whoever asks for them has checked a model once 
 tokens, `H` heads, `D` head dim, `V` vocabulary; `N K` a linear layer's weight.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,36 @@ from torch import Tensor
 
 from fastgpt.ops import pytorch
 from fastgpt.ops.cpu import mlp
+from fastgpt.ops.cpu.linears import Layout
 
 
 class OnPyTorch:
     """PyTorch's own functions."""
 
     on_kernels = False
+
+    def layout(self, tokens: int, rows: int) -> Layout:
+        """How the linear layers lie of a model that is to write about so many tokens, `rows` at a time."""
+        return Layout(tokens, rows, self.on_kernels)
+
+    def embedding(
+        self, ids: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """ops.embedding of ids (B, Tq) at positions (B, Tq) or (Tq,), or the first ones."""
+        return pytorch.embedding(ids, token_weight, position_weight, positions, dtype=dtype)
+
+    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
+        """ops.causal_attention_qkv: (B, T, 3C) -> (B, T, C)."""
+        return pytorch.causal_attention_qkv(qkv, heads, scale=scale)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
+        """ops.decode_attention: q (B, H, Tq, D) over the caches (B, H, Tmax, D). lengths: None where the caches are
+        full in every row, which only this backend is told."""
+        if lengths is not None:
+            return pytorch.decode_attention(q, keys, values, lengths, scale=scale)
+        if q.shape[2] == 1:  # nothing to be hidden: no mask
+            return F.scaled_dot_product_attention(q, keys, values, scale=scale)
+        return pytorch.causal_attention(q, keys, values, scale=scale)
 
     def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """The keys and values of the newest tokens, in qkv (B, Tq, 3HD), into the caches (B, H, Tmax, D).
@@ -26,8 +51,8 @@ class OnPyTorch:
         """
         batch, new, heads = *qkv.shape[:2], keys.shape[1]
         k, v = qkv.view(batch, new, 3, heads, -1)[:, :, 1:].unbind(2)  # (B, Tq, H, D)
-        rows = torch.arange(batch, device=qkv.device)[:, None]
-        places = (lengths[:, None] - new) + torch.arange(new, device=qkv.device)
+        rows = torch.arange(batch, dtype=torch.int64, device=qkv.device)[:, None]
+        places = (lengths[:, None] - new) + torch.arange(new, dtype=torch.int64, device=qkv.device)
         keys[rows, :, places] = k
         values[rows, :, places] = v
 
@@ -35,8 +60,8 @@ class OnPyTorch:
         """Whether a layer of that width and dtype may take norm_linear and product."""
         return True
 
-    def fits(self, rows: int, weight: Tensor) -> bool:
-        """Whether so few rows of a product with that weight (N, K) are faster by norm_linear and product."""
+    def fits(self, rows: int, *weights: Tensor) -> bool:
+        """Whether so few rows of products with these weights (N, K) are faster by norm_linear and product."""
         return True
 
     def norm_linear(
@@ -62,12 +87,28 @@ class OnKernels(OnPyTorch):
 
     on_kernels = True
 
-    def __init__(self, autograd: Any):
-        """autograd: the module of that name, which only ops imports."""
+    def __init__(self, autograd: Any, choose: Callable):
+        """autograd: the module of that name, which only ops imports. choose(function's name, operand, **arguments)
+        gives the backend's module that serves a call."""
+        self._choose = choose
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
         self._add_norm = autograd.add_layer_norm
         self._widest: int = autograd.few_rows.MAX_NORMED
+
+    def embedding(
+        self, ids: Tensor, token_weight: Tensor, position_weight: Tensor, positions: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        functions = self._choose("embedding", token_weight)
+        return functions.embedding(ids, token_weight, position_weight, positions, dtype=dtype)
+
+    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
+        functions = self._choose("causal_attention_qkv", qkv, heads=heads)
+        return functions.causal_attention_qkv(qkv, heads, scale=scale)
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Any, scale: float | None) -> Tensor:
+        functions = self._choose("decode_attention", q, k_cache=keys, v_cache=values)
+        return functions.decode_attention(q, keys, values, lengths, scale=scale)
 
     def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         self._append(qkv, keys, values, lengths)
@@ -75,8 +116,8 @@ class OnKernels(OnPyTorch):
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
         return width <= self._widest and dtype != torch.float64
 
-    def fits(self, rows: int, weight: Tensor) -> bool:
-        return self._fits(rows, weight)
+    def fits(self, rows: int, *weights: Tensor) -> bool:
+        return all(self._fits(rows, weight) for weight in weights)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """x (M, K) -> (M, N), rounded to weight's dtype and given in it or in `dtype`."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.ops.transforms import mapped
+
 
 def linear_cross_entropy(x, weight, targets, *, ignore_index, reduction, label_smoothing, z_loss, chunked_losses):
     """fastgpt.ops.linear_cross_entropy with `chunked_losses`, an op that `chunked_op` made."""
@@ -69,14 +71,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             _, *made = ctx.chunked_losses(x, weight, targets, row_grads, *ctx.settings, *ctx.needs_input_grad[:2])
         if ctx.reduction != "none":
             factor = dloss / _divisor(targets, ctx.reduction, ctx.settings).clamp(min=1)
-            made = [grad.mul_(factor) for grad in made]
+            several = mapped(dloss)
+            made = [grad * factor if several else grad.mul_(factor) for grad in made]
         dx, dweight = made
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         return dx if needs_x else None, dweight.to(weight.dtype) if needs_weight else None, *[None] * 4
 
 
 def _ones(x):
-    return torch.ones(x.shape[0], device=x.device)
+    return torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 def _divisor(targets, reduction, settings):
@@ -87,22 +90,27 @@ def _divisor(targets, reduction, settings):
 def _differentiable_backward(ctx, dloss):
     """The gradients through all of the logits, which PyTorch can differentiate again."""
     x, weight, targets = ctx.saved_tensors
-    settings, ignored = ctx.settings, targets == ctx.settings.ignore_index
-    logits = F.linear(x, weight).to(_statistics_dtype(settings.dtype))
-    loss = F.cross_entropy(
-        logits,
-        targets.long(),
-        ignore_index=settings.ignore_index,
-        label_smoothing=settings.label_smoothing,
-        reduction="none",
-    )
-    loss = loss + (settings.z_loss * logits.logsumexp(-1) ** 2).masked_fill(ignored, 0)
-    if ctx.reduction != "none":
-        loss = loss.sum() / _divisor(targets, ctx.reduction, settings)
+    loss = of_all_logits(x, weight, targets, ctx.reduction, ctx.settings)
     needs = ctx.needs_input_grad[:2]
     wanted = [tensor for tensor, needed in zip((x, weight), needs, strict=True) if needed]
     grads = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
     return [next(grads) if needed else None for needed in needs]
+
+
+def of_all_logits(x: Tensor, weight: Tensor, targets: Tensor, reduction: str, settings: LossSettings) -> Tensor:
+    """The loss in PyTorch's own operations, from all logits at once: x (…, C), weight (V, C), targets (…)."""
+    dtype, targets = settings.dtype, targets.long()
+    logits = F.linear(x.to(dtype), weight.to(dtype)).to(_statistics_dtype(dtype))
+    logprobs, vocab = logits.log_softmax(-1), weight.shape[0]
+    at_target = logprobs.gather(-1, targets.clamp(0, vocab - 1)[..., None])[..., 0]
+    losses = -(1 - settings.label_smoothing) * at_target
+    if settings.label_smoothing:
+        losses = losses - settings.label_smoothing * logprobs.mean(-1)
+    if settings.z_loss:
+        losses = losses + settings.z_loss * logits.logsumexp(-1) ** 2
+    losses = losses.masked_fill((targets < 0) | (targets >= vocab), torch.nan)
+    losses = losses.masked_fill(targets == settings.ignore_index, 0)
+    return losses if reduction == "none" else losses.sum() / _divisor(targets, reduction, settings)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -196,7 +204,24 @@ def chunked_op(name: str, go_over: Callable[..., None], pads: bool = False):
     def _(x, weight, targets, row_grads, ignore_index, label_smoothing, z_loss, dtype, needs_x, needs_weight):
         return _outputs(x, weight, dtype, needs_x, needs_weight, pads)
 
+    chunked_losses.register_vmap(functools.partial(one_by_one, chunked_losses))
     return chunked_losses
+
+
+def one_by_one(op, info, in_dims, *args):
+    """The rule by which torch.func.vmap maps a custom op, as a backward under is_grads_batched asks: a call for each.
+
+    Every argument's place in `in_dims` is the axis over which it is mapped, or None; each output is stacked along its
+    first axis.
+    """
+    calls = [
+        op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    outputs = tuple(torch.stack(each) for each in zip(*calls, strict=True))
+    return outputs, (0,) * len(outputs)
 
 
 def by_rows(

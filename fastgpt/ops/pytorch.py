@@ -5,6 +5,7 @@ Arguments have been checked by fastgpt.ops. `B` batch, `T` time, `C` channels, `
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,7 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
     is built, and with a seed the probabilities too.
     """
     queries, keys = q.shape[-2], k.shape[-2]
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # a tensor, where a trace records it
     explicit_dropout = dropout_p > 0 and seed is not None
     if queries == keys and key_mask is None and documents is None and not explicit_dropout:
         return F.scaled_dot_product_attention(
@@ -95,10 +96,15 @@ def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, ke
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
     """q (B, H, Tq, D) over the first lengths[b] slots of the caches (B, Hkv, Tmax, D), q's own the last Tq of them."""
     if _full(q, k_cache, lengths):
-        grouped = q.shape[1] != k_cache.shape[1]
+        grouped = bool(q.shape[1] != k_cache.shape[1])
         return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale, enable_gqa=grouped)
-    slots = torch.arange(k_cache.shape[-2], device=q.device)
-    steps = torch.arange(q.shape[-2], device=q.device)
+    return decode_masked(q, k_cache, v_cache, lengths, scale=scale)
+
+
+def decode_masked(q, k_cache, v_cache, lengths, *, scale=None):
+    """decode_attention, whatever the caches hold."""
+    slots = torch.arange(k_cache.shape[-2], dtype=torch.int64, device=q.device)
+    steps = torch.arange(q.shape[-2], dtype=torch.int64, device=q.device)
     filled = slots < lengths[:, None]  # (B, Tmax)
     visible_to = lengths[:, None] - q.shape[-2] + steps  # (B, Tq): the last slot that each query sees
     allowed = (slots <= visible_to[..., None])[:, None]  # (B, 1, Tq, Tmax)
@@ -118,7 +124,7 @@ def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
     """allowed broadcasts to (B, H, Tq, Tk). A query that may see nothing gives zeros, and zero gradients."""
     sees_something = allowed.any(-1, keepdim=True)
     allowed = allowed | ~sees_something  # softmax needs a key; the row is zeroed below
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # a tensor, where a trace records it
     if dropout_p == 0 or seed is None:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
@@ -158,8 +164,7 @@ def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=
 def mlp_form(operands, recompute) -> str:
     """The form that gelu_mlp takes: on a CPU "differentiated in place" or "without a derivative", elsewhere "plain";
     "recomputed" on either."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    eager_cpu = operands[0].device.type == "cpu" and not transformed
+    eager_cpu = operands[0].device.type == "cpu" and not torch.compiler.is_compiling()
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     if eager_cpu and not differentiable:
         return "without a derivative"
@@ -231,12 +236,13 @@ def dropout_mask(seed, p, shape, site, device):
     col % 4 of the counter (col // 4, row, b * H + h, site) and is kept where that word reaches floor(p * 2**32).
     """
     batch, heads, rows, cols = shape
+    whole: Any = dict(dtype=torch.int64, device=device)
     words = _philox(
-        torch.arange((cols + 3) // 4, device=device),
-        torch.arange(rows, device=device)[:, None],
-        torch.arange(batch * heads, device=device)[:, None, None],
-        torch.full((), site, device=device),  # filled on the device: a copy from the host would wait for it
-        seed.reshape(()) if isinstance(seed, torch.Tensor) else torch.full((), seed, dtype=torch.int64, device=device),
+        torch.arange((cols + 3) // 4, **whole),
+        torch.arange(rows, **whole)[:, None],
+        torch.arange(batch * heads, **whole)[:, None, None],
+        torch.full((), site, **whole),  # filled on the device: a copy from the host would wait for it
+        seed.reshape(()) if isinstance(seed, torch.Tensor) else torch.full((), seed, **whole),
     )
     return torch.stack(words, dim=-1).flatten(-2)[..., :cols].view(shape) >= int(p * 2**32)
 

@@ -43,7 +43,7 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
 
 def visible(q, k, key_mask=None, documents=None):
     """Whether each query sees each key; broadcasts to (B, H, Tq, Tk)."""
-    places = torch.arange(k.shape[2], device=q.device)
+    places = torch.arange(k.shape[2], dtype=torch.int64, device=q.device)
     allowed = (places <= places[k.shape[2] - q.shape[2] :, None])[None, None]
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
@@ -61,7 +61,7 @@ def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, ke
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
     """Attention over the first lengths[b] slots of the caches; q are the last tokens of them."""
-    slots, steps = torch.arange(k_cache.shape[2], device=q.device), torch.arange(q.shape[2], device=q.device)
+    slots, steps = (torch.arange(n, dtype=torch.int64, device=q.device) for n in (k_cache.shape[2], q.shape[2]))
     own = lengths[:, None] - q.shape[2] + steps  # (B, Tq): each query's slot
     return _attention(q, k_cache, v_cache, (slots <= own[..., None])[:, None], scale, 0.0, None)
 
@@ -75,7 +75,7 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
     """-Σ p log softmax(x weightᵀ) + z_loss · logsumexp², where p is 1 - label_smoothing at the target, and
     label_smoothing shared out evenly over the vocabulary."""
     logits = wide(linear(x, weight))
-    at_target = (targets[..., None] == torch.arange(len(weight), device=x.device)).to(logits.dtype)
+    at_target = (targets[..., None] == torch.arange(len(weight), dtype=torch.int64, device=x.device)).to(logits.dtype)
     p = (1 - label_smoothing) * at_target + label_smoothing / len(weight)
     losses = -(p * logits.log_softmax(-1)).sum(-1) + z_loss * logits.logsumexp(-1) ** 2
     counted = targets != ignore_index
@@ -87,7 +87,8 @@ def linear_cross_entropy(x, weight, targets, *, ignore_index=-100, reduction="me
 
 def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0.0, seed=None, dtype=None):
     """dropout(token_weight[ids] + position_weight[positions]); positions are 0, 1, … if None."""
-    positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+    if positions is None:
+        positions = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device)
     total = token_weight[ids] + position_weight[positions]
     return _dropout_of_rows(total if dtype is None else total.to(dtype), dropout_p, seed, EMBEDDING_SITE)
 

@@ -107,6 +107,6 @@ def block(block: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
         result = attn(normed, *args, **kwargs)
         caches = isinstance(result, tuple)
         (branch, new_cache), bias = result if caches else (result, None), None
-    normed, x = add_then_norm(branch, x, block.norm2, bias, p)
+    normed, x = add_then_norm(branch, x, block.norm2, bias, p, block.ff)
     x = dropout(block.ff(normed)) + x
     return (x, new_cache) if caches else x

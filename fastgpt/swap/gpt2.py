@@ -156,10 +156,10 @@ def block(block: Any, swap: Swap, *args, **kwargs):
     if y is None:
         call.pop("encoder_attention_mask", None)
         call.pop("encoder_hidden_states", None)
-        normed, x = add_then_norm(attn(normed, **call)[0], x, block.ln_2, None, 0.0)
+        normed, x = add_then_norm(attn(normed, **call)[0], x, block.ln_2, None, 0.0, block.mlp)
     else:
         branch = F.linear(y, linear_weight(attn.c_proj))
-        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0)
+        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0, block.mlp)
     return x + block.mlp(normed)
 
 

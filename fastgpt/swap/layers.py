@@ -30,7 +30,19 @@ def layer_norm(norm: Any, swap: Swap, x: Tensor) -> Tensor:
     weight, bias = _affine(norm, swap)
     if not plain(x, weight, bias):
         return class_forward(norm, x)
+    if x.dtype.itemsize < 4:
+        x = x.to(_dtype_of_its_class(swap, x, weight, bias))
     return ops.layer_norm(x, weight, bias, getattr(norm, "eps", 1e-5), backend=swap.backend)
+
+
+def _dtype_of_its_class(swap: Swap, x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Of what the class's own forward makes of x in half precision."""
+    if swap.names[0] == "scale":  # the book's is written out: scale * normed + shift
+        return torch.promote_types(
+            x.dtype, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
+        )
+    device = x.device.type
+    return torch.float32 if device != "cpu" and torch.is_autocast_enabled(device) else x.dtype  # a CPU's leaves norms
 
 
 def _affine(norm: Any, swap: Swap) -> tuple[Any, Any]:
@@ -60,10 +72,17 @@ def recognise_norm(module: Any) -> Swap | str | None:
     return Swap(layer_norm, "layer_norm", "layer_norm", names, width=weight.shape[0])
 
 
-def add_then_norm(branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
-    """The stream x with dropout(branch + bias) added: its norm and itself, in one pass where the norm is ours."""
+def add_then_norm(
+    branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: float, then: Any
+) -> tuple[Tensor, Tensor]:
+    """The stream x with dropout(branch + bias) added: its norm and itself, in one pass where the norm is ours.
+
+    then: the module that takes the norm. In one pass that comes in the branch's dtype, which under autocast is not the
+    stream's: only an MLP of ours, which casts it to that at once, is given it.
+    """
     swap = swap_of(norm)
-    if swap is not None and swap.function is layer_norm:
+    alike = branch.dtype == x.dtype or swap_of(then) is not None
+    if alike and swap is not None and swap.function is layer_norm:
         weight, shift = _affine(norm, swap)
         if plain(branch, x, weight, shift):
             eps = getattr(norm, "eps", 1e-5)
@@ -121,7 +140,8 @@ def recognise_mlp(module: nn.Module) -> Swap | str | None:
 def gelu_kind(act: nn.Module) -> Literal["tanh", "none"] | None:
     """Which GELU an activation computes, by its values: GPT-2's or the exact one; None for anything else."""
     with aside():
-        points = torch.cat((torch.linspace(-6, 6, 241), torch.tensor([-40.0, -13.0, 13.0, 40.0]))).double()
+        wide: Any = dict(dtype=torch.float64, device="cpu")
+        points = torch.cat((torch.linspace(-6, 6, 241, **wide), torch.tensor([-40.0, -13.0, 13.0, 40.0], **wide)))
         try:
             values = type(act).forward(act, points.clone())
         except Exception:  # whatever it is, it takes no tensor alone

@@ -69,10 +69,10 @@ def block(block: Any, swap: Swap, x: Tensor) -> Tensor:
     if inner is not None and inner.function is attention and p is not None and free_linear(attn.c_proj):
         y = _heads(attn, inner, normed)
     if y is None:
-        normed, x = add_then_norm(attn(normed), x, block.ln_2, None, 0.0)
+        normed, x = add_then_norm(attn(normed), x, block.ln_2, None, 0.0, block.mlp)
     else:
         branch = F.linear(y, linear_weight(attn.c_proj))
-        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0)
+        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0, block.mlp)
     return x + block.mlp(normed)
 
 
@@ -85,7 +85,7 @@ def model(module: Any, swap: Swap, *args, **kwargs) -> Any:
     parts, head = module.transformer, module.lm_head
     if not (free_linear(head) and head.bias is None and idx.shape[1] <= module.config.block_size):
         return class_forward(module, *args, **kwargs)
-    x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], device=idx.device)))
+    x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], dtype=torch.int64, device=idx.device)))
     for layer in parts.h:
         x = layer(x)
     x = parts.ln_f(x)

@@ -95,10 +95,11 @@ def _tried(
 
 def _inputs(swap: Swap) -> tuple[Tensor, ...]:
     if swap.flag == "loss":
-        ids = torch.randint(0, _TOKENS, (2, 6))
-        targets = ids.roll(1, dims=1).index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(-1))
+        ids = torch.randint(0, _TOKENS, (2, 6), dtype=torch.int64, device="cpu")
+        targets = ids.roll(1, dims=1)
+        targets[0, 2] = -1
         return ids, targets
-    x = torch.randn(2, 5, swap.width, dtype=torch.float64)
+    x = torch.randn(2, 5, swap.width, dtype=torch.float64, device="cpu")
     x[:, 1:3] *= 1e-2  # where eps counts
     x[1, 4] *= 30  # where a bound would
     return (x,)
@@ -171,11 +172,11 @@ def _twin(module: nn.Module, swap: Swap, mask: Callable[[Tensor], Tensor], fills
 def _filled(buffer: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
     """What a buffer on the meta device may hold: a square matrix is taken for a mask."""
     if buffer.dim() > 1 and buffer.shape[-1] == buffer.shape[-2]:
-        return mask(torch.ones(buffer.shape)).to(buffer.dtype)
-    return torch.randn(buffer.shape).to(buffer.dtype)
+        return mask(torch.ones(buffer.shape, dtype=torch.float32, device="cpu")).to(buffer.dtype)
+    return torch.randn(buffer.shape, dtype=torch.float32, device="cpu").to(buffer.dtype)
 
 
 def _random(shape: list[int]) -> Tensor:
     """Values of the size that a trained weight's outputs have: neither lost beside others nor past a GELU's bend."""
     deviation = 0.5 if len(shape) < 2 else max(shape) ** -0.5
-    return torch.randn(shape, dtype=torch.float64) * deviation + (len(shape) < 2)
+    return torch.randn(shape, dtype=torch.float64, device="cpu") * deviation + (len(shape) < 2)

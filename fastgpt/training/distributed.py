@@ -33,7 +33,7 @@ class World(NamedTuple):
         """The largest of all processes' flags, over the hosts: no device waits for it."""
         if self.size == 1:
             return flag
-        flags = torch.tensor(flag)
+        flags = torch.tensor(flag, dtype=torch.int64, device="cpu")
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return int(flags)
 
@@ -89,7 +89,7 @@ def device_named(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros((), device=device).item()
+        torch.zeros((), dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch's CPU builds assert
         raise ValueError(f"no device {name!r} here; there is {', '.join(_devices())}") from error
     return device

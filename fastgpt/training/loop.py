@@ -210,7 +210,7 @@ class Run:
     def fail(self, before: int, loss: float, norm: float, own: float) -> None:
         """Find where it came from, on the batches of the step after `before` steps, and raise."""
         seen = self.seen - (self.steps_done - before) * self.windows
-        owns = [float(each) for each in self.world.gather(torch.tensor(own))]
+        owns = [float(each) for each in self.world.gather(torch.tensor(own, dtype=torch.float64, device="cpu"))]
         ranks = [rank for rank, each in enumerate(owns) if not math.isfinite(each)]
         self.model.train()
         module = self.forward if self.config.fsdp else self.model  # FSDP's forward is all processes' together
@@ -235,7 +235,7 @@ class Run:
         starts = np.linspace(0, len(tokens) - block - 1, windows).astype(np.int64)
         parts = np.array_split(starts, math.ceil(windows / self.config.batch_size))
         self.model.eval()
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
         for first in range(0, len(parts), world.size):  # every process as often, for FSDP gathers in each forward
             mine = first + world.rank
             part = parts[min(mine, len(parts) - 1)]

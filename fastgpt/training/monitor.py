@@ -159,7 +159,8 @@ def _event_writer() -> Any:
 def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, seed: int) -> str:
     """The prompt and up to `tokens` tokens after it; torch's generators are left alone."""
     device = next(model.parameters()).device
-    ids = torch.tensor([encoding.encode(prompt, disallowed_special=()) or [beginning(encoding)]], device=device)
+    given = encoding.encode(prompt, disallowed_special=()) or [beginning(encoding)]
+    ids = torch.tensor([given], dtype=torch.int64, device=device)
     stop = end_of_text(encoding) if has_end_of_text(encoding) else None
     options: dict = dict(temperature=0.8, seed=seed, encoding=encoding, overflow="slide", stop_ids=stop)
     (written,) = generate(model, ids, tokens, **options).texts or ("",)

@@ -36,7 +36,9 @@ def adamw(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    rate = torch.tensor(learning_rate, device=parameters[0].device) if graph else learning_rate
+    rate: Any = learning_rate
+    if graph:
+        rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
     return torch.optim.AdamW([g for g in groups if g["params"]], rate, betas, fused=True, capturable=graph)
 
 
@@ -159,7 +161,7 @@ class TrainingStep:
         if self.max_norm is not None:
             return total, clipped_step(self.optimizer, self.max_norm)
         self.optimizer.step()
-        return total, torch.full((), torch.nan, device=self.device)
+        return total, torch.full((), torch.nan, dtype=torch.float32, device=self.device)
 
     def _capture(self, idx: Tensor, targets: Tensor) -> None:
         self._inputs = idx.clone(), targets.clone()

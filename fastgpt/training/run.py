@@ -78,7 +78,7 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
             saved = _saved(_starting_point(folder, world, overwrite, resume, strict_resume), plan, corpus)
             torch.manual_seed(config.seed)
             if saved is not None or config.init_from == "scratch":
-                model = GPT(model_config)
+                model = _made(model_config)
             else:
                 model = pretrained(config.init_from, model_config) if weights is None else weights
             run = Run(model.to(world.device), config, encoding, corpus, folder, world, signals)
@@ -109,6 +109,17 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
                     each.rmdir()
     leave(world)
     return model
+
+
+def _made(config: GPTConfig) -> GPT:
+    """A model in float32 on the CPU, whatever the user's defaults are: what is drawn is the same for every device."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            return GPT(config)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _saved(checkpoint: Checkpoint | None, plan: Plan, corpus: data.Corpus) -> state.Saved | None:

@@ -39,8 +39,8 @@ class Step(TrainingStep):
         self.world = world
         self.end = end  # the end-of-text token, where attention is to stop at documents
         self.skips = skips
-        self.stopped = torch.zeros((), device=self.device)
-        self.own = torch.zeros((), device=self.device)  # this process's loss
+        self.stopped = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.own = torch.zeros((), dtype=torch.float32, device=self.device)  # this process's loss
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=autocast == torch.float16)
 
     def loss(self, model: Any, idx: Tensor, targets: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 
 from bench import history
 from bench.__main__ import main
-from bench.cases import COMPILED, SUBJECT
+from bench.case import COMPILED, SUBJECT
 from bench.history import changes
 from bench.measure import AGAIN, Folder
 from bench.report import Report, slug

@@ -1,7 +1,6 @@
 """Right before fast: what is wrong is never timed, and one variant's failure costs the others nothing."""
 
 import dataclasses
-import inspect
 import itertools
 import json
 import math
@@ -9,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from unittest import mock
@@ -20,10 +18,11 @@ import torch.nn.functional as F
 
 from bench import baselines, cases, dry, measure, models, plan, test_cases
 from bench import machine as machine_module
+from bench.case import COMPILED, EAGER, SUBJECT
 from bench.check import judge
 from bench.machine import Machine
 from bench.report import Report
-from bench.timing import DeviceClock, HostClock, interleaved
+from bench.timing import DeviceClock, HostClock
 from fastgpt import GPTConfig, ops
 from fastgpt.ops import pytorch
 
@@ -48,7 +47,7 @@ def rows_of(machine, change=None):
 def test_every_variant_is_timed_and_fastgpt_twice(machine):
     rows, samples = rows_of(machine)
     rows.pop("Liger")  # wherever that is installed
-    assert list(rows) == [cases.SUBJECT, cases.EAGER, cases.COMPILED, measure.AGAIN] == [*dict.fromkeys(rows)]
+    assert list(rows) == [SUBJECT, EAGER, COMPILED, measure.AGAIN] == [*dict.fromkeys(rows)]
     for name, row in rows.items():
         assert (row.status, row.note, row.median, row.rounds) == ("ok", "graph replay", 1e-3, 2), name
         assert row.share == row.floor / 1e-3 and row.bound == "bytes" and row.error < 1e-6
@@ -62,11 +61,11 @@ def test_a_wrong_kernel_is_called_wrong_and_has_no_time(machine):
         return torch.where(keep, normed, 0.0), total
 
     rows, samples = rows_of(machine, forgets_the_last_row)
-    wrong = rows[cases.SUBJECT]
+    wrong = rows[SUBJECT]
     assert wrong.status == "WRONG" and "result 0" in wrong.note
     assert wrong.median is wrong.first_call is wrong.peak_bytes is None
-    assert measure.AGAIN not in rows and cases.SUBJECT not in samples
-    assert rows[cases.EAGER].status == "ok"
+    assert measure.AGAIN not in rows and SUBJECT not in samples
+    assert rows[EAGER].status == "ok"
 
     report = Report({**HEADER, "roofs": ROOFS}, list(rows.values()))
     (line,) = [line for line in report.markdown().splitlines() if "| fastgpt |" in line]
@@ -94,7 +93,7 @@ def test_a_missing_baseline_is_skipped_with_its_reason(machine):
 
     with mock.patch.object(baselines, "compiled", absent):
         rows, _ = rows_of(machine)
-    row = rows[cases.COMPILED]
+    row = rows[COMPILED]
     assert (row.status, row.note, row.median) == ("skipped", "there is no compiler", None)
 
 
@@ -103,11 +102,11 @@ def test_a_variant_that_raises_costs_the_others_nothing(machine):
         raise RuntimeError("out of registers\nand more")
 
     rows, _ = rows_of(machine, broken)
-    assert (rows[cases.SUBJECT].status, rows[cases.SUBJECT].note) == (
+    assert (rows[SUBJECT].status, rows[SUBJECT].note) == (
         "FAILED",
         "RuntimeError: out of registers and more",
     )
-    assert rows[cases.EAGER].median == 1e-3
+    assert rows[EAGER].median == 1e-3
 
 
 def test_an_error_that_the_device_keeps_ends_the_run(machine):
@@ -133,11 +132,11 @@ def test_a_crash_of_their_compiler_is_their_own(machine):
         raise InductorError
 
     forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
-    crashing = dict.fromkeys((cases.SUBJECT, cases.COMPILED), crashes)
+    crashing = dict.fromkeys((SUBJECT, COMPILED), crashes)
     case = dataclasses.replace(forward, variants={**forward.variants, **crashing})
     rows, _ = measure.measure(case, machine, ROOFS)
     found = {row.variant: row.status for row in rows}
-    assert (found[cases.SUBJECT], found[cases.COMPILED]) == ("FAILED", "skipped")
+    assert (found[SUBJECT], found[COMPILED]) == ("FAILED", "skipped")
 
 
 def test_rows_outlive_an_interruption(tmp_path, machine):
@@ -208,7 +207,7 @@ def test_other_peoples_kernels_are_asked_for_what_they_know(machine, monkeypatch
         *cases.add_layer_norm(machine, 8, 32, tier=0),
         *cases.linear_cross_entropy(machine, 4, 16, 65, tier=0),
     ):
-        kept = {name: build for name, build in case.variants.items() if name in (cases.SUBJECT, *wanted)}
+        kept = {name: build for name, build in case.variants.items() if name in (SUBJECT, *wanted)}
         rows, _ = measure.measure(dataclasses.replace(case, variants=kept), machine, ROOFS)
         found |= {(case.op, row.variant): (row.status, row.note) for row in rows if row.variant in wanted}
     assert len(found) == 8
@@ -231,10 +230,10 @@ def test_what_is_wrong_of_others_is_told_and_is_no_fault_of_ours(machine, reques
             return type(told).__name__, str(told).splitlines()[0]
 
     assert outcome("Liger", "WRONG") == ("XFailed", "WRONG: off by 1")
-    assert outcome(cases.COMPILED, "WRONG")[0] == "XFailed"
+    assert outcome(COMPILED, "WRONG")[0] == "XFailed"
     assert outcome("Liger", "FAILED") == ("AssertionError", "FAILED: off by 1")  # the adapter is ours
     assert outcome("Liger", "skipped") == ("Skipped", "off by 1")
-    for name in (cases.SUBJECT, cases.EAGER):
+    for name in (SUBJECT, EAGER):
         assert outcome(name, "WRONG") == ("AssertionError", "WRONG: off by 1")
 
 
@@ -245,13 +244,13 @@ def test_who_runs_out_of_memory(machine):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
 
     forward, _ = cases.add_layer_norm(machine, 16, 8, tier=0)
-    greedy = dict.fromkeys((cases.SUBJECT, cases.COMPILED), too_much)
+    greedy = dict.fromkeys((SUBJECT, COMPILED), too_much)
     case = dataclasses.replace(forward, variants={**forward.variants, **greedy})
     rows, _ = measure.measure(case, machine, ROOFS)
     found = {row.variant: (row.status, row.note) for row in rows}
-    assert found[cases.SUBJECT] == ("FAILED", "out of memory: Tried to allocate 2 GiB")
-    assert found[cases.COMPILED] == ("skipped", "out of memory: Tried to allocate 2 GiB")
-    assert found[cases.EAGER][0] == "ok"
+    assert found[SUBJECT] == ("FAILED", "out of memory: Tried to allocate 2 GiB")
+    assert found[COMPILED] == ("skipped", "out of memory: Tried to allocate 2 GiB")
+    assert found[EAGER][0] == "ok"
 
 
 def test_a_case_beyond_the_machines_memory_is_not_begun(machine):
@@ -270,7 +269,7 @@ def test_the_memory_of_a_training_step_is_what_pytorch_gives_out():
     shape = dict(vocab_size=512, block_size=128, n_layer=4, n_head=4, n_embd=128)
     for B in (1, 8):
         (case,) = models.train_step(machine, B, 128, shape, tier=0)
-        subject = case.variants[cases.SUBJECT](case.problem())
+        subject = case.variants[SUBJECT](case.problem())
         subject.run()
         peak = machine.clock.peak_bytes(subject.run)
         assert plan.call_memory(GPTConfig(**shape), B, 128, 4, 4) == pytest.approx(peak, rel=0.15)
@@ -279,81 +278,12 @@ def test_the_memory_of_a_training_step_is_what_pytorch_gives_out():
 def test_a_padded_vocabulary_computes_the_loss_of_its_own_size(machine):
     """Rows of zeros take a share of the softmax, so its loss is another one; it is judged by that."""
     shape = dict(vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=32)
-    (case,) = models.train_step(machine, 1, 8, shape, tier=0, only=(cases.SUBJECT, models.PADDED))
+    (case,) = models.train_step(machine, 1, 8, shape, tier=0, only=(SUBJECT, models.PADDED))
     rows, _ = measure.measure(case, machine, ROOFS)
     assert {row.status for row in rows} == {"ok"} and len(rows) == 4
     problem = case.problem()
-    plain, padded = (case.variants[name](problem).results()[0] for name in (cases.SUBJECT, models.PADDED))
+    plain, padded = (case.variants[name](problem).results()[0] for name in (SUBJECT, models.PADDED))
     assert plain + 1e-3 < padded < plain + 0.7  # log(128 / 65) if all were as likely
-
-
-def test_calls_are_sampled_in_turns_that_rotate():
-    order = []
-
-    class Clock:
-        def sample(self, call):
-            call()
-            return float(len(order))
-
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    timings = interleaved(calls, Clock(), 0.0, (3, 3))
-    assert "".join(order[3:]) == "abcbcacab"  # after one warm turn
-    assert [len(timing.samples) for timing in timings.values()] == [3, 3, 3]
-    assert timings["a"].median == 9.0 and timings["a"].low <= 9.0 <= timings["a"].high
-
-
-def test_what_cannot_be_captured_is_timed_by_events():
-    clock = DeviceClock(dry.FakeCuda(), "cpu")
-    calls = []
-    replay, method = clock.ready(lambda: calls.append(1), capture=True)
-    assert method == "graph replay" and calls == [1]
-
-    def syncs():
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    call, method = clock.ready(syncs, capture=True)
-    assert call is syncs and "can't be captured: operation not permitted" in method
-    assert clock.ready(syncs, capture=False) == (syncs, "events")
-    assert clock.sample(replay) == 1e-3
-
-
-def test_what_stands_for_torch_cuda_has_its_names():
-    """A name that only the stand-in has would pass the dry run and fail on a GPU."""
-    for name, _ in inspect.getmembers(dry.FakeCuda, inspect.isfunction):
-        if not name.startswith("_"):
-            assert hasattr(torch.cuda, name), name
-    for name in ("record", "synchronize", "elapsed_time"):
-        assert hasattr(torch.cuda.Event, name)
-    assert hasattr(torch.cuda.Stream, "wait_stream") and hasattr(torch.cuda.CUDAGraph, "replay")
-    real = set(inspect.signature(torch.cuda.graph.__init__).parameters)
-    assert set(inspect.signature(dry.FakeCuda.graph).parameters) <= real
-    used = {"enable_timing"}
-    assert used <= set(inspect.signature(torch.cuda.Event.__new__).parameters)
-
-
-def test_peak_memory_on_a_cpu():
-    clock = HostClock(2**10)
-
-    def call():
-        first = torch.ones(2**18)  # 1 MiB
-        second = first + 1
-        del first, second
-        return torch.ones(2**10)
-
-    assert clock.peak_bytes(call) == pytest.approx(2 * 2**20, rel=1e-3)
-
-    kept = [torch.ones(2**18)]
-
-    def replaces():
-        kept.clear()
-        kept.append(torch.ones(2**18) + 1)
-
-    for _ in range(3):  # the first frees a block that no profile has seen, the others one that the last has
-        assert clock.peak_bytes(replaces) == pytest.approx(2 * 2**20, rel=1e-3)
-
-
-def test_a_sample_takes_as_long_as_its_call():
-    assert 0.01 <= HostClock(2**10).sample(lambda: time.sleep(0.01)) < 1
 
 
 @pytest.mark.slow
@@ -377,10 +307,10 @@ def test_pytest_bench_says_wrong(tmp_path):
     print(run.stdout[-4000:], run.stderr[-2000:])
     assert run.returncode == 1 and "WRONG: result 0 is off by" in run.stdout
     rows = {row.variant: row for row in measure.Folder(out).rows()}
-    assert rows[cases.SUBJECT].status == "WRONG" and rows[cases.SUBJECT].median is None
+    assert rows[SUBJECT].status == "WRONG" and rows[SUBJECT].median is None
     timed = {name for name, row in rows.items() if row.median}
     recorded = json.loads(file.read_text())
-    assert {b["extra_info"]["variant"] for b in recorded["benchmarks"]} == timed <= {cases.COMPILED}
+    assert {b["extra_info"]["variant"] for b in recorded["benchmarks"]} == timed <= {COMPILED}
     for benchmark in recorded["benchmarks"]:  # pytest-benchmark holds the samples that the row was made of
         row = rows[benchmark["extra_info"]["variant"]]
         assert benchmark["stats"]["median"] == pytest.approx(row.median)
@@ -402,7 +332,7 @@ def test_a_case_is_known_by_its_name():
     names = [case.name for case in catalogue(machine)]
     assert len(names) == len(set(names))
     for case in catalogue(machine):
-        assert next(iter(case.variants)) == cases.SUBJECT and cases.EAGER not in case.variants
+        assert next(iter(case.variants)) == SUBJECT and EAGER not in case.variants
     on_a_gpu = catalogue(Machine("cuda", "cuda", torch.bfloat16, None, "inductor", 0.0, (2, 2)))
     assert [case.tier for case in on_a_gpu] == sorted(case.tier for case in on_a_gpu)
     swept = {(case.shape["T"], case.shape["D"]) for case in on_a_gpu if case.op == "attention bwd"}

@@ -9,8 +9,11 @@ import torch
 
 from bench import report, steps
 from bench.__main__ import main
-from bench.step_rows import StepRow, Steps
-from bench.steps import BASELINE, GRAPH, Expected
+from bench.steps import entries, reference
+from bench.steps import run as runs
+from bench.steps.entries import BASELINE, GRAPH
+from bench.steps.reference import Expected
+from bench.steps.rows import StepRow, Steps
 
 ROOT = report.ROOT
 SMALL = ["--preset", "byte-0.1M", "--layers", "1", "--batch", "2", "--time", "16", "--steps", "2"]
@@ -56,7 +59,7 @@ def test_autocast_is_held_to_the_reference_too(tmp_path):
 
 def test_a_wrong_row_has_no_time(tmp_path, monkeypatch, capsys):
     """Attention that sees nothing but itself, in fastgpt's own model: the loss hardly tells, and that suffices."""
-    right = steps.with_backend
+    right = entries.with_backend
 
     def without_attention(model, backend, **changes):
         twin = right(model, backend, **changes)
@@ -64,7 +67,7 @@ def test_a_wrong_row_has_no_time(tmp_path, monkeypatch, capsys):
             block.attn.forward = lambda x, add_bias=True, documents=None: torch.zeros_like(x)
         return twin
 
-    monkeypatch.setattr(steps, "with_backend", without_attention)
+    monkeypatch.setattr(entries, "with_backend", without_attention)
     code, rows = run(tmp_path, "--only", "fastgpt.GPT", "--only", "Hugging Face, eager")
     wrong, theirs = rows[BASELINE], rows["Hugging Face, eager"]
     assert code == 1 and wrong.status == "WRONG" and "the reference's" in wrong.note
@@ -90,20 +93,20 @@ RIGHT = Expected([4.0, 3.9, 3.8, 3.7], 2.0)
     ],
 )
 def test_what_is_held_to_the_reference(losses, norm, said):
-    found = steps.wrong(losses, norm, RIGHT, torch.bfloat16)
+    found = reference.wrong(losses, norm, RIGHT, torch.bfloat16)
     assert said in found and bool(said) == bool(found)
 
 
 def test_the_reference_is_the_model_in_float64():
     """Against transformers' own, at the same weights, over the compared steps."""
     machine = steps.Machine.of("cpu")
-    sizes = steps.DEFAULTS["cpu"]._replace(batch=2, time=16)
-    bench = steps.Bench(machine, sizes, None, None, Steps({}, {}, []))
+    sizes = runs.DEFAULTS["cpu"]._replace(batch=2, time=16)
+    bench = runs.Bench(machine, sizes, None, None, Steps({}, {}, []))
     entry = next(entry for entry in bench.entries if entry.what == "Hugging Face, eager")
     expected = bench.expected(entry)
     problem = bench.problem._replace(model=bench.problem.model.double())
     step = entry.build(problem, machine)
-    found = [step() for _ in range(steps.COMPARED)]
+    found = [step() for _ in range(reference.COMPARED)]
     assert [loss.item() for loss, _ in found] == pytest.approx(expected.losses, rel=2e-7)  # it makes logits float32
     assert found[0][1].item() == pytest.approx(expected.norm, rel=2e-7)
     assert expected.losses[-1] < expected.losses[0] - 0.01
@@ -111,7 +114,7 @@ def test_the_reference_is_the_model_in_float64():
 
 def failing(what, error, times=1):
     """entries() with a row that raises when it is built, the first so many times."""
-    right = steps.entries
+    right = runs.entries
     left = [times]
 
     def changed(shape):
@@ -129,24 +132,24 @@ def failing(what, error, times=1):
 
 
 def test_a_row_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "entries", failing("nanoGPT, eager", RuntimeError("no such layout\nand more"), 9))
+    monkeypatch.setattr(runs, "entries", failing("nanoGPT, eager", RuntimeError("no such layout\nand more"), 9))
     code, rows = run(tmp_path, "--only", "nanoGPT, e", "--only", "nanoGPT, accelerate")
     failed = rows["nanoGPT, eager"]
     assert (failed.status, failed.note) == ("FAILED", "RuntimeError: no such layout and more")
     assert failed.median is None and rows["nanoGPT, accelerate(loss=True)"].status == "ok"
     assert code == 0, "it is theirs"
-    monkeypatch.setattr(steps, "entries", failing("nanoGPT, accelerate", RuntimeError("off"), 9))
+    monkeypatch.setattr(runs, "entries", failing("nanoGPT, accelerate", RuntimeError("off"), 9))
     assert run(tmp_path, "--only", "nanoGPT, accelerate")[0] == 1, "it is ours"
 
 
 def test_out_of_memory_beside_the_baseline_is_tried_alone(tmp_path, monkeypatch):
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 45 GiB")
     what = "Hugging Face, eager"
-    monkeypatch.setattr(steps, "entries", failing(what, full))
+    monkeypatch.setattr(runs, "entries", failing(what, full))
     code, rows = run(tmp_path, "--only", what)
     assert code == 0 and rows[what].status == "ok" and rows[what].ratio > 0
     assert rows[what].note == "fastgpt's step after it, for both did not fit at once"
-    monkeypatch.setattr(steps, "entries", failing(what, full, 9))
+    monkeypatch.setattr(runs, "entries", failing(what, full, 9))
     code, rows = run(tmp_path, "--only", what, "--only", "Hugging Face, accelerate")
     assert rows[what].note.startswith("out of memory: CUDA out of memory. Tried") and rows[what].median is None
     assert rows["Hugging Face, accelerate"].status == "ok" and rows["Hugging Face, accelerate"].ratio > 0
@@ -154,7 +157,7 @@ def test_out_of_memory_beside_the_baseline_is_tried_alone(tmp_path, monkeypatch)
 
 def test_a_lost_device_ends_the_run_and_another_goes_on(tmp_path, monkeypatch, capsys):
     lost = RuntimeError("CUDA error: an illegal memory access was encountered")
-    monkeypatch.setattr(steps, "entries", failing("nanoGPT, eager", lost))
+    monkeypatch.setattr(runs, "entries", failing("nanoGPT, eager", lost))
     code, rows = run(tmp_path, "--only", "nanoGPT")
     assert code == steps.DEVICE_LOST and "the device is lost" in capsys.readouterr().out
     assert rows["nanoGPT, eager"].status == "FAILED" and set(rows) == {BASELINE, "nanoGPT, eager"}
@@ -165,7 +168,7 @@ def test_a_lost_device_ends_the_run_and_another_goes_on(tmp_path, monkeypatch, c
 
 
 def test_what_was_stopped_in_the_middle_comes_last_the_next_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "entries", failing("nanoGPT, eager", KeyboardInterrupt()))
+    monkeypatch.setattr(runs, "entries", failing("nanoGPT, eager", KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "--only", "nanoGPT")
     kept = {row.what: row for row in Steps.load(tmp_path / "steps" / "steps.json").rows}
@@ -173,7 +176,7 @@ def test_what_was_stopped_in_the_middle_comes_last_the_next_time(tmp_path, monke
     assert not stopped.ended and stopped.status == "FAILED" and "was stopped" in stopped.note
     order = []
     monkeypatch.setattr(
-        steps.Bench, "measured", lambda self, entry: order.append(entry.what) or StepRow(entry.what, "ok")
+        runs.Bench, "measured", lambda self, entry: order.append(entry.what) or StepRow(entry.what, "ok")
     )
     run(tmp_path, "--only", "nanoGPT", "--resume")
     assert order[0] == "nanoGPT, accelerate" and order[-1] == "nanoGPT, eager" and BASELINE not in order
@@ -196,7 +199,7 @@ def test_no_row_begins_after_its_time(tmp_path, capsys):
 def test_what_is_refused(tmp_path, capsys, more, said):
     small = ["steps", *SMALL, "--out", str(tmp_path / "steps")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps.Bench, "run", lambda *given: None)
+        patch.setattr(runs.Bench, "run", lambda *given: None)
         main(small)
         capsys.readouterr()
         assert main([*small, *more]) == 2

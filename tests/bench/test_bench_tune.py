@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from triton.runtime.jit import JITFunction
 
 from bench import dry, tune
-from bench.cases import Subject
+from bench.case import Subject
 from bench.gates import record, ways
 from bench.machine import Machine
 from bench.timing import DeviceClock
@@ -28,7 +28,6 @@ CALLS = {
     "attention": lambda: ways._attention(None, 64, torch.bfloat16),
     "layer_norm": lambda: ways._norms(None, 768, torch.bfloat16, 0.0),
     "gelu": lambda: ways._mlp(None, torch.bfloat16, "tanh", False),
-    "linear_gelu": lambda: ways._mlp(None, torch.bfloat16, "tanh", False),
     "decode": lambda: ways._decoding(None, 64, torch.bfloat16),
     "cross_entropy": lambda: ways._head(None, torch.bfloat16),
 }

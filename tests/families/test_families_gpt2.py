@@ -13,7 +13,7 @@ import fastgpt  # noqa: E402
 from fastgpt import accelerate, restore  # noqa: E402
 from fastgpt.swap import gpt2  # noqa: E402
 from fastgpt.swap.layers import gelu_kind  # noqa: E402
-from tests.families.huggingface import IDX, assert_as_before, attention_calls, padded, results  # noqa: E402
+from tests.families.huggingface import IDX, assert_as_before, attention_calls, padded  # noqa: E402
 from tests.models import VOCAB, hugging_face  # noqa: E402
 
 
@@ -260,40 +260,6 @@ def test_save_pretrained_writes_the_same_files(tmp_path):
         assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
 
 
-# loss=True
-
-
-@pytest.mark.parametrize("how", [dict(), dict(num_items_in_batch=5), dict(shift_labels=IDX.roll(-1, 1))], ids=str)
-def test_the_loss_without_logits(how):
-    model = hugging_face().double().train()
-    labels = IDX.clone()
-    labels[0, 3] = -100
-
-    def found():
-        model.zero_grad()
-        output = model(IDX, labels=labels, **how)
-        output.loss.backward()
-        return output, {"loss": output.loss.detach(), **{n: p.grad.clone() for n, p in model.named_parameters()}}
-
-    _, before = found()
-    accelerate(model, loss=True)
-    output, after = found()
-    assert output.logits is None
-    torch.testing.assert_close(after["loss"].double(), before["loss"].double(), rtol=1e-6, atol=0)
-    for name in before:
-        torch.testing.assert_close(after[name].double(), before[name].double(), rtol=1e-5, atol=1e-8)
-    assert model(IDX).logits is not None and len(model(IDX, labels=labels, return_dict=False)) >= 1
-    assert model.eval()(IDX, labels=labels).logits is not None, "evaluation may want them"
-
-
-def test_a_loss_of_ones_own_is_left():
-    model = hugging_face().train()
-    accelerate(model, loss=True)
-    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
-    output = model(IDX, labels=IDX)
-    torch.testing.assert_close(output.loss, output.logits.sum())
-
-
 @pytest.mark.parametrize("where", ["config", "module"])
 def test_attention_that_looks_ahead_is_left_to_itself(where, monkeypatch):
     calls = attention_calls(monkeypatch)
@@ -335,80 +301,6 @@ def test_generation_needs_no_encoder():
 
 
 # A subclass that asks for more
-
-
-def test_what_a_subclass_is_told_beside_the_known_arguments():
-    model = hugging_face(n_layer=1).double().eval()
-    block = model.transformer.h[0]
-
-    class Block(type(block)):
-        def forward(self, hidden_states, *args, task_scale=1.0, **kwargs):
-            return super().forward(hidden_states * task_scale, *args, **kwargs)
-
-    class Attention(type(block.attn)):
-        def forward(self, hidden_states, *args, shift=0.0, **kwargs):
-            return super().forward(hidden_states + shift, *args, **kwargs)
-
-    block.__class__, block.attn.__class__ = Block, Attention
-    idx, mask = padded("left")
-    calls = [
-        lambda: block(torch.ones(1, 3, 48, dtype=torch.float64), task_scale=2.0),
-        lambda: block.attn(torch.ones(1, 3, 48, dtype=torch.float64), shift=0.5)[0],
-        lambda: block.attn(hidden_states=torch.ones(1, 3, 48, dtype=torch.float64))[0],
-        lambda: block(hidden_states=torch.ones(1, 3, 48, dtype=torch.float64)),
-        lambda: model(idx, attention_mask=mask).logits * mask[..., None],
-    ]
-    before = [call() for call in calls]
-    assert all(row.now for row in accelerate(model).rows)
-    for call, expected in zip(calls, before, strict=True):
-        torch.testing.assert_close(call(), expected, rtol=1e-9, atol=1e-10)
-
-
-def test_a_subclass_without_room_for_our_mask():
-    model = hugging_face(n_layer=1).double()
-    attn = model.transformer.h[0].attn
-
-    class Attention(type(attn)):
-        def forward(
-            self, hidden_states, past_key_values=None, cache_position=None, attention_mask=None, use_cache=None,
-            encoder_hidden_states=None, encoder_attention_mask=None, output_attentions=None, position_ids=None,
-        ):  # fmt: skip
-            y, weights = super().forward(hidden_states, past_key_values=past_key_values, attention_mask=attention_mask)
-            return 2 * y, weights  # so that it is left
-
-    attn.__class__ = Attention
-    idx, mask = padded("left")
-    try:
-        assert_as_before(model, idx, attention_mask=mask, use_cache=False)
-    except TypeError as error:
-        raise AssertionError("it was given what it does not take") from error
-
-
-def test_blocks_in_a_wrapper_still_see_a_padding_mask(monkeypatch):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    model = hugging_face().double()
-    idx, mask = padded("left")
-    expected = results(model, idx, attention_mask=mask, use_cache=False)
-    accelerate(model)
-    for place, block in enumerate(model.transformer.h):
-        model.transformer.h[place] = checkpoint_wrapper(block) if place else torch.compile(block, backend="eager")
-    calls = attention_calls(monkeypatch)
-    found = model(idx, attention_mask=mask, use_cache=False).logits * mask[..., None]
-    torch.testing.assert_close(found.detach(), expected["logits"], rtol=1e-9, atol=1e-10)
-    assert calls == ["causal_attention_qkv"] * 2
-
-
-def test_subclasses_that_hand_everything_on_still_see_a_padding_mask(monkeypatch):
-    calls, model = attention_calls(monkeypatch), hugging_face()
-    for block in model.transformer.h:
-        for module in (block, block.attn):
-            kind = type(module)
-            hand_on = {"forward": lambda self, *args, _kind=kind, **more: _kind.forward(self, *args, **more)}
-            module.__class__ = type(f"My{kind.__name__}", (kind,), hand_on)
-    idx, mask = padded("left")
-    assert not assert_as_before(model, idx, attention_mask=mask, use_cache=False, calls=calls)
-    assert calls == ["causal_attention_qkv"] * 2
 
 
 def test_a_mask_for_all_rows_alike(generators):

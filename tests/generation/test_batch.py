@@ -7,11 +7,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import cuda_graph, generate, stream
-from fastgpt.generation import batch
+from fastgpt.generation import batch, cache
 from fastgpt.generation.batch import Batch, Readback
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
-from fastgpt.ops import pytorch
+from fastgpt.ops import checks, pytorch
 from tests.generation.small_gpt import PROMPT, gpt
 
 
@@ -25,13 +25,15 @@ def test_no_step_waits_for_the_device(model, monkeypatch):
     rows = Batch(
         Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True
     )
-    monkeypatch.setattr(pytorch, "_full", lambda *_: False)  # these two ask on a CPU alone
+    monkeypatch.setattr(pytorch, "_full", lambda *_: False)  # these four ask on a CPU alone
+    monkeypatch.setattr(checks, "in_range", lambda *_: None)
+    monkeypatch.setattr(cache, "_on_the_host", lambda *_: None)
     monkeypatch.setattr(Batch, "_finite_at_a_glance", lambda *_: False)
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
     rows.advance()
-    rows._step(None)
-    rows._step(None)
+    rows._step()
+    rows._step()
 
 
 def test_finite_logits_whose_sum_is_not(model):
@@ -76,7 +78,7 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
 
         def replay(self):
             log.append("replay")
-            made[0]._step(None)
+            made[0]._step()
 
     @contextlib.contextmanager
     def graph(captured, stream, capture_error_mode):

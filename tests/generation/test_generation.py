@@ -189,12 +189,13 @@ PLACES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("draft", [False, True])
 @pytest.mark.parametrize("part", PLACES)
-def test_logits_that_are_not_finite(model, part, draft):
+def test_logits_that_are_not_finite(model, part, draft, dtype):
     helper = gpt() if draft else None
     PLACES[part](model).fill_(float("inf") if part == "ln_f" else float("nan"))
-    steps = stream(model, [[3, 1, 4], [2]], 5, draft=helper)
+    steps = stream(model, [[3, 1, 4], [2]], 5, draft=helper, dtype=dtype)
     with pytest.raises(
         ValueError, match=rf"logits at position {5 if part == 'wpe' else 2} are not finite, first in {part}$"
     ):

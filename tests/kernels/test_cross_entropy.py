@@ -7,7 +7,7 @@ import torch
 
 from fastgpt import ops
 from fastgpt.testing import assert_accurate
-from tests.ops.test_loss import check, head
+from tests.ops.test_loss import check, check_sure, head, sure
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
@@ -32,6 +32,13 @@ def test_smoothing_and_z_loss(label_smoothing, z_loss, reduction, device):
     upstream = torch.randn(20, device=device) if reduction == "none" else torch.tensor(3.7, device=device)
     options = dict(label_smoothing=label_smoothing, z_loss=z_loss)
     check(*head(20, 16, 257, torch.float32, scale=0.3, device=device), upstream, reduction, backend="triton", **options)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 1e-5])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_loss_near_zero_keeps_its_digits(reduction, label_smoothing, device, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_tiles", lambda vocab: (128, 4))
+    check_sure(*sure(20, 257, device=device), reduction, "triton", label_smoothing)
 
 
 @pytest.mark.parametrize("vocab", [50257, 50304])

@@ -90,6 +90,45 @@ def test_a_common_offset_of_the_logits_costs_nothing():
     torch.testing.assert_close(got, ops.linear_cross_entropy(x, weight, targets), rtol=1e-4, atol=1e-4)
 
 
+def sure(rows, vocab, dtype=torch.float32, device="cpu"):
+    """A head whose logits are exact in every dtype and reach 128, and of which each target's is 8 to 14 above all
+    others: the loss is 1e-2 to 1e-5. The weight holds a row's logits as a column, and x picks that."""
+    targets = torch.randint(0, vocab, (rows,))
+    logits = torch.randint(86, 100, (rows, vocab)).to(torch.float64)
+    gaps = torch.tensor([8.0, 10.0, 12.0, 14.0]).repeat(rows)[:rows].double()
+    logits[torch.arange(rows), targets] = 100 + gaps + torch.randint(0, 15, (rows,))
+    x, weight = torch.eye(rows).to(device, dtype), logits.t().contiguous().to(device, dtype)
+    assert torch.equal(weight.cpu().double().t(), logits)
+    return x.requires_grad_(), weight.requires_grad_(), targets.to(device)
+
+
+def check_sure(x, weight, targets, reduction, backend, label_smoothing=0.0):
+    """Judged by F.cross_entropy's own error in float32, which its logits do not share: they are exact."""
+    options = dict(reduction=reduction, label_smoothing=label_smoothing)
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    got = ops.linear_cross_entropy(x, weight, targets, backend=backend, **options)
+    oracle = F.cross_entropy(F.linear(*wide), targets, **options)
+    theirs = F.cross_entropy(F.linear(x, weight).float(), targets, **options)
+    one = oracle.detach().reshape(-1, 1) + 1  # the sum of exponentials is 1 and a little
+    assert_accurate(*(t.reshape(-1, 1) for t in (got, oracle, theirs)), one, name="loss")
+    shares = F.linear(*wide).detach().softmax(-1) + F.one_hot(targets, len(weight))
+    shares = shares / (len(x) if reduction == "mean" else 1)
+    sizes = (shares @ wide[1].detach().abs(), shares.t() @ wide[0].detach().abs())
+    losses = ((got, (x, weight)), (oracle, wide), (theirs, (x, weight)))
+    grads = [torch.autograd.grad(loss.sum(), leaves) for loss, leaves in losses]
+    for name, size, *each in zip(("dx", "dweight"), sizes, *grads, strict=True):
+        assert_accurate(*each, size, name=name)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 1e-5])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("way", ["by rows", "by vocabulary", "kept in dweight", "at once"])
+def test_a_loss_near_zero_keeps_its_digits(way, reduction, label_smoothing, monkeypatch):
+    monkeypatch.setattr(logits, "_FEWEST_ROWS", 1 if way == "by rows" else 64)
+    rows = {"kept in dweight": 15, "at once": 64}.get(way, 50)
+    check_sure(*sure(rows, 257), reduction, "torch", label_smoothing)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 10])
 def test_all_targets_ignored(reduction, rows):

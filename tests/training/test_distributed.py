@@ -114,7 +114,7 @@ def test_another_number_of_processes_may_go_on(text, tmp_path, one):
     out = tmp_path / "out"
     assert launch(2, text, out, max_iters=3, lr_decay_iters=6) == [0, 0]
     assert launch(1, text, out, resume=True) == [0], said(out, 0)
-    assert "processes were 2, are 1; dropout draws anew" in said(out, 0)
+    assert "processes were 2, are 1" in said(out, 0) and "dropout" not in said(out, 0)
     expected = tensors(one)
     for name, tensor in tensors(out).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)

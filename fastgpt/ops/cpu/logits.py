@@ -58,17 +58,21 @@ class _Rows:
     def __init__(self, targets: Tensor, vocab: int, settings: loss.LossSettings, dtype: torch.dtype):
         self.targets, self.vocab, self.settings = targets.long(), vocab, settings
         self.top = torch.full(targets.shape, torch.finfo(dtype).min, dtype=dtype, device=targets.device)
-        self.total, self.z_target, self.z_sum = torch.zeros(3, len(targets), dtype=dtype, device=targets.device)
+        # below: Σ (z - top), for smoothing. Sums of what is left without the top keep the digits of a loss near zero.
+        self.total, self.z_target, self.below = torch.zeros(3, len(targets), dtype=dtype, device=targets.device)
 
     def read(self, z: Tensor, start: int) -> None:
         """z (N, n), of the ids from `start` on; overwritten by exp(z - top)."""
         inside, index = self._place(z, start)
         self.z_target += torch.where(inside, z.gather(1, index)[:, 0], 0)
-        if self.settings.label_smoothing:
-            self.z_sum += z.sum(1)
         top = torch.maximum(self.top, z.amax(1))
         self.total *= (self.top - top).exp_()
-        self.total += z.sub_(top[:, None]).exp_().sum(1)
+        z.sub_(top[:, None])
+        if self.settings.label_smoothing:
+            if start:
+                self.below += start * (self.top - top)
+            self.below += z.sum(1)
+        self.total += z.exp_().sum(1)
         self.top = top
 
     def finish(self, losses: Tensor, row_grads: Tensor | None) -> None:
@@ -76,8 +80,10 @@ class _Rows:
         ignored = self.targets == self.settings.ignore_index
         outside = (self.targets < 0) | (self.targets >= self.vocab)
         smoothing, z_loss = self.settings.label_smoothing, self.settings.z_loss
-        lse = self.total.log() + self.top
-        loss = lse - (1 - smoothing) * self.z_target - smoothing / self.vocab * self.z_sum + z_loss * lse**2
+        log_total = self.total.log()
+        lse = log_total + self.top
+        loss = log_total + (1 - smoothing) * (self.top - self.z_target) - smoothing / self.vocab * self.below
+        loss += z_loss * lse**2
         losses.copy_(loss.masked_fill_(outside, torch.nan).masked_fill_(ignored, 0))
         if row_grads is not None:
             self.grads = row_grads.to(lse.dtype).masked_fill(outside, torch.nan).masked_fill_(ignored, 0)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.ops.transforms import mapped
+
 _AT_ONCE = 2**18  # hidden units that stay in a core's cache between the passes over them
 _SCALE = 2 * math.sqrt(2 / math.pi)
 
@@ -27,7 +29,7 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
     """F.gelu, without a derivative."""
     if not by_passes(x.numel(), x.dtype, approximate):
         return F.gelu(x, approximate=approximate)
-    out, scale = torch.empty_like(x, memory_format=torch.contiguous_format), torch.full((), _SCALE)
+    out, scale = torch.empty_like(x, memory_format=torch.contiguous_format), _scale(x)
     for part, y in zip(*(t.reshape(-1).split(_AT_ONCE) for t in (x, out)), strict=True):
         torch.addcmul(scale, part, part, value=0.044715 * _SCALE, out=y).mul_(part).sigmoid_().mul_(part)
     return out
@@ -35,8 +37,8 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 def gelu_leaving_slope_(x: Tensor) -> Tensor:
     """gelu(x); x, which is contiguous, is overwritten by gelu'(x)."""
-    out, scale = torch.empty_like(x), torch.full((), _SCALE)
-    first, second = torch.empty(2, min(_AT_ONCE, x.numel()))
+    out, scale = torch.empty_like(x), _scale(x)
+    first, second = torch.empty(2, min(_AT_ONCE, x.numel()), dtype=x.dtype, device=x.device)
     for part, y in zip(*(t.view(-1).split(_AT_ONCE) for t in (x, out)), strict=True):
         z, s = first[: len(part)], second[: len(part)]
         torch.addcmul(scale, part, part, value=0.044715 * _SCALE, out=z).mul_(part).clamp_(-100, 100)  # inf · 0 is NaN
@@ -46,6 +48,10 @@ def gelu_leaving_slope_(x: Tensor) -> Tensor:
         torch.mul(part, s, out=y)
         torch.add(s, z, alpha=3, out=part)
     return out
+
+
+def _scale(x: Tensor) -> Tensor:
+    return torch.full((), _SCALE, dtype=x.dtype, device=x.device)
 
 
 def by_passes(units: int, dtype: torch.dtype, approximate: str) -> bool:
@@ -68,7 +74,7 @@ class GeluMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         *operands, hidden, act = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or mapped(dy):  # create_graph=True, or is_grads_batched
             return *_differentiable_backward(operands, ctx.approximate, ctx.needs_input_grad, dy), None
         with torch.autocast("cpu", enabled=False):  # which the forward did not know
             if ctx.overwritten:  # by an earlier backward through a graph that was kept
@@ -106,7 +112,8 @@ def _weight_gradient(dy, x, weight):
 def _differentiable_backward(operands, approximate, needs, dy):
     """The gradients through plain functions, which PyTorch can differentiate again."""
     x, w_in, b_in, w_out, b_out = operands
-    y = F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
+    with torch.enable_grad():
+        y = F.linear(F.gelu(F.linear(x, w_in, b_in), approximate=approximate), w_out, b_out)
     wanted = [operand for operand, needed in zip(operands, needs, strict=False) if needed]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=torch.is_grad_enabled()))
     return [next(grads) if needed else None for needed in needs[:5]]
