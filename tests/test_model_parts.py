@@ -62,6 +62,14 @@ def test_a_part_with_a_hook_is_called(path, checkpointing):
     assert generate(model, prompt, 6, temperature=0).tokens == [recomputed(model, prompt[0].tolist(), 6, 16)]
 
 
+def test_a_hook_on_an_embedding_that_is_the_head_too():
+    model, prompt = gpt(tie=True), small_batch()[0][:1, :5]
+    model.wte.register_forward_hook(lambda module, args, output: output * 1.5)
+    expected = [recomputed(model, prompt[0].tolist(), 6, 16)]
+    decoder = Decoder(model)
+    assert [generate(each, prompt, 6, temperature=0).tokens for each in (model, decoder, decoder)] == [expected] * 3
+
+
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_dropout_stays_where_it_is(p):
     """Around parts that are called too: as without the hook, which changes nothing."""

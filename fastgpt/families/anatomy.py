@@ -1,4 +1,4 @@
-"""Where the parts of a GPT are, whoever wrote it: what generation walks through, module by module, with a cache.
+"""Where the parts of a GPT are, whoever wrote it: what generation makes its view of a model from.
 
 Each family's `anatomy(model)` gives an Anatomy, or None for a model that is not its own.
 """

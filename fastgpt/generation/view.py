@@ -76,9 +76,11 @@ class Sources:
     def __init__(self) -> None:
         self._copied: list[tuple[Any, str, int | None]] = []  # module, name, version
         self._shared: list[tuple[Any, str, int | None]] = []  # module, name, address
+        self._occupied: dict[Any, str | None] = {}
         self._sample: Tensor | None = None
 
     def add(self, module: Any, copied: bool, names: tuple[str, ...] = ("weight", "bias")) -> None:
+        self._occupied[module] = occupied(module)
         for name in names:
             tensor = getattr(module, name, None)
             if tensor is not None and copied:
@@ -95,7 +97,7 @@ class Sources:
             return True
         if any(_version(getattr(module, name, None)) != at for module, name, at in self._copied):
             return True
-        if any(occupied(module) for module, *_ in (*self._shared, *self._copied)):  # by hooks that came later
+        if any(occupied(module) != before for module, before in self._occupied.items()):  # by hooks that came later
             return True
         now = self._numbers()
         if now is None or self._sample is None:
@@ -215,12 +217,12 @@ class View:
         if occupied(module) or not plain(weight, bias):
             return self._call(module)
         self.sources.add(module, copied=False, names=names)
-        norm = weight, bias, getattr(module, "eps", 1e-5)
+        norm = weight.detach(), None if bias is None else bias.detach(), getattr(module, "eps", 1e-5)
         own: dict = dict(zip(("weight", "bias", "eps"), norm, strict=True), form=norm)
         return bare(LayerNorm, **own, dropout=0.0, backend=self._backend, dtype=self.dtype)
 
     def _linear(self, module: Any) -> nn.Module:
-        if isinstance(module, nn.Embedding) and not occupied(module) and plain(module.weight):  # a tied head
+        if isinstance(module, nn.Embedding) and plain(module.weight):  # a tied head, which GPT does not call
             return self._laid_out(module.weight, None, [module])
         return self._read(module) if free_linear(module) else self._call(module)
 
@@ -242,7 +244,8 @@ class View:
         copied = itself or form.weight.data_ptr() != modules[0].weight.data_ptr()
         for module in modules:
             self.sources.add(module, copied)
-        return bare(Lying if itself else nn.Linear, weight=form.weight, bias=form.bias, form=form)
+        shape: dict = dict(zip(("out_features", "in_features"), form.weight.shape, strict=True))
+        return bare(Lying if itself else nn.Linear, weight=form.weight, bias=form.bias, form=form, **shape)
 
     def _as(self, tensor: Tensor) -> Tensor:
         return tensor.detach() if self._cast is None else tensor.detach().to(self._cast)
