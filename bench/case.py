@@ -23,13 +23,13 @@ class Subject(NamedTuple):
     expected: Callable[[], tuple] | None = None  # in float64, of a variant that computes something else than the case
     capture: bool = False  # as a CUDA graph, though the case's others are not
 
-    def judged_as(self, dtype: torch.dtype, oracle: Callable[[], tuple]) -> "Subject":
+    def judged_as(self, dtype: torch.dtype, exact: Callable[[], tuple]) -> "Subject":
         """Its results rounded to dtype and held to what that allows, not to the error of the case's own dtype."""
 
         def rounded():
             return tuple(result.to(dtype) for result in (self.results or self.run)())
 
-        return self._replace(results=rounded, expected=self.expected or oracle)
+        return self._replace(results=rounded, expected=self.expected or exact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Case:
     work: Work
     problem: Callable[[], Any]
     variants: dict[str, Callable[[Any], Subject]]
-    oracle: Callable[[Any], tuple]
+    exact: Callable[[Any], tuple]
     capture: bool = True  # as a CUDA graph, where the device has them
     memory: float = 0.0  # bytes that it takes, about, where that is much
     peak: bool = True  # whether its peak memory is measured, which on a CPU takes longer than many small calls
@@ -131,6 +131,6 @@ def function_cases(
         variants = {name: subject(build, phase) for name, build in functions.items()}
         if products and phase in products:
             variants["its matmuls alone"] = alone(products[phase])
-        oracle, rounded = (functools.partial(expected, phase=phase, dtype=dtype) for dtype in (torch.float64, None))
-        cases.append(Case(label, shape, tier, floor, problem, variants, oracle, rounded=rounded))
+        exact, rounded = (functools.partial(expected, phase=phase, dtype=dtype) for dtype in (torch.float64, None))
+        cases.append(Case(label, shape, tier, floor, problem, variants, exact, rounded=rounded))
     return cases

@@ -27,16 +27,16 @@ class Verdict(NamedTuple):
 
 def judge(
     results: Sequence[Tensor | None],
-    oracle: Sequence[Tensor | None],
+    exact: Sequence[Tensor | None],
     eager: Sequence[Tensor | None] | None,
     operands: torch.dtype = torch.float32,
 ) -> Verdict:
-    """`results` against the float64 `oracle`, by `eager`, plain PyTorch's in the operands' dtype (None: these are). A
+    """`results` against `exact`, in float64, by `eager`, plain PyTorch's in the operands' dtype (None: these are). A
     None among the results is one that can't be seen from outside."""
-    if len(results) != len(oracle):
-        return Verdict(math.inf, f"{len(results)} results instead of {len(oracle)}")
+    if len(results) != len(exact):
+        return Verdict(math.inf, f"{len(results)} results instead of {len(exact)}")
     worst, reasons = 0.0, []
-    for index, (result, expected) in enumerate(zip(results, oracle, strict=True)):
+    for index, (result, expected) in enumerate(zip(results, exact, strict=True)):
         if result is None or expected is None:
             continue
         their = None if eager is None or eager[index] is None else _errors(eager[index], expected)[0]
@@ -57,7 +57,7 @@ def _limit(dtype: torch.dtype, their_error: float | None) -> float:
 
 
 def _errors(result: Tensor, expected: Tensor) -> tuple[float, float]:
-    """|error| / |oracle| as a whole, and the largest of any row; infinite where either is not finite."""
+    """|error| / |exact| as a whole, and the largest of any row; infinite where either is not finite."""
     result, expected = _rows(result), _rows(expected)
     if result.shape != expected.shape:
         return math.inf, math.inf

@@ -42,7 +42,7 @@ def generation(
         model = gpt(machine, config).eval()
         return model, torch.arange(B * prompt, device=machine.device).view(B, prompt) * 7919 % shape.vocab_size
 
-    def oracle(p, **changes):
+    def exact(p, **changes):
         return _ours(on_reference(with_backend(p[0], "torch", **changes)).double(), p[1], new).results()
 
     def recomputing(model: nn.Module, p) -> Subject:
@@ -52,11 +52,11 @@ def generation(
 
     def nanogpt(p):
         model = families.nanogpt(p[0], machine.nanogpt)
-        return recomputing(model, p)._replace(expected=lambda: oracle(p, gelu="none"))
+        return recomputing(model, p)._replace(expected=lambda: exact(p, gelu="none"))
 
     def cast(build: Callable[..., Subject], p) -> Subject:
         """The same at weights of that dtype."""
-        return build((copy.deepcopy(p[0]).to(dtype), p[1])).judged_as(dtype, lambda: oracle(p))
+        return build((copy.deepcopy(p[0]).to(dtype), p[1])).judged_as(dtype, lambda: exact(p))
 
     variants: dict[str, Callable] = {
         SUBJECT: lambda p: _ours(*p, new),
@@ -84,7 +84,7 @@ def generation(
     op = ("prefill" if new == 1 else "generate") + (f", {dtype}".replace("torch.", "") if dtype else "")
     memory = work.parameters(shape) * (machine.dtype.itemsize + max(8, machine.dtype.itemsize * len(variants)))
     options = dict(capture=False, memory=memory, peak=machine.kind != "cpu" or new == 1)
-    return [Case(op, numbers, tier, floor, problem, variants, oracle, **options)]
+    return [Case(op, numbers, tier, floor, problem, variants, exact, **options)]
 
 
 def _ours(model: GPT, ids: Tensor, new: int) -> Subject:

@@ -1,6 +1,6 @@
 """The machine that is measured: what it is, which clock times it, and the rates that it reaches itself.
 
-Three kinds: "cuda", "cpu", and "dry", which walks the GPU's road on a CPU: Triton's interpreter for the kernels, and
+Three kinds: "cuda", "cpu", and "dry", which does what a GPU would on a CPU: Triton's interpreter for the kernels, and
 bench.dry for torch.cuda.
 """
 
@@ -208,7 +208,7 @@ def _cpu_name() -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="walk the GPU's road on a CPU")
+    parser.add_argument("--dry-run", action="store_true", help="do what a GPU would, on a CPU")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
 
 

@@ -97,16 +97,16 @@ def _measure(case, machine, roofs):
         note = f"it takes about {case.memory / 2**30:.0f} GiB, this machine has {there / 2**30:.0f}"
         return [Row(**facts, variant=name, status="skipped", note=note) for name in case.variants], {}
     problem = case.problem()
-    oracle = case.oracle(problem)
+    exact = case.exact(problem)
     rows, calls, eager = {}, {}, None if case.rounded is None else case.rounded(problem)
     for name in sorted(case.variants, key=lambda name: name != case.eager):  # the others are judged by its error
-        row, call, results = _prepare(case, name, problem, oracle, eager, machine, facts)
+        row, call, results = _prepare(case, name, problem, exact, eager, machine, facts)
         rows[name] = row
         if case.rounded is None and (name == case.eager or (name == SUBJECT and case.eager not in case.variants)):
             eager = results
         if call is not None:
             calls[name] = call
-    del oracle, eager
+    del exact, eager
     if SUBJECT in calls:
         calls[AGAIN] = calls[SUBJECT]
         rows[AGAIN] = dataclasses.replace(rows[SUBJECT], variant=AGAIN)
@@ -117,7 +117,7 @@ def _measure(case, machine, roofs):
     return [rows[name] for name in ordered], {name: timing.samples for name, timing in timings.items()}
 
 
-def _prepare(case, name, problem, oracle, eager, machine, facts):
+def _prepare(case, name, problem, exact, eager, machine, facts):
     """Build a variant, judge it, and make it ready to be timed: its row, and its call and results where there are."""
     try:
         made: list[Subject] = []
@@ -130,7 +130,7 @@ def _prepare(case, name, problem, oracle, eager, machine, facts):
         _poison(machine)
         seconds = machine.clock.once(first_call)
         subject, own = made[0], made[0].expected
-        verdict = judge(results[0], own() if own else oracle, None if own else eager, machine.dtype)
+        verdict = judge(results[0], own() if own else exact, None if own else eager, machine.dtype)
         if verdict.reason:
             return Row(**facts, variant=name, status="WRONG", note=verdict.reason, error=verdict.error), None, None
         subject.run()

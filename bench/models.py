@@ -37,7 +37,7 @@ def gpt(machine: Machine, shape: dict, **changes) -> GPT:
 
 
 def with_backend(model: GPT, backend: str, **changes) -> GPT:
-    """The same weights on another road; a larger vocab_size gets rows of zeros."""
+    """The same weights on another backend; a larger vocab_size gets rows of zeros."""
     twin = GPT(GPTConfig(**{**vars(model.config), "backend": backend, **changes}))
     weights = model.state_dict()
     more = twin.config.vocab_size - model.config.vocab_size
@@ -118,10 +118,10 @@ def block(machine: Machine, B: int, T: int, config: dict, tier: int) -> list[Cas
     variants |= {COMPILED: compiled, HUGGING_FACE: theirs}
     floor = _block_work(B, T, C, H, e)
 
-    def oracle(p):
+    def exact(p):
         return of(on_reference(p.model).double(), None, p).results()
 
-    return [Case("block fwd+bwd", dict(B=B, T=T, C=C, H=H), tier, floor, problem, variants, oracle)]
+    return [Case("block fwd+bwd", dict(B=B, T=T, C=C, H=H), tier, floor, problem, variants, exact)]
 
 
 def _block_work(B: int, T: int, C: int, H: int, e: int) -> Work:
@@ -218,15 +218,15 @@ def train_step(
 
         run = baselines.compiled(machine, all_logits)
         subject = step(twin, within(lambda _, idx, targets: run(idx, targets)), p, graph)
-        return subject._replace(expected=lambda: oracle(p, **changes)) if changes else subject
+        return subject._replace(expected=lambda: exact(p, **changes)) if changes else subject
 
     def theirs(name, p):
         family = families.ALL[name]
         subject = step(family.build(p.model, machine), within(family.loss), p)
-        return subject._replace(expected=lambda: oracle(p, **family.changes)) if family.changes else subject
+        return subject._replace(expected=lambda: exact(p, **family.changes)) if family.changes else subject
 
     def judged(build, p):
-        return build(p).judged_as(torch.bfloat16, lambda: oracle(p))
+        return build(p).judged_as(torch.bfloat16, lambda: exact(p))
 
     variants = {SUBJECT: lambda p: fresh(p, "auto")}
     if machine.kind != "cpu":
@@ -240,7 +240,7 @@ def train_step(
     variants |= {name: functools.partial(theirs, name) for name in (families.FAMILIES if autocast else families.ALL)}
     variants = {name: build for name, build in variants.items() if not only or name in (*only, EAGER)}  # the judge
 
-    def oracle(p, **changes):
+    def exact(p, **changes):
         return step(on_reference(with_backend(p.model, "torch", **changes)).double(), own_loss, p).results()
 
     e = machine.dtype.itemsize
@@ -255,7 +255,7 @@ def train_step(
     numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
     needs = step_memory(shape, B, T, e, len(variants))  # and what each graph keeps
     needs += sum(name.endswith(GRAPH) for name in variants) * work.kept_activations(shape, B * T, e)
-    return [Case(op, numbers, tier, floor, problem, variants, oracle, capture=False, memory=needs)]
+    return [Case(op, numbers, tier, floor, problem, variants, exact, capture=False, memory=needs)]
 
 
 def step_memory(shape: GPTConfig, B: int, T: int, e: int, variants: int) -> int:

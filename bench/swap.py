@@ -28,7 +28,7 @@ def _of(machine: Machine, name: str, B: int, T: int, config: dict, tier: int) ->
     family, shape, e = FAMILIES[name], GPTConfig(**config), machine.dtype.itemsize
     problem = functools.partial(step_problem, machine, B, T, config)
 
-    def oracle(p):
+    def exact(p):
         return on_reference(with_backend(p.model, "torch", **family.changes)).double()
 
     def forward(model: nn.Module, call: Callable, p: StepProblem) -> Subject:
@@ -40,10 +40,10 @@ def _of(machine: Machine, name: str, B: int, T: int, config: dict, tier: int) ->
 
     def last_logits(p):
         with torch.no_grad():
-            return (oracle(p)(p.idx[: p.checked])[:, -1],)
+            return (exact(p)(p.idx[: p.checked])[:, -1],)
 
     def loss_and_gradients(p):
-        return step(oracle(p), own_loss, p).results()
+        return step(exact(p), own_loss, p).results()
 
     kinds = {
         "forward": (family.logits, forward, last_logits, work.forward(shape, B, T, e)),

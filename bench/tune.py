@@ -220,7 +220,7 @@ def search(target: Target, machine: Machine, deadline: float, most: int, known: 
         subject = target.subject()
         results = subject.results or subject.run
         expected = [t if t is None else t.detach().clone() for t in results()]
-        oracle = [t if t is None else t.double() for t in expected]
+        exact = [t if t is None else t.double() for t in expected]
         subject.run()
         current, _ = machine.clock.ready(subject.run, True)
         for trial in trials(target.tunable, shipped)[:most]:
@@ -230,7 +230,7 @@ def search(target: Target, machine: Machine, deadline: float, most: int, known: 
                 break
             record = {"target": target.name, "trial": trial, "shipped": shipped, "status": "ok"}
             try:
-                record |= _try(target, machine, subject, oracle, expected, current, trial)
+                record |= _try(target, machine, subject, exact, expected, current, trial)
             except Exception as error:  # too much shared memory, a compiler's crash: a trial's right
                 record |= {"status": "failed", "note": f"{type(error).__name__}: {str(error).strip()[:200]}"}
                 if device_is_lost(error):
@@ -239,7 +239,7 @@ def search(target: Target, machine: Machine, deadline: float, most: int, known: 
             yield record
 
 
-def _try(target, machine, subject, oracle, expected, current, trial):
+def _try(target, machine, subject, exact, expected, current, trial):
     """Registers, spills, and the gain over the shipped tiles."""
 
     def with_its_tiles():
@@ -247,7 +247,7 @@ def _try(target, machine, subject, oracle, expected, current, trial):
             subject.run()
 
     with launched(target.tunable.kernel) as kernels, target.tunable.patched(trial):
-        verdict = judge((subject.results or subject.run)(), oracle, expected)
+        verdict = judge((subject.results or subject.run)(), exact, expected)
     resources = {
         "registers": max((getattr(kernel, "n_regs", 0) or 0 for kernel in kernels), default=None),
         "spills": max((getattr(kernel, "n_spills", 0) or 0 for kernel in kernels), default=None),

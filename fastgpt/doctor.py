@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 
 class Diagnosis(NamedTuple):
     findings: tuple[Finding, ...]
-    functions: dict[str, str]  # of fastgpt.ops: which road each takes for GPT-2's tensors, and why
+    functions: dict[str, str]  # of fastgpt.ops: which backend each takes for GPT-2's tensors, and why
 
     @property
     def healthy(self) -> bool:

@@ -32,5 +32,5 @@ def verify_accelerated() -> Callable[..., Verification]:
 
 @pytest.fixture
 def assert_accurate() -> Callable[..., float]:
-    """fastgpt.testing.assert_accurate(actual, oracle, same_dtype): the rule that fastgpt's own kernels are held to."""
+    """fastgpt.testing.assert_accurate(actual, exact, same_dtype): the rule that fastgpt's own kernels are held to."""
     return _assert_accurate

@@ -15,39 +15,39 @@ _ALLOWED = {torch.float64: 8.0, torch.float32: 4.0, torch.bfloat16: 2.0, torch.f
 
 def assert_accurate(
     actual: Tensor,
-    oracle: Tensor,
+    exact: Tensor,
     same_dtype: Tensor | None = None,
     magnitude: Tensor | None = None,
     *,
     logit_max: float = 0.0,
     name: str = "result",
 ) -> float:
-    """Hold `actual` to `oracle`, the float64 result, as a whole, in its worst row and in its worst element.
+    """Hold `actual` to `exact`, the float64 result, as a whole, in its worst row and in its worst element.
 
-    same_dtype: PyTorch's result in actual's dtype; None allows no more than the floor. magnitude: the oracle's formula
-    on absolute values, which tells how much rounding its cancellations may show; |oracle| if None. logit_max: the
-    largest |score| under an exponential, which rounding of the score and of its scale makes less certain by as many
-    units. Rows are the last axis.
+    same_dtype: PyTorch's result in actual's dtype; None allows no more than the floor. magnitude: the same formula on
+    absolute values, which tells how much rounding its cancellations may show; |exact| if None. logit_max: the largest
+    |score| under an exponential, which rounding of the score and of its scale makes less certain by as many units. Rows
+    are the last axis.
 
     With u the unit roundoff, K from _ALLOWED and a floor c of u / 2 · (1 + logit_max / 2), u / 4 in half precision:
-        whole    |actual - oracle|  <=    K max(|same_dtype - oracle|, c |magnitude|)
-        rows     the same norms     <=   4K (c |magnitude| + e |oracle|),  e PyTorch's relative error as a whole
+        whole    |actual - exact|  <=    K max(|same_dtype - exact|, c |magnitude|)
+        rows     the same norms     <=   4K (c |magnitude| + e |exact|),  e PyTorch's relative error as a whole
         elements the same, in place <=  16K (c m + e r),                   m, r the element's own + its row's rms
-    NaN and infinities must stand where the oracle has them. Prints and returns the largest share of a limit.
+    NaN and infinities must stand where `exact` has them. Prints and returns the largest share of a limit.
     AssertionError names the limit that was passed.
     """
-    if actual.shape != oracle.shape or oracle.dtype != torch.float64:
-        raise ValueError(f"{name}: {tuple(actual.shape)} against {tuple(oracle.shape)} {oracle.dtype}")
+    if actual.shape != exact.shape or exact.dtype != torch.float64:
+        raise ValueError(f"{name}: {tuple(actual.shape)} against {tuple(exact.shape)} {exact.dtype}")
     allowed, half = _ALLOWED[actual.dtype], actual.dtype in (torch.bfloat16, torch.float16)
     unit = torch.finfo(actual.dtype).eps / 2
     floor = unit / 4 if half else unit / 2 * (1 + logit_max / 2)
     device = actual.device if actual.is_cuda else torch.device("cpu")  # others may lack float64
-    got, expected = _rows(actual, device), _rows(oracle, device)
+    got, expected = _rows(actual, device), _rows(exact, device)
     size = expected.abs() if magnitude is None else _rows(magnitude, device)
     theirs = expected if same_dtype is None else _rows(same_dtype, device)
 
     finite = expected.isfinite()
-    places = "NaN and infinities stand elsewhere than in the oracle"
+    places = "NaN and infinities stand elsewhere than in the float64 result"
     assert torch.equal(got.isnan(), expected.isnan()) and torch.equal(got.isinf(), expected.isinf()), (
         f"{name}: {places}"
     )

@@ -120,7 +120,7 @@ def verify_model(
         twin = copy.deepcopy(model)
         twin = (twin.cpu() if weight.device.type in WITHOUT_FLOAT64 else twin).double()
         with accelerated(twin, attention=False, layer_norm=False, mlp=False) as plain:
-            oracle = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, _computable(ids))
+            right = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, _computable(ids))
         report = None
         served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)}"
         write("before … ")
@@ -137,7 +137,7 @@ def verify_model(
     finally:
         model.train(training)
         model.zero_grad()
-    return Verification(report, _differences(oracle, before, after), tolerance)
+    return Verification(report, _differences(right, before, after), tolerance)
 
 
 def verify_functions(
@@ -174,11 +174,11 @@ def _verify_functions(
             write(f"{what:42}")
             rounded = [tensor.to(dtype) for tensor in floats]
             exact = {n: _computable(v) if isinstance(v, Tensor) else v for n, v in options.items()}
-            oracle = _results(getattr(reference, name), [_computable(tensor).double() for tensor in rounded], exact)
+            right = _results(getattr(reference, name), [_computable(tensor).double() for tensor in rounded], exact)
             theirs = _results(getattr(reference, name), rounded, options)
             ours = _results(getattr(ops, name), rounded, options)
             worst = max(
-                (_difference(label, *three, 0.0) for three in zip(oracle, theirs, ours, strict=True)),
+                (_difference(label, *three, 0.0) for three in zip(right, theirs, ours, strict=True)),
                 key=lambda difference: difference.ratio,
             )
             found.append(worst._replace(what=what))
@@ -260,28 +260,28 @@ def _ask(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), "loss": loss.detach(), **grads}
 
 
-def _differences(oracle: dict, before: dict, after: dict) -> tuple[Difference, ...]:
-    logits, loss = (_difference(name, oracle[name], before[name], after[name], 0.0) for name in ("logits", "loss"))
-    gradients = [name for name in oracle if name not in ("logits", "loss")]
-    largest = max(oracle[name].abs().max().item() for name in gradients)
-    certain = logits.before / max(oracle["logits"].abs().max().item(), torch.finfo(torch.float64).tiny)
+def _differences(right: dict, before: dict, after: dict) -> tuple[Difference, ...]:
+    logits, loss = (_difference(name, right[name], before[name], after[name], 0.0) for name in ("logits", "loss"))
+    gradients = [name for name in right if name not in ("logits", "loss")]
+    largest = max(right[name].abs().max().item() for name in gradients)
+    certain = logits.before / max(right["logits"].abs().max().item(), torch.finfo(torch.float64).tiny)
     found = []
     for name in gradients:  # one that is zero but for rounding, as a key's bias, has others' size; one that before
         # happens to hit is no better known than the logits that it is made from
-        excused = certain * oracle[name].abs().max().item()
-        found.append(_difference(name, oracle[name], before[name], after[name], largest, excused))
+        excused = certain * right[name].abs().max().item()
+        found.append(_difference(name, right[name], before[name], after[name], largest, excused))
     worst = max(found, key=lambda difference: difference.ratio)
     return logits, loss, worst._replace(what=f"gradient of {worst.what}")
 
 
 def _difference(
-    what: str, oracle: Tensor, before: Tensor, after: Tensor, largest: float, excused: float = 0.0
+    what: str, right: Tensor, before: Tensor, after: Tensor, largest: float, excused: float = 0.0
 ) -> Difference:
     """largest: the size of what else was computed on the way, a part of whose rounding is excused too. excused: a
     distance that is."""
     unit = torch.finfo(before.dtype).eps
-    excuse = 2 * unit * oracle.abs().max().item() + unit * largest / 4
-    theirs, ours = ((_computable(side).double() - oracle).abs().max().item() for side in (before, after))
+    excuse = 2 * unit * right.abs().max().item() + unit * largest / 4
+    theirs, ours = ((_computable(side).double() - right).abs().max().item() for side in (before, after))
     ratio = ours / max(theirs, excuse, excused, torch.finfo(torch.float64).tiny)
     return Difference(what, theirs, ours, ratio if ratio == ratio else float("inf"))
 

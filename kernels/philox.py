@@ -1,4 +1,4 @@
-"""Counter-based random numbers for dropout: the same mask on every road, from a seed and a position alone.
+"""Counter-based random numbers for dropout: the same mask on either backend, from a seed and a position alone.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a 64-bit key and a
 128-bit counter to four random 32-bit words. Here the key is the seed and the counter is (col // 4, row, plane, site):

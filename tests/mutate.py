@@ -161,7 +161,7 @@ MUTANTS = [
     Mutant("dv not dropped", BACK, "kept = tl.where(keep, pt * keep_scale, 0.0)", "kept = pt * keep_scale", ATTENTION_DROPS),
     Mutant("dropout before the row sum", HEAD, "    l = l * rescale + tl.sum(p, axis=1)\n    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n", "    if seed is not None:\n        p = tl.where(keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N), p, 0.0)\n    l = l * rescale + tl.sum(p, axis=1)\n", ATTENTION_DROPS),
     Mutant("kept probabilities not scaled", HEAD, "o *= keep_scale", "o *= 1.0", ATTENTION_DROPS),
-    Mutant("one mask for all heads", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, start, 0, ATTENTION_SITE", "test_attention_masks.py::test_the_same_seed_keeps_the_same_on_both_roads"),
+    Mutant("one mask for all heads", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, start, 0, ATTENTION_SITE", "test_attention_masks.py::test_the_same_seed_keeps_the_same_on_both_backends"),
     Mutant("LayerNorm's site", TILES, "ATTENTION_SITE = tl.constexpr(0)", "ATTENTION_SITE = tl.constexpr(1)", ATTENTION_DROPS),
     Mutant("columns counted from the tile", HEAD, "seed, rows, start, plane, ATTENTION_SITE", "seed, rows, 0, plane, ATTENTION_SITE", ATTENTION_DROPS),
     Mutant("hidden keys seen", TILES, "    if mask_ptr is not None:\n        seen = seen", "    if False:\n        seen = seen", KEY_MASK),

@@ -222,16 +222,16 @@ def test_a_familys_step_under_autocast(device, name, loss, dtype):
     model = build(vocab_size=vocabulary, **size).to(device).train()
     idx = torch.randint(vocabulary, (2, time), device=device)
     targets = idx.roll(-1, dims=1)
-    oracle = training_step(copy.deepcopy(model).double(), loss_of, idx, targets)
+    exact = training_step(copy.deepcopy(model).double(), loss_of, idx, targets)
     before = training_step(model, loss_of, idx, targets, dtype)
     turned = training_step(model, loss_of, idx.flip(0), targets.flip(0), dtype)
     report = accelerate(model, loss=loss)
     assert all(row.now for row in report.rows)
     after = training_step(model, loss_of, idx, targets, dtype)
     # one number's error before may be small by luck: what its operands can tell is enough
-    assert after["loss"].item() == pytest.approx(oracle["loss"].item(), rel=torch.finfo(dtype).eps / 2)
-    oracle.pop("loss")
-    for parameter, expected in oracle.items():
+    assert after["loss"].item() == pytest.approx(exact["loss"].item(), rel=torch.finfo(dtype).eps / 2)
+    exact.pop("loss")
+    for parameter, expected in exact.items():
         theirs = max(before[parameter], turned[parameter], key=lambda found: (found - expected).norm().item())
         assert after[parameter].dtype == torch.float32
         assert_accurate(*(t.flatten() for t in (after[parameter], expected, theirs)), name=parameter)
@@ -313,10 +313,10 @@ def test_a_kept_decoder_in_bfloat16(folder, rows):
     plain = GPT(dataclasses.replace(model.config, backend="torch")).to(device)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
-        oracle = copy.deepcopy(plain).double()(prompts)
+        exact = copy.deepcopy(plain).double()(prompts)
         theirs = copy.deepcopy(plain).bfloat16()(prompts)
         logits = decoder.logits(decoder.features(prompts))
-    assert_accurate(logits.bfloat16(), oracle, theirs, name="logits")
+    assert_accurate(logits.bfloat16(), exact, theirs, name="logits")
 
     first, again = (generate(decoder, prompts, 10, temperature=0).tokens for _ in range(2))
     assert first == again

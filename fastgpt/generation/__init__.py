@@ -116,7 +116,7 @@ def stream(
     if draft is not None and not 1 <= draft_tokens < MAX_STEP:
         raise ValueError(f"generate: draft_tokens is {draft_tokens}, not from 1 to {MAX_STEP - 1}")
     if draft is not None and overflow == "slide":
-        raise ValueError("generate: overflow='slide' has no road with a draft")
+        raise ValueError("generate: overflow='slide' does not go with a draft")
     prompts = prompts_of(ids, attention_mask)
     stops = _Stops(stop_ids_of(stop_ids), strings_of(stop_strings), encoding)
     rows = len(prompts) * num_samples

@@ -98,7 +98,7 @@ class Decoder:
 
     @property
     def on_kernels(self) -> bool:
-        """Whether it runs on the Triton kernels, and not on PyTorch's road."""
+        """Whether it runs on the Triton kernels, and not on PyTorch's functions."""
         return self.steps.on_kernels
 
     @contextlib.contextmanager

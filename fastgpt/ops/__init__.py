@@ -1,13 +1,13 @@
 """The public functions: each checks its arguments once, chooses Triton or PyTorch, and calls its twin there.
 
 `B` batch, `T` time, `C` channels, `H` heads, `D` head dim, `F` MLP hidden, `V` vocabulary; (…) is any leading shape.
-Wrong dtypes raise TypeError, wrong shapes and values ValueError, the same on both roads and before any work is done.
+Wrong dtypes raise TypeError, wrong shapes and values ValueError, the same on both backends and before any work is done.
 
 Every function takes `backend`: "auto" runs the Triton kernels where they can serve and PyTorch elsewhere, "torch" is
 always PyTorch, "triton" raises a ValueError that names what the kernels can't do. `explain` tells which and why.
 
 Dropout takes p in [0, 1]. With an explicit `seed` (an int, or an int64 tensor of one element on the same device, so
-that a CUDA graph can advance it) both roads drop the same elements; with None, torch.manual_seed repeats each road.
+that a CUDA graph can advance it) both backends drop the same elements; with None, torch.manual_seed repeats each.
 """
 
 import math
@@ -185,7 +185,7 @@ def decode_attention(
     k_cache, v_cache: (B, Hkv, Tmax, D), where Hkv divides H. lengths: (B,) int32 or int64, the filled slots of each
     row with q's own tokens, which are the last Tq of them, counted in. Slots past a row's length are never read into
     the result, whatever they hold. A length out of range is a ValueError on a CPU; elsewhere one past Tmax counts as
-    Tmax. Only PyTorch's road has a derivative, so "auto" takes it where one is required.
+    Tmax. Only the fallback has a derivative, so "auto" takes it where one is required.
     """
     name = "decode_attention"
     checks.heads(name, q=q, k_cache=k_cache, v_cache=v_cache)
@@ -248,7 +248,7 @@ def linear_cross_entropy(
 
     x: (…, C), weight: (V, C), targets: (…) int32 or int64 -> a scalar, or (…) for reduction "none", which computes
     logits a second time in the backward. z_loss adds z_loss · logsumexp² a row. Beside the gradients it takes about a
-    twelfth of the memory of the logits (on Triton's road 256 rows of them at least, and a padded copy of the weight). A
+    twelfth of the memory of the logits (on Triton 256 rows of them at least, and a padded copy of the weight). A
     target out of range is a ValueError on a CPU;
     elsewhere, where a check would wait for the device, its loss is NaN. The mean over no target is NaN,
     its gradients are 0.

@@ -1,4 +1,4 @@
-"""The Triton road: custom ops around the launchers in kernels/, and the autograd Functions that call them.
+"""The Triton backend: custom ops around the launchers in kernels/, and the autograd Functions that call them.
 
 The public functions here are the twins of fastgpt.reference: same names, same signatures, arguments already checked.
 Launchers are custom ops so that torch.compile sees one opaque call with a known output, and opcheck can check it.

@@ -1,7 +1,7 @@
-"""The chunked linear + cross-entropy head that both roads share; what they differ in is how they go over the logits.
+"""The chunked linear + cross-entropy head that both backends share; what they differ in is how they go over the logits.
 
 Logits exist for one chunk at a time and are overwritten in place by their own gradient, so that beside dx and dweight
-a training step holds about a twelfth of what the logits of all rows would take, and on Triton's road a padded copy of
+a training step holds about a twelfth of what the logits of all rows would take, and on Triton a padded copy of
 the weight, as large as C rows of logits.
 """
 

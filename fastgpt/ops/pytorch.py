@@ -1,4 +1,4 @@
-"""Every function of fastgpt.ops in plain PyTorch: what runs where Triton can't, and the oracle of every test.
+"""Every function of fastgpt.ops in plain PyTorch: what runs where Triton can't.
 
 Arguments have been checked by fastgpt.ops. `B` batch, `T` time, `C` channels, `H` heads, `D` head dim, `F` hidden,
 `V` vocabulary. Whatever PyTorch has is PyTorch's own; in float64 these functions are what the kernels are judged by.
@@ -55,7 +55,7 @@ def add_layer_norm(
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
     """(B, H, T, D) -> (B, H, T, D): softmax(scale q kᵀ) v, each query over the keys up to its own place.
 
-    Without masks and explicit seeds this is scaled_dot_product_attention's own causal road; with them a (Tq, Tk) mask
+    Without masks and explicit seeds this is scaled_dot_product_attention's own causal form; with them a (Tq, Tk) mask
     is built, and with a seed the probabilities too.
     """
     queries, keys = q.shape[-2], k.shape[-2]

@@ -156,29 +156,29 @@ def test_rows_outlive_an_interruption(tmp_path, machine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_judge(dtype):
-    oracle = torch.randn(4096, 64, dtype=torch.float64)
-    rounded = oracle.to(dtype)
-    assert judge([rounded], [oracle], [rounded]).reason == ""
-    assert judge([rounded], [oracle], None).reason == ""
-    assert judge([None, rounded], [oracle, oracle], [rounded, rounded]).reason == ""
+    exact = torch.randn(4096, 64, dtype=torch.float64)
+    rounded = exact.to(dtype)
+    assert judge([rounded], [exact], [rounded]).reason == ""
+    assert judge([rounded], [exact], None).reason == ""
+    assert judge([None, rounded], [exact, exact], [rounded, rounded]).reason == ""
 
     stale = rounded.clone()
     stale[17] = stale[18]
-    assert judge([stale], [oracle], [rounded]).reason.startswith("result 0 is off by")
+    assert judge([stale], [exact], [rounded]).reason.startswith("result 0 is off by")
     unwritten = rounded.clone()
     unwritten[0, 0] = math.nan
-    assert judge([unwritten], [oracle], [rounded]).reason.startswith("result 0 is off by inf")
-    assert "result 0 is off" in judge([rounded * 1.05], [oracle], [rounded]).reason
-    assert "result 1" in judge([rounded, rounded.flip(0)], [oracle, oracle], [rounded, rounded]).reason
-    assert "1 results instead of 2" in judge([rounded], [oracle, oracle], None).reason
-    assert "off by inf" in judge([rounded[:, :1]], [oracle], None).reason
+    assert judge([unwritten], [exact], [rounded]).reason.startswith("result 0 is off by inf")
+    assert "result 0 is off" in judge([rounded * 1.05], [exact], [rounded]).reason
+    assert "result 1" in judge([rounded, rounded.flip(0)], [exact, exact], [rounded, rounded]).reason
+    assert "1 results instead of 2" in judge([rounded], [exact, exact], None).reason
+    assert "off by inf" in judge([rounded[:, :1]], [exact], None).reason
 
 
 def test_the_judge_sees_one_row_that_a_whole_norm_does_not():
-    oracle = torch.randn(2**16, 16, dtype=torch.float64)
-    stale = oracle.bfloat16()
+    exact = torch.randn(2**16, 16, dtype=torch.float64)
+    stale = exact.bfloat16()
     stale[17] = stale[18]
-    assert judge([stale], [oracle], [oracle.bfloat16()]).reason.startswith("a row of result 0 is off by")
+    assert judge([stale], [exact], [exact.bfloat16()]).reason.startswith("a row of result 0 is off by")
 
 
 def test_other_peoples_kernels_are_asked_for_what_they_know(machine, monkeypatch):

@@ -89,8 +89,8 @@ def test_the_door_serves_grouped_heads():
 
 def test_the_door_in_half_precision():
     model = hugging_face()
-    oracle, before = copy.deepcopy(model).double()(IDX).logits, model.bfloat16()(IDX).logits
-    assert_accurate(door(model)(IDX).logits, oracle, before)
+    exact, before = copy.deepcopy(model).double()(IDX).logits, model.bfloat16()(IDX).logits
+    assert_accurate(door(model)(IDX).logits, exact, before)
 
 
 def test_from_config_and_the_saved_config_know_the_door(tmp_path):

@@ -128,7 +128,7 @@ BYTES = encoding("byte")
         (PROMPT, 7, {}, r"3 \+ 7 tokens pass the context of 8; overflow='slide' forgets the oldest"),
         ([[1] * 9], 1, {}, r"9 \+ 1 tokens pass the context of 8"),
         (PROMPT, 1, {"draft": "same", "draft_tokens": 16}, "draft_tokens is 16, not from 1 to 15"),
-        (PROMPT, 1, {"draft": "same", "overflow": "slide"}, "overflow='slide' has no road with a draft"),
+        (PROMPT, 1, {"draft": "same", "overflow": "slide"}, "overflow='slide' does not go with a draft"),
         (PROMPT, 1, {"draft": gpt(vocab_size=14)}, "the draft's vocabulary is 14, the model's 13"),
         (PROMPT, 5, {"draft": gpt(context=4)}, "the draft's context is 4, the model's 8"),
     ],

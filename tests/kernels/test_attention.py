@@ -244,8 +244,8 @@ def test_tf32_only_where_the_user_allowed_it():
         loose = run(*tensors, backend="triton")
     finally:
         torch.set_float32_matmul_precision("highest")
-    for a, b, oracle in zip(exact, loose, wide, strict=True):
-        assert (a - oracle).norm() < 1e-6 * oracle.norm() < 1e-2 * (b - oracle).norm()
+    for a, b, right in zip(exact, loose, wide, strict=True):
+        assert (a - right).norm() < 1e-6 * right.norm() < 1e-2 * (b - right).norm()
 
 
 def test_tf32_follows_torchs_setting(device):

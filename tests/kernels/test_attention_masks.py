@@ -23,8 +23,8 @@ F32 = torch.float32
         pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
     ]
 )
-def road(request):
-    """Backend and device: what both roads promise is tested on both."""
+def place(request):
+    """Backend and device: what both backends promise is tested on both."""
     return request.param
 
 
@@ -71,8 +71,8 @@ def test_dropout_of_fewer_queries_than_keys(device):
     check(operands(1, 2, 19, 50, 16, F32, device), dropout_p=0.5, seed=torch.tensor([2**40 + 1], device=device))
 
 
-def test_all_dropped_is_zero(road):
-    backend, device = road
+def test_all_dropped_is_zero(place):
+    backend, device = place
     results = run(*operands(1, 2, 20, 20, 16, F32, device), dropout_p=1.0, seed=1, backend=backend)
     assert all(torch.equal(t, torch.zeros_like(t)) for t in results)
 
@@ -84,7 +84,7 @@ def kept(seed, p, device, backend="triton"):
     return ops.causal_attention(zeros, zeros, one_hot, dropout_p=p, seed=seed, backend=backend) != 0
 
 
-def test_the_same_seed_keeps_the_same_on_both_roads(device):
+def test_the_same_seed_keeps_the_same_on_both_backends(device):
     below = torch.ones(64, 64, dtype=torch.bool, device=device).tril()
     for seed in (0, 12345, -(2**63)):
         got = kept(seed, 0.3, device)
@@ -110,8 +110,8 @@ def test_dropout_keeps_as_many_as_it_should_and_independently(device):
         assert abs(products.sum()) / products.numel() ** 0.5 < 5, name
 
 
-def test_no_dropout_draws_no_seed(road):
-    backend, device = road
+def test_no_dropout_draws_no_seed(place):
+    backend, device = place
     q, k, v, do = operands(1, 1, 9, 9, 16, F32, device)
     generator = torch.default_generator if device == "cpu" else torch.cuda.default_generators[0]
     state = generator.get_state()
@@ -139,8 +139,8 @@ def test_key_mask(queries, keys, device):
 
 
 @pytest.mark.parametrize("filler", [math.nan, math.inf, 1e4])
-def test_what_a_key_mask_hides_changes_no_bit(road, filler):
-    backend, device = road
+def test_what_a_key_mask_hides_changes_no_bit(place, filler):
+    backend, device = place
     mask = padding(3, 40, device)
     q, k, v, do = operands(3, 2, 40, 40, 16, F32, device)
     expected = run(q, k, v, do, key_mask=mask, backend=backend)
@@ -169,9 +169,9 @@ def test_documents(device):
 
 
 @pytest.mark.parametrize("filler", [math.nan, -math.inf, 1e4])
-def test_another_document_changes_no_bit(road, filler):
+def test_another_document_changes_no_bit(place, filler):
     """Keys and values of others, in the same tile and elsewhere; where they are finite, their gradients too."""
-    backend, device = road
+    backend, device = place
     ids = packed_ids(9, 21, 20, device=device)
     q, k, v, do = operands(1, 2, 50, 50, 16, F32, device)
     expected = run(q, k, v, do, documents=ids, backend=backend)
@@ -185,8 +185,8 @@ def test_another_document_changes_no_bit(road, filler):
     assert torch.equal(o[:, :, 9:30], expected[0][:, :, 9:30])
 
 
-def test_nan_in_the_own_document_is_heard(road):
-    backend, device = road
+def test_nan_in_the_own_document_is_heard(place):
+    backend, device = place
     ids = packed_ids(20, 20, device=device)
     for which in (1, 2):
         tensors = operands(1, 2, 40, 40, 16, F32, device)
@@ -229,8 +229,8 @@ def same_as_alone(got, tensors, where):
         assert_accurate(a[where], b, magnitude=b.abs() + b.abs().mean(), logit_max=8.0)
 
 
-def test_left_padded_rows_are_the_rows_alone(road):
-    backend, device = road
+def test_left_padded_rows_are_the_rows_alone(place):
+    backend, device = place
     tensors = operands(3, 2, 40, 40, 16, F32, device)
     mask = torch.ones(3, 40, dtype=torch.bool, device=device)
     for row, length in enumerate((7, 40, 23)):
@@ -241,8 +241,8 @@ def test_left_padded_rows_are_the_rows_alone(road):
         same_as_alone(got, tensors, (slice(row, row + 1), slice(None), slice(40 - length, None)))
 
 
-def test_packed_documents_are_the_documents_alone(road):
-    backend, device = road
+def test_packed_documents_are_the_documents_alone(place):
+    backend, device = place
     tensors = operands(1, 2, 60, 60, 16, F32, device)
     bounds = (0, 5, 21, 54, 60)
     got = run(*tensors, documents=ops.document_ids(torch.tensor(bounds, device=device), 60), backend=backend)
@@ -250,8 +250,8 @@ def test_packed_documents_are_the_documents_alone(road):
         same_as_alone(got, tensors, (slice(None), slice(None), slice(i, j)))
 
 
-def test_prefill_in_chunks_is_one_full_pass(road):
-    backend, device = road
+def test_prefill_in_chunks_is_one_full_pass(place):
+    backend, device = place
     q, k, v, do = operands(2, 2, 50, 50, 16, F32, device)
     chunks = [
         ops.causal_attention(q[:, :, i:j], k[:, :, :j], v[:, :, :j], backend=backend)

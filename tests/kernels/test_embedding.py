@@ -33,11 +33,11 @@ def check(ids, token_weight, position_weight, positions=None, dout=None, backend
         dout = torch.randn(*ids.shape, token_weight.shape[1], device=ids.device).to(token_weight.dtype)
     kernel = run(ids, token_weight, position_weight, positions, dout, backend=backend, **options)
     wide = [t.double() for t in (token_weight, position_weight)]
-    oracle = run(ids, *wide, positions, dout.double(), reference.embedding, **options)
+    exact = run(ids, *wide, positions, dout.double(), reference.embedding, **options)
     sizes = run(ids, *(w.abs() for w in wide), positions, dout.double().abs(), reference.embedding, **options)
     theirs = run(ids, token_weight, position_weight, positions, dout, reference.embedding, **options)
     for name, got, expected, their, size in zip(
-        ("out", "dtoken", "dposition"), kernel, oracle, theirs, sizes, strict=True
+        ("out", "dtoken", "dposition"), kernel, exact, theirs, sizes, strict=True
     ):
         assert got.dtype == token_weight.dtype
         assert_accurate(got, expected, their, size, name=name)
@@ -91,8 +91,8 @@ def test_the_stream_may_be_narrower_or_wider_than_the_weights(device):
         dout = torch.randn(2, 9, 20, device=device).to(dtype)
         out, dtoken, dposition = run(ids, *operands, None, dout, dtype=dtype, backend="triton")
         assert (out.dtype, dtoken.dtype, dposition.dtype) == (dtype, weight_dtype, weight_dtype)
-        oracle = run(ids.cpu(), *(w.double().cpu() for w in operands), None, dout.double().cpu(), reference.embedding)
-        for got, expected in zip((out, dtoken, dposition), oracle, strict=True):
+        exact = run(ids.cpu(), *(w.double().cpu() for w in operands), None, dout.double().cpu(), reference.embedding)
+        for got, expected in zip((out, dtoken, dposition), exact, strict=True):
             unit = torch.finfo(got.dtype).eps
             assert (got.cpu().double() - expected).norm() < unit * expected.norm()
 

@@ -63,11 +63,11 @@ def test_a_norm_before_and_a_gelu_after(rows, gelu, left_out, device):
             gelu,
         )
         wide = {name: None if t is None else t.double() for name, t in given.items()}
-        oracle, theirs = composed(**wide, gelu=gelu), composed(**given, gelu=gelu)
-        size = oracle[1].abs() + sum(t.abs() for t in (wide["x"], wide["branch"], wide["branch_bias"]) if t is not None)
-        assert_accurate(stream, oracle[1], theirs[1], size, name="stream")
+        exact, theirs = composed(**wide, gelu=gelu), composed(**given, gelu=gelu)
+        size = exact[1].abs() + sum(t.abs() for t in (wide["x"], wide["branch"], wide["branch_bias"]) if t is not None)
+        assert_accurate(stream, exact[1], theirs[1], size, name="stream")
         size = composed(**wide, gelu="")[0].abs() + wide["w"].abs().sum(1) * 2
-        assert_accurate(y, oracle[0], theirs[0], size, logit_max=8.0, name="y")
+        assert_accurate(y, exact[0], theirs[0], size, logit_max=8.0, name="y")
 
 
 def test_the_stream_may_be_wider(device):

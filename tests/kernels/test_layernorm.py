@@ -56,10 +56,10 @@ def check(tensors, only_floor=False, residual_dtype=None, backend="triton", **op
     inputs, (dy, ds) = tensors[:5], tensors[5:]
     kernel = run(ops.add_layer_norm, inputs, dy, ds, backend=backend, residual_dtype=residual_dtype, **options)
     theirs = run(reference.add_layer_norm, inputs, dy, ds, residual_dtype=residual_dtype, **options)
-    oracle = run(reference.add_layer_norm, widen(inputs), *widen((dy, ds)), **options)
-    sizes = magnitudes(oracle, widen(inputs), *widen((dy, ds)))
+    exact = run(reference.add_layer_norm, widen(inputs), *widen((dy, ds)), **options)
+    sizes = magnitudes(exact, widen(inputs), *widen((dy, ds)))
     scale = 1 / (1 - options.get("dropout_p", 0.0)) if options.get("dropout_p") != 1 else 1
-    for name, got, expected, their, size in zip(NAMES, kernel, oracle, theirs, sizes, strict=True):
+    for name, got, expected, their, size in zip(NAMES, kernel, exact, theirs, sizes, strict=True):
         if expected is not None:
             assert_accurate(got, expected, None if only_floor else their, size * scale, name=name)
     return kernel

@@ -48,10 +48,10 @@ def check(tensors, backend="triton", **options):
     inputs, dy = tensors[:5], tensors[5]
     wide = [None if t is None else t.double() for t in tensors]
     kernel = run(ops.gelu_mlp, inputs, dy, backend=backend, **options)
-    oracle = run(reference.gelu_mlp, wide[:5], wide[5], **options)
+    exact = run(reference.gelu_mlp, wide[:5], wide[5], **options)
     theirs = run(reference.gelu_mlp, inputs, dy, **options)
     sizes = magnitudes(wide[:5], wide[5])
-    for name, got, expected, their, size in zip(NAMES, kernel, oracle, theirs, sizes, strict=True):
+    for name, got, expected, their, size in zip(NAMES, kernel, exact, theirs, sizes, strict=True):
         if expected is not None:
             assert_accurate(got, expected, their, size.view(expected.shape), name=name)
     return kernel
@@ -113,9 +113,9 @@ def test_gelu_point_by_point(approximate, device):
     y = ops.gelu_mlp(x, one, None, one, approximate=approximate, backend="triton")
     y.sum().backward()
     wide = torch.tensor(POINTS, dtype=torch.float32).double()[:, None].requires_grad_()
-    oracle = F.gelu(wide, approximate=approximate)
-    oracle.sum().backward()
-    for got, expected, unit in ((y.detach(), oracle.detach(), 4e-7), (x.grad, wide.grad.nan_to_num(0.0), 1e-6)):
+    exact = F.gelu(wide, approximate=approximate)
+    exact.sum().backward()
+    for got, expected, unit in ((y.detach(), exact.detach(), 4e-7), (x.grad, wide.grad.nan_to_num(0.0), 1e-6)):
         error = (got.cpu().double() - expected).abs() / (1 + expected.abs())
         assert error.max() <= unit
 

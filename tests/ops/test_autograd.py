@@ -1,4 +1,4 @@
-"""The custom ops and Functions of the Triton road: what autograd, the compiler and autocast ask of them."""
+"""The custom ops and Functions of the Triton backend: what autograd, the compiler and autocast ask of them."""
 
 import itertools
 from unittest import mock

@@ -39,13 +39,13 @@ def check(x, weight, targets, upstream, reduction, backend="torch", **options):
     """Loss and both gradients against float64, by PyTorch's own error in the same dtype."""
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     got = ops.linear_cross_entropy(x, weight, targets, reduction=reduction, backend=backend, **options)
-    oracle, theirs = (
+    exact, theirs = (
         reference.linear_cross_entropy(*leaves, targets, reduction=reduction, **options)
         for leaves in (wide, (x, weight))
     )
-    rows = (t.reshape(-1, 1) for t in (got, oracle, theirs))
+    rows = (t.reshape(-1, 1) for t in (got, exact, theirs))
     added_up = 10 * (len(x) if reduction == "sum" else 1)  # logits reach some 10, and each row's loss is off by theirs
-    assert_accurate(*rows, magnitude=oracle.abs().reshape(-1, 1) + added_up, name="loss")
+    assert_accurate(*rows, magnitude=exact.abs().reshape(-1, 1) + added_up, name="loss")
 
     logits = F.linear(*wide).detach()
     shares = logits.softmax(-1) + F.one_hot(targets.clamp(min=0), len(weight))  # no cancellation
@@ -57,7 +57,7 @@ def check(x, weight, targets, upstream, reduction, backend="torch", **options):
         ("dx", "dweight"),
         sizes,
         gradients(got, x, weight, upstream),
-        gradients(oracle, *wide, upstream),
+        gradients(exact, *wide, upstream),
         gradients(theirs, x, weight, upstream),
         strict=True,
     ):
@@ -107,14 +107,14 @@ def check_sure(x, weight, targets, reduction, backend, label_smoothing=0.0):
     options = dict(reduction=reduction, label_smoothing=label_smoothing)
     wide = [t.detach().double().requires_grad_() for t in (x, weight)]
     got = ops.linear_cross_entropy(x, weight, targets, backend=backend, **options)
-    oracle = F.cross_entropy(F.linear(*wide), targets, **options)
+    exact = F.cross_entropy(F.linear(*wide), targets, **options)
     theirs = F.cross_entropy(F.linear(x, weight).float(), targets, **options)
-    one = oracle.detach().reshape(-1, 1) + 1  # the sum of exponentials is 1 and a little
-    assert_accurate(*(t.reshape(-1, 1) for t in (got, oracle, theirs)), one, name="loss")
+    one = exact.detach().reshape(-1, 1) + 1  # the sum of exponentials is 1 and a little
+    assert_accurate(*(t.reshape(-1, 1) for t in (got, exact, theirs)), one, name="loss")
     shares = F.linear(*wide).detach().softmax(-1) + F.one_hot(targets, len(weight))
     shares = shares / (len(x) if reduction == "mean" else 1)
     sizes = (shares @ wide[1].detach().abs(), shares.t() @ wide[0].detach().abs())
-    losses = ((got, (x, weight)), (oracle, wide), (theirs, (x, weight)))
+    losses = ((got, (x, weight)), (exact, wide), (theirs, (x, weight)))
     grads = [torch.autograd.grad(loss.sum(), leaves) for loss, leaves in losses]
     for name, size, *each in zip(("dx", "dweight"), sizes, *grads, strict=True):
         assert_accurate(*each, size, name=name)

@@ -1,4 +1,4 @@
-"""The public functions: every bad argument is met by name and number, and the choice of road explains itself."""
+"""The public functions: every bad argument is met by name and number, and the choice of a backend explains itself."""
 
 import functools
 import importlib

@@ -42,17 +42,17 @@ def assert_as_before(model, idx, targets, **options):
         for name, module in judge.named_modules()
         if name.endswith("W_key")
     ]
-    oracle = results(judge, idx, targets)
+    exact = results(judge, idx, targets)
     for hook in hooks:
         hook.remove()
     before, turned = results(model, idx, targets), results(model, idx.flip(0), targets.flip(0))
     turned["logits"] = turned["logits"].flip(0)
-    for name, expected in oracle.items():
+    for name, expected in exact.items():
         before[name] = max(before[name], turned[name], key=lambda found: (found - expected).norm().item())
     report = accelerate(model, **options)
     after = results(model, idx, targets)
     doubt = 38 if idx.is_cuda else 8  # a GPU's exponentials and quotients are good to two units, not to half of one
-    for name, expected in oracle.items():
+    for name, expected in exact.items():
         size = None
         if name.endswith("W_key.bias"):  # zero but for rounding: softmax does not see it
             size = 2 * terms[name].flatten()  # each term is itself the difference of two

@@ -14,14 +14,14 @@ from fastgpt.testing import assert_accurate
 from tests.models import book, hugging_face, logits_and_loss, nanogpt, randomised
 from tests.swap.swapped import assert_as_before, batch, results
 
-ROADS = [
+PLACES = [
     pytest.param("cpu", id="fallback"),
     pytest.param("cpu", marks=pytest.mark.interpreter, id="interpreter"),
     pytest.param("cuda", marks=pytest.mark.gpu, id="gpu"),
 ]
 
 
-@pytest.mark.parametrize("device", ROADS)
+@pytest.mark.parametrize("device", PLACES)
 def test_logits_loss_and_gradients_are_those_of_before(family, device):
     model = family()
     report = assert_as_before(model.to(device), *batch(7, device))
@@ -68,7 +68,7 @@ def test_the_books_dropout_stays_where_it_is(kind):
 
 
 def assert_the_same_draws(model):
-    """On PyTorch's road dropout asks torch's generator for the same numbers in the same order."""
+    """On the fallback dropout asks torch's generator for the same numbers in the same order."""
     model.double().train()
     idx, targets = batch(9)
 
@@ -233,10 +233,10 @@ def test_any_layer_norm_and_linear_gelu_linear(approximate, bias):
 
     model = randomised(Vision())
     x = torch.randn(2, 3, 5, 24) * 0.03
-    oracle, before = copy.deepcopy(model).double()(x.double()), model(x)
+    exact, before = copy.deepcopy(model).double()(x.double()), model(x)
     report = accelerate(model)
     assert [row.now for row in report.rows] == ["layer_norm", f"gelu_mlp ({approximate})"]
-    assert_accurate(model(x), oracle, before)
+    assert_accurate(model(x), exact, before)
 
 
 @pytest.mark.parametrize(
@@ -268,15 +268,15 @@ def test_half_precision_models(family, dtype):
     restore(model)
     idx, _ = batch(7)
     with torch.no_grad():
-        oracle = logits_and_loss(copy.deepcopy(model).double(), idx, idx)[0]
+        exact = logits_and_loss(copy.deepcopy(model).double(), idx, idx)[0]
         before = logits_and_loss(model.to(dtype), idx, idx)[0]
         accelerate(model)
-        assert_accurate(logits_and_loss(model, idx, idx)[0], oracle, before)
+        assert_accurate(logits_and_loss(model, idx, idx)[0], exact, before)
 
 
 def test_autocast(family):
     model, (idx, targets) = family(), batch(7)
-    oracle = results(copy.deepcopy(model).double(), idx, targets)
+    exact = results(copy.deepcopy(model).double(), idx, targets)
     with torch.autocast("cpu", torch.bfloat16):
         before = results(model, idx, targets)
         accelerate(model)
@@ -284,7 +284,7 @@ def test_autocast(family):
     assert all(after[name].dtype == before[name].dtype for name in before)
     for names in (["logits"], ["loss"], [name for name, _ in model.named_parameters()]):
         theirs, ours = (
-            torch.cat([(side[name].double() - oracle[name]).flatten() for name in names]).norm()
+            torch.cat([(side[name].double() - exact[name]).flatten() for name in names]).norm()
             for side in (before, after)
         )
         assert ours <= 1.5 * theirs + 1e-3, names
