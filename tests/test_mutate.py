@@ -9,8 +9,7 @@ from tests import mutate
 
 def test_every_mutant_still_applies_and_has_its_own_name():
     for mutant in mutate.MUTANTS:
-        assert mutant.old in (mutate.ROOT / mutant.file).read_text(encoding="utf-8"), mutant.name
-        assert mutant.old != mutant.new
+        assert mutate.mutated(mutant) != (mutate.ROOT / mutant.file).read_text(encoding="utf-8"), mutant.name
     assert len({mutant.name for mutant in mutate.MUTANTS}) == len(mutate.MUTANTS)
 
 
@@ -28,16 +27,30 @@ def test_a_few_mutants_are_killed(capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("rstd = 1.0", "rstd = 1.00"), ("rstd = 1.0", "rstd = undefined"), ("import torch\n", "import torch, nowhere\n")],
+    ("function", "old", "new"),
+    [
+        ("_layer_norm_fwd_kernel", "rstd = 1.0", "rstd = 1.00"),
+        ("_layer_norm_fwd_kernel", "rstd = 1.0", "rstd = undefined"),
+        ("", "import torch", "import torch, nowhere"),
+    ],
     ids=["no change", "a crash", "an import error"],
 )
-def test_what_is_no_kill(old, new):
-    mutant = mutate.Mutant("none", mutate.NORM, old, new, "test_layernorm.py::test_s_is_what_torch_adds")
+def test_what_is_no_kill(function, old, new):
+    mutant = mutate.Mutant("none", mutate.NORM, function, old, new, "test_layernorm.py::test_s_is_what_torch_adds")
     killed, _ = mutate.run(mutant, [mutant.test])
     assert not killed
 
 
-def test_a_stale_mutant_is_an_error():
+def test_a_place_is_found_however_it_is_laid_out(tmp_path, monkeypatch):
+    method = "class Kind:\n    def method(self):\n        return (a\n            + b)  # a + b\n"
+    (tmp_path / "file.py").write_text("def other():\n    return a + b\n\n\n" + method)
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    mutant = mutate.Mutant("a sum", "file.py", "Kind.method", "(a + b)", "(a - b)", "")
+    there = mutate.mutated(mutant)
+    assert there.endswith("        return (a - b)  # a + b\n") and "def other():\n    return a + b\n" in there
+
+
+@pytest.mark.parametrize("change", [{"old": "never written"}, {"function": "gone"}, {"function": "_tiles"}])
+def test_a_stale_mutant_is_an_error(change):
     with pytest.raises(ValueError, match="no longer holds"):
-        mutate.run(mutate.MUTANTS[0]._replace(old="never written"), [])
+        mutate.run(mutate.MUTANTS[0]._replace(**change), [])
