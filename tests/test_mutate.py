@@ -5,11 +5,15 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from tests import mutate
+from tests.mutants import Mutant
 
 
 def test_every_mutant_still_applies_and_has_its_own_name():
     for mutant in mutate.MUTANTS:
         assert mutate.mutated(mutant) != (mutate.ROOT / mutant.file).read_text(encoding="utf-8"), mutant.name
+        file, _, name = mutant.test.partition("::")
+        text = next((mutate.ROOT / "tests").rglob(file)).read_text(encoding="utf-8")
+        assert f"def {name.partition('[')[0]}(" in text, mutant.test
     assert len({mutant.name for mutant in mutate.MUTANTS}) == len(mutate.MUTANTS)
 
 
@@ -36,7 +40,7 @@ def test_a_few_mutants_are_killed(capsys):
     ids=["no change", "a crash", "an import error"],
 )
 def test_what_is_no_kill(function, old, new):
-    mutant = mutate.Mutant("none", mutate.NORM, function, old, new, "test_layernorm.py::test_s_is_what_torch_adds")
+    mutant = Mutant("none", "kernels/layernorm.py", function, old, new, "test_layernorm.py::test_s_is_what_torch_adds")
     killed, _ = mutate.run(mutant, [mutant.test])
     assert not killed
 
@@ -45,7 +49,7 @@ def test_a_place_is_found_however_it_is_laid_out(tmp_path, monkeypatch):
     method = "class Kind:\n    def method(self):\n        return (a\n            + b)  # a + b\n"
     (tmp_path / "file.py").write_text("def other():\n    return a + b\n\n\n" + method)
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    mutant = mutate.Mutant("a sum", "file.py", "Kind.method", "(a + b)", "(a - b)", "")
+    mutant = Mutant("a sum", "file.py", "Kind.method", "(a + b)", "(a - b)", "")
     there = mutate.mutated(mutant)
     assert there.endswith("        return (a - b)  # a + b\n") and "def other():\n    return a + b\n" in there
 

@@ -14,72 +14,11 @@ import pytest
 import fastgpt
 from fastgpt import GPTConfig, cli
 from fastgpt.cli import text as cli_text
-from fastgpt.data.tokenizer import END_OF_TEXT
-from fastgpt.generation import Step, _Row, _Stops
 from fastgpt.training.settings import TrainConfig
 from fastgpt.weights import load_model
+from tests.cli.commands import TINY, finish, main, start
 
 ROOT = Path(fastgpt.__file__).parents[1]
-TINY = ["--preset=byte-0.1M", "--block_size=16", "--n_layer=1", "--n_embd=16", "--device=cpu"]
-TINY += ["--batch_size=4", "--max_iters=3", "--eval_iters=2"]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 50)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(text, tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("trained"))
-    assert cli.main(["train", "--data", text, "--out", folder, *TINY]) == 0
-    return folder
-
-
-def start(*arguments):
-    """`python -m fastgpt` with these arguments, as a shell starts it in the foreground."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastgpt", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def finish(process):
-    """Exit code, standard output, standard error."""
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out.decode(), err.decode()
-
-
-def main(capsys, *arguments):
-    capsys.readouterr()
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as exit:  # argparse's
-        code = exit.code
-    return code, *capsys.readouterr()
-
-
-@pytest.fixture
-def told(monkeypatch):
-    """Makes `stream` yield these ids as text; the arguments that it got are in `told.arguments`."""
-
-    def told(ids):
-        def stream(decoder, prompt, count, **options):
-            told.arguments = dict(prompt=prompt, count=count, **options)
-            row = _Row(prompt[0], len(ids), _Stops(frozenset([options["stop_ids"]]), [], options["encoding"]))
-            return (
-                Step([kept], [text], None, [row.reason]) for kept, text in map(row.take, ([token] for token in ids))
-            )
-
-        monkeypatch.setattr(cli_text, "stream", stream)
-
-    return told
 
 
 def test_train_then_generate(text, tmp_path):
@@ -150,21 +89,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--max_new_tokens 0", "max_new_tokens is 0, not at least 1"),
-        ("--temperature -1", "temperature is -1.0, not a finite number of at least 0"),
-        ("--top_k 0", "top_k is 0, not at least 1"),
-        ("--seed 99999999999999999999", "seed is 99999999999999999999, not a 64-bit integer"),
-    ],
-)
-def test_a_bad_number_for_generate(capsys, checkpoint, arguments, message):
-    code, _, err = main(capsys, "generate", "--checkpoint", checkpoint, *arguments.split())
-    assert code == 2
-    assert err == f"fastgpt generate: {message}\n"
-
-
 def test_a_mistake_in_a_process_of_its_own():
     code, out, err = finish(start("train", "--preset", "byte-1M"))
     assert (code, out) == (2, "")
@@ -218,73 +142,6 @@ def test_the_encoding_is_the_presets(capsys, fitted, arguments, name):
     assert main(capsys, "train", *arguments.split())[0] == 0
     assert fitted[0].encoding.name == name
     assert fitted[0].source is None, "no --data is the built-in corpus"
-
-
-def test_generate_is_repeatable_with_a_seed(capsys, checkpoint):
-    command = ["generate", "--checkpoint", checkpoint, "--max_new_tokens", "30", "--seed"]
-    first, again, other = (main(capsys, *command, seed)[1] for seed in ("7", "7", "8"))
-    assert first == again != other
-
-
-def test_the_prompt_may_pass_the_context(capsys, checkpoint):
-    code, out, _ = main(
-        capsys, "generate", "--checkpoint", checkpoint, "--prompt", "x" * 99, "--max_new_tokens", "30", "--seed", "7"
-    )
-    assert code == 0
-    assert out.startswith("x" * 99)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "ids"),
-    [("", [256]), ("fox", [*b"fox"]), (END_OF_TEXT, [*END_OF_TEXT.encode()]), ("é🙂", [*"é🙂".encode()])],
-    ids=["empty", "text", "special", "multi-byte"],
-)
-def test_the_prompt_is_text(capsys, checkpoint, told, prompt, ids):
-    told(b"!")
-    assert main(capsys, "generate", "--checkpoint", checkpoint, "--prompt", prompt)[:2] == (0, f"{prompt}!\n")
-    assert told.arguments["prompt"] == [ids]
-
-
-def test_options_reach_generate(capsys, checkpoint, told):
-    told(b"")
-    options = "--max_new_tokens 9 --temperature 0.5 --top_k 3 --seed 4 --top_p 0.75 --min_p 0.1 --stop a"
-    options = [*options.split(), "--repetition_penalty", "1.5", "--stop", "b c", "--overflow", "error"]
-    assert main(capsys, "generate", "--checkpoint", checkpoint, *options)[0] == 0
-    expected = dict(count=9, temperature=0.5, top_k=3, top_p=0.75, min_p=0.1, repetition_penalty=1.5, seed=4)
-    expected |= dict(stop_strings=["a", "b c"], stop_ids=256, overflow="error", num_samples=1)
-    assert {name: told.arguments[name] for name in expected} == expected
-
-
-def test_text_ends_with_the_document(capsys, checkpoint, told):
-    told([*b"end", 256, *b"of another"])
-    assert main(capsys, "generate", "--checkpoint", checkpoint)[1] == "end\n"
-
-
-def test_characters_are_streamed_whole(monkeypatch, checkpoint, told):
-    class Terminal(io.StringIO):
-        """What it showed at each flush."""
-
-        def flush(self):
-            shown.append(self.getvalue())
-
-    shown = []
-    told([*"aé🙂z".encode(), 0xC3])
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    assert cli.main(["generate", "--checkpoint", checkpoint, "--prompt", "> "]) == 0
-    whole = ["> ", "> a", "> aé", "> aé🙂", "> aé🙂z"]
-    assert list(dict.fromkeys(shown)) == [
-        *whole,
-        "> aé🙂z\ufffd",
-        "> aé🙂z\ufffd\n",
-    ]  # it stopped in a character's middle
-
-
-def test_ctrl_c_in_generate(capsys, checkpoint, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli_text, "stream", interrupted)
-    assert main(capsys, "generate", "--checkpoint", checkpoint) == (130, "", "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a process can't be sent Ctrl-C on Windows")
