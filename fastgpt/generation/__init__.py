@@ -178,7 +178,11 @@ def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: i
             f"generate: {longest} + {new} tokens pass the context of {context}; overflow='slide' forgets the oldest"
         )
     rows, each = len(prompts) * samples, slots(decoder, longest, new)
-    needed = Cache.size(decoder, rows, each) + rows * (longest + new) * 8 + rows * decoder.outputs * 4
+    needed = (
+        Cache.size(decoder.gpt.config, rows, each, decoder.dtype)
+        + rows * (longest + new) * 8
+        + rows * decoder.outputs * 4
+    )
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
         raise ValueError(

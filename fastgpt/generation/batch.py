@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.cuda_graph import captured, warmed
-from fastgpt.generation.cache import Cache
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
 
@@ -51,7 +50,7 @@ class Batch:
         device, longest = decoder.device, max(map(len, prompts))
         self.samples, self.steps, self.filled = samples, 0, longest  # tokens of the longest row
         self.rows = len(prompts) * samples
-        self.cache = Cache(decoder, self.rows, slots(decoder, longest, new_tokens + spare))
+        self.cache = decoder.cache(self.rows, slots(decoder, longest, new_tokens + spare))
         host: Any = dict(dtype=torch.int64, device="cpu")
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], **host)
         lengths = torch.tensor([len(ids) for ids in prompts], **host)

@@ -4,30 +4,29 @@
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.model import GPTConfig
 
 
 class Cache:
     """Keys and values of `rows` sequences of up to `slots` tokens, allocated once."""
 
-    def __init__(self, decoder: Any, rows: int, slots: int):
+    def __init__(self, config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
         self.rows, self.slots = rows, slots
-        self.whole = torch.zeros(_shape(decoder, rows, slots), dtype=decoder.dtype, device=decoder.device)
+        self.whole = torch.zeros(_shape(config, rows, slots), dtype=dtype, device=device)
         self.k, self.v = (half.unbind() for half in self.whole)  # of each layer, (rows, H, slots, D)
 
     @staticmethod
-    def size(decoder: Any, rows: int, slots: int) -> int:
+    def size(config: GPTConfig, rows: int, slots: int, dtype: torch.dtype) -> int:
         """Bytes."""
-        return math.prod(_shape(decoder, rows, slots)) * decoder.dtype.itemsize
+        return math.prod(_shape(config, rows, slots)) * dtype.itemsize
 
 
-def _shape(decoder: Any, rows: int, slots: int) -> tuple[int, ...]:
-    config = decoder.gpt.config
+def _shape(config: GPTConfig, rows: int, slots: int) -> tuple[int, ...]:
     return 2, config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head
 
 
@@ -39,8 +38,8 @@ class Prompts:
 
     positions = None  # the first ones
 
-    def __init__(self, decoder: Any, prompts: int, cache: Cache | None = None):
-        self._causal_attention, self._heads = decoder.steps.causal_attention, decoder.gpt.config.n_head
+    def __init__(self, steps: ops.DecodingSteps, heads: int, prompts: int, cache: Cache | None = None):
+        self._causal_attention, self._heads = steps.causal_attention, heads
         self._cache, self._copies = cache, 1 if cache is None else cache.rows // prompts
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:

@@ -113,6 +113,10 @@ class Decoder:
             for module, training in modes:
                 module.training = training
 
+    def cache(self, rows: int, slots: int) -> Cache:
+        """For so many sequences of up to `slots` tokens."""
+        return Cache(self.gpt.config, rows, slots, self.dtype, self.device)
+
     # One pass.
 
     def prefill(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
@@ -121,7 +125,7 @@ class Decoder:
         lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row.
         """
         with self._inference():
-            x = self._walk(ids, Prompts(self, len(ids), cache))
+            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), cache))
             return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
 
     def decode(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
@@ -135,7 +139,7 @@ class Decoder:
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
         with self._inference():
-            return self._walk(ids, Prompts(self, len(ids)))
+            return self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids)))
 
     def _walk(self, ids: Tensor, cache: Prompts | Step) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C)."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastgpt.generation.batch import Batch, Told, threads_for
-from fastgpt.generation.cache import Cache
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import race
 
@@ -19,7 +18,7 @@ class Speculation:
 
     def __init__(self, batch: Batch, draft: Decoder, count: int):
         self.batch, self.draft, self.count = batch, draft, count
-        self.cache = Cache(draft, batch.rows, batch.cache.slots)
+        self.cache = draft.cache(batch.rows, batch.cache.slots)
         self.lengths = [batch.filled] * batch.rows  # as the host knows them; the longest is what matters
         self.active = [True] * batch.rows
 

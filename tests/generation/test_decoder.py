@@ -7,7 +7,7 @@ from torch import nn
 
 from fastgpt import GPT, generate
 from fastgpt.generation import stream
-from fastgpt.generation.cache import Cache, Prompts, Step
+from fastgpt.generation.cache import Prompts, Step
 from fastgpt.generation.decoder import Decoder
 from fastgpt.ops import autograd
 from tests import models
@@ -44,7 +44,7 @@ def test_one_row_alone_is_decoded_as_in_a_batch(name, dtype, tokens):
     decoder = Decoder(model.to(dtype), tokens=tokens)
     logits = []
     for rows in (1, 2):
-        cache, ids = Cache(decoder, rows, 9), PROMPT[:1].repeat(rows, 1)
+        cache, ids = decoder.cache(rows, 9), PROMPT[:1].repeat(rows, 1)
         decoder.prefill(ids, torch.full((rows,), ids.shape[1]), cache)
         for new in range(3):
             length = ids.shape[1] + new + 1
@@ -68,9 +68,9 @@ def test_a_gpts_own_features_with_a_cache(model):
     model.h[1].attn.scale = 0.7
     decoder = Decoder(model)
     ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-    whole, cache = model.features(ids), Cache(decoder, 2, 5)
+    whole, cache = model.features(ids), decoder.cache(2, 5)
     with torch.no_grad():
-        first = model.features(ids[:, :3], cache=Prompts(decoder, 2, cache))
+        first = model.features(ids[:, :3], cache=Prompts(decoder.steps, model.config.n_head, 2, cache))
         step = Step(decoder.steps, cache, torch.tensor([5, 5]), 2)
         second = model.features(ids[:, 3:], positions=step.positions, cache=step)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-4)
