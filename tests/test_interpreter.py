@@ -12,12 +12,11 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 TESTS = Path(__file__).parent
 GROUPS = [  # each about a minute's work
     ["test_attention_masks.py", "test_embedding.py"],
-    ["test_sanitizer.py", "test_sanitizer_numbers.py", "test_sanitizer_memory.py"],
-    ["test_attention.py", "test_model.py"],
-    ["test_autograd.py", "test_mlp.py", "test_ops.py"],
-    ["test_judges.py"],
+    ["test_sanitizer.py", "test_sanitizer_numbers.py", "test_sanitizer_memory.py", "test_judges.py"],
+    ["test_attention.py", "test_model_memory.py"],
+    ["test_autograd.py", "test_mlp.py", "test_explain.py", "test_several_gradients.py"],
     ["test_layernorm.py", "test_decode.py", "test_few_rows.py", "test_generation.py", "test_decoder.py"],
-    ["test_cross_entropy.py", "test_swap.py", "test_large.py", "test_holes.py", "test_judges.py"],
+    ["test_cross_entropy.py", "test_swap.py", "test_large.py", "test_holes.py", "test_other_defaults.py"],
 ]
 
 
