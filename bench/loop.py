@@ -16,9 +16,10 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.data import load_corpus
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training.distributed import join
-from fastgpt.training.loop import Run, Signals, autocast_dtype
 from fastgpt.training.optimizer import TrainingStep, adamw
+from fastgpt.training.run import Run, autocast_dtype
 from fastgpt.training.settings import TrainConfig
+from fastgpt.training.signals import Signals
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,6 @@ Dropout takes p in [0, 1]. With an explicit `seed` (an int, or an int64 tensor o
 that a CUDA graph can advance it) both backends drop the same elements; with None, torch.manual_seed repeats each.
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -261,12 +260,7 @@ def linear_cross_entropy(
         raise ValueError(f"{name}: weight has shape {tuple(weight.shape)}, not (V, {x.shape[-1]}) with V at least 1")
     checks.integers(name, x.device, targets=targets)
     checks.shape(name, "targets", targets, x.shape[:-1])
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{name}: reduction is {reduction!r}, not 'mean', 'sum' or 'none'")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: label_smoothing is {label_smoothing}, not in [0, 1]")
-    if not 0 <= z_loss < math.inf:
-        raise ValueError(f"{name}: z_loss is {z_loss}, not a finite number of at least 0")
+    checks.loss(name, reduction, label_smoothing, z_loss)
     checks.in_range(name, "target", targets, weight.shape[0], f"a vocabulary of {weight.shape[0]}", ignore_index)
     return backend_for(name, backend, x).linear_cross_entropy(
         x,

@@ -141,3 +141,13 @@ def cumulative(name, cu_seqlens, time):
     if (steps < 0).any():
         values = cu_seqlens.tolist() if len(cu_seqlens) <= 8 else f"{cu_seqlens[:8].tolist()}…"
         raise ValueError(f"{name}: cu_seqlens {values} do not rise from 0 to at most {time}")
+
+
+def loss(name: str, reduction: str, label_smoothing: float, z_loss: float) -> None:
+    """What linear_cross_entropy may be asked to do with the losses of rows."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{name}: reduction is {reduction!r}, not 'mean', 'sum' or 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}, not in [0, 1]")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{name}: z_loss is {z_loss}, not a finite number of at least 0")

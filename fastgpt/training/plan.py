@@ -16,7 +16,7 @@ from fastgpt.fields import build, fields_of
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training import state
 from fastgpt.training.checkpoint import Checkpoints
-from fastgpt.training.loop import CHECKPOINTS
+from fastgpt.training.run import CHECKPOINTS
 from fastgpt.training.settings import SETTINGS, TrainConfig, read_settings
 from fastgpt.weights import from_pretrained
 

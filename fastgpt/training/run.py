@@ -1,182 +1,347 @@
-"""fit: one training run from its plan to the trained model."""
+"""One training run in one of its processes: the steps, and what is looked at, evaluated and saved between them."""
 
-import contextlib
-import shutil
-from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+import signal
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 import torch
+from torch import Tensor, nn
 
-from fastgpt import data
-from fastgpt.atomic import remove_unfinished, replacing, writable_folder
+from fastgpt import data, ops
 from fastgpt.data.tokenizer import Named, end_of_text
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.model import GPT
 from fastgpt.training import monitor, state
-from fastgpt.training.checkpoint import LOCK, Checkpoint, Checkpoints, locked
-from fastgpt.training.distributed import World, join, leave
-from fastgpt.training.loop import CHECKPOINTS, Run, autocast_dtype
-from fastgpt.training.plan import Plan, plan_run, pretrained
-from fastgpt.training.settings import SETTINGS, TrainConfig, settings_text
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.distributed import World, leave, replicate, reshard, shard
+from fastgpt.training.optimizer import adamw, set_learning_rate
+from fastgpt.training.settings import TrainConfig
 from fastgpt.training.signals import Signals
-from fastgpt.weights import CONFIG, WEIGHTS
+from fastgpt.training.step import Step, first_bad
+from fastgpt.weights import save_model
+
+CHECKPOINTS = "checkpoints"
+# Settings that change no bit of what the steps compute, or that a longer run is asked for by.
+SHOWN = (
+    *("init_from", "max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "tensorboard"),
+    *("sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device"),
+)
+OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
 
 
-def fit(
-    model_config: GPTConfig | Mapping[str, Any],
-    config: TrainConfig | Mapping[str, Any],
-    encoding: tiktoken.Encoding | Named | str | None,
-    source: str | Path | None,
-    out: str | Path,
-    overwrite: bool = False,
-    resume: bool = False,
-    strict_resume: bool = False,
-    settings: str | Path | None = None,
-) -> GPT:
-    """Train a GPT on `source` (see data.load_corpus) and leave it, with all that monitor.py and state.py write, in the
-    folder `out`: `train` with the plan that plan_run makes of the arguments, whose docstring says what they may be."""
-    plan = plan_run(model_config, config, encoding, source, out, resume, settings)
-    return train(plan, overwrite, strict_resume)
+class Run:
+    """The state of one training run, in one of its processes."""
 
-
-def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> GPT:
-    """Carry out a plan; the trained model.
-
-    plan.encoding: of the text or the tokens in plan.source; for tokens Named will do, and then no samples are written.
-    plan.resume: go on from the newest whole checkpoint in plan.out, or start where there is none yet. strict_resume:
-    ValueError where the newest is not whole. Under torchrun every process calls this. On Ctrl-C and SIGTERM the step is
-    finished and saved before KeyboardInterrupt or SystemExit(143); a second one ends the process at once. ValueError or
-    OSError before the first step for anything that would stop a later one, a folder that holds a model (without
-    `overwrite` or plan.resume) included; FloatingPointError for a loss or gradient that is not finite, beyond the
-    skip_nonfinite that may be passed over, before anything is updated from it.
-    """
-    model_config, config, encoding, source, folder, resume, weights = plan
-    if (folder / WEIGHTS).exists() and not overwrite and not resume:
-        raise FileExistsError(
-            f"{folder / WEIGHTS} holds a trained model: choose another folder (--out) or --overwrite it"
+    def __init__(
+        self,
+        model: GPT,
+        config: TrainConfig,
+        encoding: tiktoken.Encoding | Named,
+        corpus: data.Corpus,
+        folder: Path,
+        world: World,
+        signals: Signals,
+    ):
+        self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
+        self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
+        block, autocast = model.config.block_size, autocast_dtype(config, world.device)
+        self.windows = config.windows(block)  # a step, in all processes
+        mine = self.windows // world.size
+        self.batch = max(size for size in range(1, min(mine, config.batch_size) + 1) if mine % size == 0)
+        self.order = data.Order(corpus.train, block, config.order, config.seed)
+        self.end = end_of_text(encoding) if config.document_mask else None
+        if config.compile and model.config.dropout and torch.__version__.startswith("2.13"):
+            warnings.warn("torch 2.13 may compile dropout wrongly (pytorch issue 198333)", stacklevel=2)
+        self.forward = _distributed(model, config, world)  # what a step calls; the model itself is for all else
+        betas = (config.beta1, config.beta2)
+        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, betas, config.cuda_graph)
+        self.step_on = Step(
+            self.forward,
+            self.optimizer,
+            world,
+            config.grad_clip,
+            autocast,
+            config.cuda_graph,
+            self.end,
+            skips=config.skip_nonfinite > 0,
         )
-    if model_config.vocab_size < encoding.n_vocab:
-        sizes = f"vocab_size = {model_config.vocab_size}, the encoding {encoding.name!r:.60} has {encoding.n_vocab} ids"
-        raise ValueError(f"the model can't hold every token: {sizes}")
-    config.windows(model_config.block_size)
-    if config.document_mask:
-        end_of_text(encoding)
-    world = join(config.device)
-    _hold_device(model_config, config, world)
-    corpus = data.load_corpus(source, encoding, model_config.block_size)
-    if folder.is_dir() and not data.holds_tokens(source) and source is not None and folder.samefile(source):
-        raise ValueError(f"{folder} holds the texts, and the run's files would lie among them: choose another --out")
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    was_locked, held, begun = (folder / LOCK).exists(), False, False
-    try:
-        with contextlib.ExitStack() as stack:
-            if world.rank == 0:
-                stack.enter_context(locked(writable_folder(folder)))
-                held = True
-            signals = stack.enter_context(Signals())
-            saved = _saved(_starting_point(folder, world, overwrite, resume, strict_resume), plan, corpus)
-            torch.manual_seed(config.seed)
-            if saved is not None or config.init_from == "scratch":
-                model = _made(model_config)
-            else:
-                model = pretrained(config.init_from, model_config) if weights is None else weights
-            run = Run(model.to(world.device), config, encoding, corpus, folder, world, signals)
-            if saved is not None:
-                run.restore(saved)
-            if world.rank == 0:
-                description = run.description()
-                if saved is None and overwrite:  # only now is nothing left that could fail for want of something
-                    _clear(folder)
-                begun = True
-                with replacing(folder / SETTINGS) as new:
-                    given = None if source is None else str(source)
-                    new.write_text(settings_text(model_config, config, data=given, encoding=encoding.name), "utf-8")
-                print(description, flush=True)
-                if isinstance(encoding, Named) and config.sample_tokens:
-                    print(f"samples are left out, and all else goes on: {encoding.why}", flush=True)
-            try:
-                run.loop()
-            finally:
-                if run.monitor is not None:
-                    run.monitor.close()
-    finally:
-        if world.rank == 0 and not begun:  # a run that is refused leaves nothing
-            if held and not was_locked:
-                (folder / LOCK).unlink(missing_ok=True)
-            for each in made:
-                with contextlib.suppress(OSError):  # no longer empty
-                    each.rmdir()
-    leave(world)
-    return model
+        torch.manual_seed(_rank_seed(config.seed, world.rank, 0))  # of dropout
+        self.steps_done = 0
+        self.seen = 0  # windows of the training tokens, which is the position in the data
+        self.rows: list[dict] = []  # of metrics.csv: one an evaluation
+        self.recent: list[float] = []  # losses since the last row
+        self.seconds = 0.0  # of the processes before this one
+        self.overflows = 0
+        self.skipped = 0  # steps that were not finite
+        self.started = time.perf_counter()
+        self.monitor: monitor.Monitor | None = None
+        if world.rank == 0:
+            self.monitor = monitor.Monitor(folder, model.config, world.device, world.size, config.tensorboard)
+
+    def restore(self, saved: state.Saved) -> None:
+        facts = saved.facts
+        state.restore(saved, self.model, self.optimizer)
+        self.steps_done, self.seen, self.rows = facts["step"], facts["windows"], list(facts["rows"])
+        self.recent, self.seconds, self.skipped = list(facts["recent"]), facts["seconds"], facts.get("skipped", 0)
+        if facts.get("scaler"):
+            self.step_on.scaler.load_state_dict(facts["scaler"])
+        was = {**facts["model"], **facts["train"], **facts["versions"]}
+        settings = {**dataclasses.asdict(self.model.config), **dataclasses.asdict(self.config)}
+        shown = (*SHOWN, "backend") if self.device.type == "cpu" else SHOWN  # where each is PyTorch
+        now = {name: value for name, value in settings.items() if name not in shown}
+        now.update(state.versions(self.device))
+        notes = [f"{name} was {was.get(name)}, is {now[name]}" for name in now if was.get(name, now[name]) != now[name]]
+        if not state.restore_generators(saved, self.world):
+            torch.manual_seed(_rank_seed(self.config.seed, self.world.rank, self.steps_done))
+            if facts["processes"] != self.world.size:
+                notes.append(f"processes were {facts['processes']}, are {self.world.size}")
+            if self.model.config.dropout:
+                notes.append("dropout draws anew")
+        if notes and self.world.rank == 0:
+            print(f"not to the bit as an uninterrupted run: {'; '.join(notes)}", flush=True)
+
+    def description(self) -> str:
+        block, train, val = self.model.config.block_size, self.corpus.train, self.corpus.val
+        serves = ops.backend_in_words(self.model.config.backend, self.model.wte.weight)
+        where = "the CPU" if self.device.type == "cpu" else self.device
+        batches = self.windows // self.world.size // self.batch
+        shares = f" in {batches} x {self.world.size} batches" if batches * self.world.size > 1 else ""
+        return (
+            f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "
+            f"{self.windows} x {block} tokens{shares} on {where}, {serves}\n"
+            f"{self.corpus.name}: {len(train):,} tokens to train on, {len(val):,} to validate"
+        )
+
+    def loop(self) -> None:
+        config, first = self.config, self.steps_done
+        tokens_a_step = self.windows * self.model.config.block_size
+        self.started = time.perf_counter()
+        unread: list[tuple[Tensor, Tensor, Tensor]] = []
+        if first >= config.max_iters:  # it may have been stopped between its last checkpoint and its model
+            taken = state.snapshot(self.model, self.optimizer, self.world)
+            if self.monitor is not None:
+                self._leave_model(taken)
+        if self.monitor is not None:
+            self.monitor.start(first, config.max_iters)
+        while self.steps_done < config.max_iters:
+            self.world.watch()
+            unread.append(self.step())
+            last = self.steps_done == config.max_iters
+            evaluates = self.steps_done % config.eval_interval == 0 or last
+            saves = last or self.steps_done % (config.checkpoint_interval or config.eval_interval) == 0
+            stop = self.world.agree(self.signals.got)
+            if not (stop or evaluates or saves or self.steps_done % config.log_interval == 0):
+                continue
+            steps = len(unread)
+            losses, norm = self.read(unread)
+            self.recent += losses
+            speed = (self.steps_done - first) * tokens_a_step / (time.perf_counter() - self.started)
+            rate = config.learning_rate_at(self.steps_done - 1)
+            if self.monitor is not None:
+                self.monitor.stepped(self.steps_done, steps, losses[-1] if losses else math.nan, norm, rate, speed)
+            if evaluates:
+                self.rows.append(
+                    {
+                        "step": self.steps_done,
+                        "train_loss": sum(self.recent) / len(self.recent) if self.recent else math.nan,
+                        "val_loss": self.evaluate(),
+                        "learning_rate": rate,
+                        "tokens_per_second": speed,
+                        "seconds": self.seconds + time.perf_counter() - self.started,
+                        "grad_norm": norm,
+                    }
+                )
+                self.recent.clear()
+            if saves or stop:
+                self.save(needed=last or bool(stop))
+            if evaluates:  # after the save: what only shows the run must not cost it
+                self.report()
+            if stop and not last:
+                self.end_early(stop)
+
+    def step(self) -> tuple[Tensor, Tensor, Tensor]:
+        """One optimizer step; its loss, the norm of its gradients, and this process's own loss, all on the device."""
+        set_learning_rate(self.optimizer, self.config.learning_rate_at(self.steps_done))
+        self.model.train()
+        loss, norm = self.step_on(*self.batches(self.seen))
+        self.steps_done += 1
+        self.seen += self.windows
+        return loss.clone(), norm.clone(), self.step_on.own.clone()
+
+    def batches(self, seen: int) -> tuple[Tensor, Tensor]:
+        """This process's inputs and targets (N, B, T) of the step whose first window has the number `seen`."""
+        mine, block = self.windows // self.world.size, self.model.config.block_size
+        starts = self.order.starts(seen + self.world.rank * mine, mine)
+        idx, targets = data.windows(self.corpus.train, starts, block, self.device)
+        return idx.view(-1, self.batch, block), targets.reshape(-1, self.batch, block)
+
+    def read(self, unread: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[float], float]:
+        """The losses of the steps since the last look, but for those that were skipped, and the last norm; waits for
+        the device.
+
+        FloatingPointError, in every process, if one of them was not finite and skip_nonfinite steps were already:
+        nothing was updated from it.
+        """
+        found = torch.stack([torch.stack(each) for each in unread]).tolist()
+        for number, (loss, norm, own) in enumerate(found):
+            overflow = self.step_on.scaler.is_enabled() and not math.isfinite(norm)
+            self.overflows = self.overflows + 1 if overflow else 0
+            if math.isfinite(loss) and (math.isfinite(norm) or overflow) and self.overflows <= OVERFLOWS:
+                continue
+            before = self.steps_done - len(found) + number
+            if self.skipped == self.config.skip_nonfinite or self.overflows > OVERFLOWS:
+                self.fail(before, loss, norm, own)
+            self.skipped += 1
+            if self.monitor is not None:
+                self.monitor.say(
+                    f"step {before + 1} was skipped: its loss is {loss}, its gradients' norm {norm}; "
+                    f"{self.skipped} of skip_nonfinite = {self.config.skip_nonfinite}"
+                )
+        unread.clear()
+        return [loss for loss, _, _ in found if math.isfinite(loss)], found[-1][1]
+
+    def fail(self, before: int, loss: float, norm: float, own: float) -> None:
+        """Find where it came from, on the batches of the step after `before` steps, and raise."""
+        seen = self.seen - (self.steps_done - before) * self.windows
+        owns = [float(each) for each in self.world.gather(torch.tensor(own, dtype=torch.float64, device="cpu"))]
+        ranks = [rank for rank, each in enumerate(owns) if not math.isfinite(each)]
+        self.model.train()
+        module = self.forward if self.config.fsdp else self.model  # FSDP's forward is all processes' together
+        tensor = first_bad(self.step_on, module, *self.batches(seen), self.config.fsdp)
+        what = f"the loss of step {before + 1} is {loss}"
+        if math.isfinite(loss):
+            what = f"the gradients of step {before + 1} have the norm {norm}"
+        if self.overflows > OVERFLOWS:
+            what = f"{self.overflows} steps to step {before + 1} overflowed float16 in a row"
+        where = f"rank {', '.join(map(str, ranks))}" if ranks else f"rank {self.world.rank}"
+        raise FloatingPointError(
+            f"{what} on {where}; the first bad tensor is {tensor}; nothing was updated from it, and the checkpoints in "
+            f"{self.folder} are as they were"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over eval_iters batches of windows spread evenly over the validation tokens, shared by all
+        processes."""
+        block, tokens, world = self.model.config.block_size, self.corpus.val, self.world
+        windows = min(self.config.eval_iters * self.config.batch_size, (len(tokens) - 1) // block)
+        starts = np.linspace(0, len(tokens) - block - 1, windows).astype(np.int64)
+        parts = np.array_split(starts, math.ceil(windows / self.config.batch_size))
+        self.model.eval()
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for first in range(0, len(parts), world.size):  # every process as often, for FSDP gathers in each forward
+            mine = first + world.rank
+            part = parts[min(mine, len(parts) - 1)]
+            loss = self.step_on.loss(self.model, *data.windows(tokens, part, block, self.device))
+            total += loss.float() * (len(part) if mine < len(parts) else 0)
+        reshard(self.model)
+        return world.mean(total).item() * world.size / windows
+
+    def report(self) -> None:
+        """By rank 0 alone, so nothing in it may be a collective: the others are at the next step already."""
+        if self.monitor is None:
+            return
+        config, encoding = self.config, self.encoding
+        self.monitor.evaluated(self.rows)
+        if config.fsdp or isinstance(encoding, Named):  # one process can't run shards; without an encoding is no text
+            return
+        if config.sample_tokens:
+            prompt, tokens, seed = config.sample_prompt, config.sample_tokens, config.seed
+            write = functools.partial(monitor.sample, self.model, encoding, prompt, tokens, seed)
+            self.monitor.sampled(self.steps_done, write)
+
+    def save(self, needed: bool) -> None:
+        """A checkpoint, and the model in the folder itself. A disk that is full is told of and left for the next time,
+        unless this save is `needed`: then OSError."""
+        taken = state.snapshot(self.model, self.optimizer, self.world)
+        if self.monitor is None:
+            return
+        last = self.rows[-1] if self.rows else {}
+        val_loss = last.get("val_loss") if last.get("step") == self.steps_done else None
+        facts = {
+            "step": self.steps_done,
+            "windows": self.seen,
+            "model": dataclasses.asdict(self.model.config),
+            "train": dataclasses.asdict(self.config),
+            "encoding": self.encoding.name,
+            "data": self.corpus.facts(),
+            "rows": self.rows,
+            "recent": self.recent,
+            "seconds": self.seconds + time.perf_counter() - self.started,
+            "skipped": self.skipped,
+            "processes": self.world.size,
+            "scaler": self.step_on.scaler.state_dict(),
+            "versions": state.versions(self.device),
+        }
+        try:
+            self.checkpoints.save(
+                self.steps_done,
+                lambda folder: state.write(folder, self.model.config, taken, facts),
+                taken.size(),
+                val_loss=val_loss,
+                versions=facts["versions"],
+            )
+            self._leave_model(taken)
+        except OSError as error:
+            whole = self.checkpoints.all()
+            newest = f"the newest checkpoint is of step {whole[-1].step}" if whole else "there is no checkpoint"
+            said = f"step {self.steps_done} could not be saved: {error}; {newest}"
+            if needed:
+                raise OSError(said) from error
+            self.monitor.say(f"{said}; training goes on")
+
+    def _leave_model(self, taken: state.Snapshot) -> None:
+        """In the folder itself, for whoever generates from it."""
+        last = self.rows[-1] if self.rows else {}
+        told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": dataclasses.asdict(self.config)}
+        save_model(state.assembled(self.model.config, taken.weights), self.folder, self.encoding.name, **told)
+
+    def end_early(self, stop: int) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+            done = f"{self.steps_done} of {self.config.max_iters} steps"
+            print(f"interrupted after {done}; the model so far is in {self.folder}, and --resume goes on", flush=True)
+        leave(self.world)
+        raise KeyboardInterrupt if stop == signal.SIGINT else SystemExit(128 + stop)
 
 
-def _made(config: GPTConfig) -> GPT:
-    """A model in float32 on the CPU, whatever the user's defaults are: what is drawn is the same for every device."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            return GPT(config)
-    finally:
-        torch.set_default_dtype(dtype)
+def _distributed(model: GPT, config: TrainConfig, world: World) -> nn.Module:
+    """The model as a step calls it: compiled, copied or sharded as configured."""
+    if world.size > 1:
+        _warm(model, world)
+    if config.fsdp:
+        shard(model, world)
+        if config.compile:
+            model.compile()
+        return model
+    called: Any = torch.compile(model) if config.compile else model
+    return replicate(called, world) if world.size > 1 else called
 
 
-def _saved(checkpoint: Checkpoint | None, plan: Plan, corpus: data.Corpus) -> state.Saved | None:
-    """What a run goes on from; ValueError where it is another model's, or of other tokens."""
-    if checkpoint is None:
+def _warm(model: GPT, world: World) -> None:
+    """Compile the kernels that a step launches, so that no process waits in a collective for another's compiler."""
+    idx = torch.zeros(1, model.config.block_size, dtype=torch.int64, device=world.device)
+    model(idx, idx).backward()
+    model.zero_grad(set_to_none=True)
+
+
+def _rank_seed(seed: int, rank: int, step: int) -> int:
+    """Of dropout: another one for each process, and for each place where a run is taken up by other processes."""
+    mixed = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
+    return int(mixed >> np.uint64(1))
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The dtype of matmuls, None for the weights' own: bfloat16 where the GPU has it, float16 on older ones."""
+    if config.dtype != "auto":
+        return None if config.dtype == "float32" else getattr(torch, config.dtype)
+    if device.type != "cuda":
         return None
-    saved = state.read(checkpoint, plan.model)
-    if saved.facts.get("data") != corpus.facts():
-        was, now = saved.facts.get("data"), corpus.facts()
-        raise ValueError(f"the data changed since {plan.out} was trained on it: {was} there, {now} in {corpus.name}")
-    if (name := saved.facts.get("encoding")) != plan.encoding.name:
-        named = f"the encoding {name!r:.60}, not of {plan.encoding.name!r:.60}"
-        raise ValueError(f"{plan.out} was trained on tokens of {named}")
-    return saved
-
-
-def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> None:
-    """ValueError for what can't be done with this number and kind of devices."""
-    windows = config.windows(model_config.block_size)
-    if windows % world.size:
-        raise ValueError(f"{windows} windows a step do not divide among {world.size} processes")
-    if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
-        raise ValueError(f"cuda_graph needs one NVIDIA GPU, not {world.size} x {world.device.type}")
-    if config.cuda_graph and autocast_dtype(config, world.device) == torch.float16:
-        raise ValueError("cuda_graph and float16 do not go together: the host decides about each step's scale")
-    if config.fsdp and world.size == 1:
-        raise ValueError("fsdp needs several processes: torchrun --nproc_per_node N -m fastgpt train …")
-    if config.fsdp and autocast_dtype(config, world.device) == torch.float16:
-        raise ValueError("fsdp and float16 do not go together: each shard would scale its own loss")
-
-
-def _clear(folder: Path) -> None:
-    """What an earlier run left in the folder, but for what this one replaces."""
-    Checkpoints(folder / CHECKPOINTS).clear()
-    (folder / monitor.SAMPLES).unlink(missing_ok=True)
-    shutil.rmtree(folder / monitor.EVENTS, ignore_errors=True)
-
-
-def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool, strict: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, the same one in every process; None to start."""
-    checkpoints, step = Checkpoints(folder / CHECKPOINTS), -1
-    if world.rank == 0:
-        checkpoints.tidy()
-        remove_unfinished(*(folder / name for name in (WEIGHTS, CONFIG, SETTINGS, monitor.METRICS, monitor.PLOT)))
-        if resume:
-            newest, passed = checkpoints.newest()
-            for each, reason in passed:
-                print(f"passed over {each.path}: {reason}", flush=True)
-            if passed and strict:
-                raise ValueError(f"strict_resume: {passed[0][0].path} is not whole: {passed[0][1]}")
-            if newest is None and passed:
-                raise ValueError(f"none of the {len(passed)} checkpoints in {checkpoints.folder} is whole")
-            if newest is None and (folder / WEIGHTS).exists():
-                raise ValueError(f"{folder} holds a model and no checkpoint to resume from; --overwrite starts anew")
-            print("nothing to resume yet" if newest is None else f"resuming from {newest.path}", flush=True)
-            step = -1 if newest is None else newest.step
-        elif checkpoints.all() and not overwrite:
-            raise FileExistsError(f"{checkpoints.folder} holds checkpoints: --resume goes on, --overwrite starts anew")
-    step = world.agree(step)
-    return None if step < 0 else Checkpoint(checkpoints.folder / f"step-{step:08d}", step)
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

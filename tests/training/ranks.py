@@ -13,7 +13,7 @@ import torch
 from fastgpt import GPTConfig, cli, training
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training import distributed, monitor
-from fastgpt.training.loop import Run
+from fastgpt.training.run import Run
 from fastgpt.training.settings import TrainConfig
 
 MODEL = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 import fastgpt
 from fastgpt import GPT, GPTConfig
-from fastgpt.training import distributed, loop
+from fastgpt.training import distributed
+from fastgpt.training import run as running
 from fastgpt.training.checkpoint import Checkpoint
 from fastgpt.training.distributed import World, join
 from fastgpt.training.settings import TrainConfig
@@ -152,8 +153,8 @@ def test_kernels_are_compiled_before_the_first_collective(monkeypatch):
         assert all(p.grad is None for p in model.parameters())
         return model
 
-    monkeypatch.setattr(loop, "replicate", replicate)
-    loop._distributed(Watched(GPTConfig(**MODEL)), TrainConfig(), World(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(running, "replicate", replicate)
+    running._distributed(Watched(GPTConfig(**MODEL)), TrainConfig(), World(0, 2, torch.device("cpu")))
 
 
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
@@ -172,10 +173,10 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
 
 def test_a_sharded_model_is_compiled_after_it_is_sharded(monkeypatch):
     done = []
-    monkeypatch.setattr(loop, "shard", lambda model, world: done.append("sharded"))
+    monkeypatch.setattr(running, "shard", lambda model, world: done.append("sharded"))
     monkeypatch.setattr(GPT, "compile", lambda self: done.append("compiled"))
     model = GPT(GPTConfig(**MODEL))
-    assert loop._distributed(model, TrainConfig(fsdp=True, compile=True), World(0, 1, torch.device("cpu"))) is model
+    assert running._distributed(model, TrainConfig(fsdp=True, compile=True), World(0, 1, torch.device("cpu"))) is model
     assert done == ["sharded", "compiled"]
 
 

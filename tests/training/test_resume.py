@@ -14,7 +14,7 @@ from fastgpt.cli import main
 from fastgpt.data.tokenizer import END_OF_TEXT
 from fastgpt.training import state
 from fastgpt.training.checkpoint import Checkpoints
-from fastgpt.training.loop import Run
+from fastgpt.training.run import Run
 from fastgpt.weights import save_model
 from tests.training.runs import MODEL, Runs, digests
 

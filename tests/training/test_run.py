@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from fastgpt import GPT, ops, training
 from fastgpt.training import checkpoint
 from fastgpt.training.checkpoint import Checkpoints
-from fastgpt.training.loop import Run
+from fastgpt.training.run import Run
 from fastgpt.training.step import _watched
 from fastgpt.weights import load_model
 from tests.training.runs import MODEL, Runs, digests
@@ -92,7 +92,7 @@ def test_the_first_bad_tensor_is_named(run, monkeypatch):
             self.forwards = getattr(self, "forwards", 0) + 1
             return output * torch.nan if self.forwards > 4 and self.training else None  # from step 3 on
 
-    monkeypatch.setattr(training.run, "GPT", Diverging)
+    monkeypatch.setattr(training.fitting, "GPT", Diverging)
     message = r"loss of step 3 is nan on rank 0; the first bad tensor is the output of h.1.attn"
     with pytest.raises(FloatingPointError, match=message):
         run(checkpoint_interval=2)
@@ -107,7 +107,7 @@ def test_a_gradient_that_is_not_finite_is_named(run, monkeypatch):
             super().__init__(config)
             self.h[0].mlp.c_fc.weight.register_hook(lambda grad: grad * torch.inf)
 
-    monkeypatch.setattr(training.run, "GPT", Diverging)
+    monkeypatch.setattr(training.fitting, "GPT", Diverging)
     message = r"gradients of step 1 have the norm (nan|inf) on rank 0; .* is the gradient of h.0.mlp.c_fc.weight"
     with pytest.raises(FloatingPointError, match=message):
         run()
@@ -147,7 +147,7 @@ def test_steps_that_are_not_finite_may_be_skipped(run, monkeypatch, capsys, allo
             Diverging.forwards += self.training
             return loss * torch.nan if self.training and Diverging.forwards in (2, 5) else loss
 
-    monkeypatch.setattr(training.run, "GPT", Diverging)
+    monkeypatch.setattr(training.fitting, "GPT", Diverging)
     options = dict(gradient_accumulation_steps=1, log_interval=1, eval_interval=3, skip_nonfinite=allowed)
     run(max_iters=3, **options)
     assert (
@@ -213,7 +213,7 @@ def test_a_run_may_begin_with_what_it_overwrites(run):
 
 def test_a_kill_between_the_last_checkpoint_and_the_model(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fastgpt.training.loop.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("fastgpt.training.run.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(max_iters=1)
     assert not (run.out / "model.safetensors").exists()

@@ -12,7 +12,7 @@ from fastgpt import cli
 from fastgpt.cli import text as cli_text
 from fastgpt.training import monitor
 from fastgpt.training.checkpoint import Checkpoints
-from fastgpt.training.loop import Run
+from fastgpt.training.run import Run
 from fastgpt.weights import load_model
 from tests.training.ranks import launch, said
 from tests.training.runs import Runs, digests

@@ -7,7 +7,8 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data.tokenizer import encoding
-from fastgpt.training import fit, loop, monitor, pretrained
+from fastgpt.training import fit, monitor, pretrained
+from fastgpt.training import run as running
 from fastgpt.training.distributed import World
 from fastgpt.training.optimizer import adamw
 from fastgpt.training.settings import TrainConfig
@@ -68,7 +69,7 @@ def test_compiled_is_eager(train, monkeypatch):
     calls = []
     compiled = torch.compile
     monkeypatch.setattr(
-        loop.torch, "compile", lambda model: (calls.append(model), compiled(model, backend="aot_eager"))[1]
+        running.torch, "compile", lambda model: (calls.append(model), compiled(model, backend="aot_eager"))[1]
     )
     close(train("compiled", compile=True), train("eager"), rtol=1e-4, atol=1e-6)
     assert len(calls) == 1
@@ -87,7 +88,7 @@ def test_float16_skips_what_overflows_and_goes_on(train, monkeypatch):
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**60, enabled=enabled))
     steps = []
-    step = loop.Run.step
+    step = running.Run.step
 
     def watched(self):
         before = self.model.wte.weight.clone()
@@ -95,7 +96,7 @@ def test_float16_skips_what_overflows_and_goes_on(train, monkeypatch):
         steps.append((bool(result[1].isfinite()), not torch.equal(before, self.model.wte.weight)))
         return result
 
-    monkeypatch.setattr(loop.Run, "step", watched)
+    monkeypatch.setattr(running.Run, "step", watched)
     train(dtype="float16", max_iters=70)
     assert all(finite == changed for finite, changed in steps)
     assert not steps[0][0] and steps[-1][0]
@@ -103,7 +104,7 @@ def test_float16_skips_what_overflows_and_goes_on(train, monkeypatch):
 
 @pytest.mark.parametrize("skip_nonfinite", [0, 9])
 def test_float16_that_always_overflows_is_an_error(train, monkeypatch, skip_nonfinite):
-    monkeypatch.setattr(loop, "OVERFLOWS", 2)
+    monkeypatch.setattr(running, "OVERFLOWS", 2)
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**60, enabled=enabled))
     with pytest.raises(FloatingPointError, match="3 steps to step 3 overflowed float16 in a row"):
@@ -177,14 +178,14 @@ def test_fine_tuning_crops_positions_and_asks_for_the_shape(tmp_path):
 
 
 def test_dropout_and_the_compiler_of_torch_2_13(train, monkeypatch):
-    monkeypatch.setattr(loop.torch, "compile", lambda model: model)
+    monkeypatch.setattr(running.torch, "compile", lambda model: model)
     with pytest.warns(UserWarning, match="torch 2.13 may compile dropout wrongly"):
-        monkeypatch.setattr(loop.torch, "__version__", "2.13.0")
+        monkeypatch.setattr(running.torch, "__version__", "2.13.0")
         train(model=dataclasses.replace(MODEL, dropout=0.1), compile=True)
 
 
 def test_auto_is_bfloat16_where_the_gpu_has_it(monkeypatch):
     for capability, dtype in {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
-        assert loop.autocast_dtype(TrainConfig(), torch.device("cuda")) == dtype
-    assert loop.autocast_dtype(TrainConfig(), torch.device("cpu")) is None
+        assert running.autocast_dtype(TrainConfig(), torch.device("cuda")) == dtype
+    assert running.autocast_dtype(TrainConfig(), torch.device("cpu")) is None

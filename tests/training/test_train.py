@@ -15,7 +15,7 @@ from fastgpt import GPT, GPTConfig, data, training
 from fastgpt.data import corpora
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training import fit
-from fastgpt.training.loop import Run
+from fastgpt.training.run import Run
 from fastgpt.training.settings import TrainConfig
 from fastgpt.weights import load_model
 
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_without_an_update(run, monkeypatch, bad
             seen.append((self, {name: tensor.clone() for name, tensor in self.state_dict().items()}))
             return loss * bad if len(seen) == 3 else loss
 
-    monkeypatch.setattr(training.run, "GPT", Diverging)
+    monkeypatch.setattr(training.fitting, "GPT", Diverging)
     with pytest.raises(
         FloatingPointError, match=f"loss of step 3 is {bad} on rank 0; the first bad tensor is nothing "
     ):

@@ -81,6 +81,6 @@ def test_min_lr_is_zero_unless_said_and_never_above():
 def test_what_these_devices_can_not_do(world, fields, message):
     size, device = world
     with pytest.raises(ValueError, match=message):
-        training.run._hold_device(
+        training.fitting._hold_device(
             GPTConfig.preset("byte-0.1M"), TrainConfig(**fields), World(0, size, torch.device(device))
         )
