@@ -1,5 +1,7 @@
 """An accelerated model under torch.compile, checkpointing, DistributedDataParallel and fully_shard, in either order."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -177,6 +179,7 @@ def distributed(rank, size, file):
                 assert_same(results(Forwarding(wrapped, model)), expected)
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of gloo may outlive the group, and abort the process as it ends
 
 
 def shard(model, mesh):
@@ -187,4 +190,9 @@ def shard(model, mesh):
 
 
 def test_parallel_in_two_processes(tmp_path):
-    torch.multiprocessing.spawn(distributed, args=(2, tmp_path / "meeting"), nprocs=2)
+    try:
+        torch.multiprocessing.spawn(distributed, args=(2, tmp_path / "meeting"), nprocs=2)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.signal_name not in ("SIGSEGV", "SIGABRT"):  # a thread of gloo's, rarely: tests/training/ranks.py
+            raise
+        torch.multiprocessing.spawn(distributed, args=(2, tmp_path / "again"), nprocs=2)
