@@ -23,27 +23,7 @@ from fastgpt.weights import convert, from_pretrained
 from tests.generation.small_gpt import gpt
 from tests.models import book
 from tests.swap.swapped import batch, results
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    before = torch.get_default_device()
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None if before == torch.device("cpu") else before)
-
+from tests.torch_defaults import default_device, default_dtype
 
 WORLDS = {
     "bfloat16": lambda: default_dtype(torch.bfloat16),

@@ -1,6 +1,5 @@
 """accelerate leaves the world as it was, whatever its defaults are; copies and changed classes do what they say."""
 
-import contextlib
 import copy
 import gc
 import pickle
@@ -15,6 +14,7 @@ from torch import nn
 from fastgpt import accelerate, accelerated, generate, restore
 from tests.models import CONTEXT, FAMILIES, hugging_face, logits_and_loss, nanogpt
 from tests.swap.swapped import batch
+from tests.torch_defaults import default_device, default_dtype
 
 # Generators
 
@@ -177,27 +177,6 @@ def test_a_layer_repeated_by_copy_decodes_over_a_cache():
 
 
 # Defaults of PyTorch
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-        assert torch.get_default_dtype() is dtype
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device):
-    torch.set_default_device(device)
-    try:
-        yield
-        assert torch.get_default_device() == torch.device(device)
-    finally:
-        torch.set_default_device(None)
 
 
 WORLDS = {
