@@ -122,4 +122,13 @@ def main(names: list[str]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; all if none is given")
-    sys.exit(main(parser.parse_args().names))
+    parser.add_argument("--random", type=int, metavar="N", help="draw N mutants by rule instead: tests/mutate_random.py")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument("--at", nargs="+", default=[], metavar="FILE:LINE", help="of them only those, with all tests")
+    parser.add_argument("--known", action="store_true", help="only the tests whose lines are known: no run of them")
+    given = parser.parse_args()
+    if given.random is not None:
+        from tests import mutate_random
+
+        sys.exit(mutate_random.main(given.random, given.seed, given.at, given.known))
+    sys.exit(main(given.names))
