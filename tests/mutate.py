@@ -122,7 +122,7 @@ def main(names: list[str]) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; all if none is given")
-    parser.add_argument("--random", type=int, metavar="N", help="draw N mutants by rule instead: tests/mutate_random.py")
+    parser.add_argument("--random", type=int, metavar="N", help="of mutants drawn by rule: tests/mutate_random.py")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument("--at", nargs="+", default=[], metavar="FILE:LINE", help="of them only those, with all tests")
     parser.add_argument("--known", action="store_true", help="only the tests whose lines are known: no run of them")

@@ -1,9 +1,9 @@
 """Mutants that nobody chose: `python -m tests.mutate --random N --seed S`.
 
 Draws N of the mutants that tests.mutate_rules finds in fastgpt/ and kernels/, from all files and by all rules alike,
-among those in lines that some test enters (tests.reached tells which, after a run of its own), and runs the tests that
-enter them, ordinary ones and those in Triton's interpreter, those of other functions and the quick ones first, up to
-SECONDS of what they take unmutated.
+and runs the tests that enter the line (tests.reached tells which, after a run of them all that is made once): ordinary
+ones and those in Triton's interpreter, one of each test function and the quick ones first, up to SECONDS of what they
+take unmutated. A seed draws the same from the same tree.
 
 Killed is a mutant for which a test fails, by an assertion or by any error, for which the process dies, or that hangs
 (takes more than HANGS times as long as its tests do, and a minute). One that lives after all the tests that it was to
@@ -42,7 +42,7 @@ class Lines(dict[tuple[str, int], list[Test]]):
     """The tests that enter each line of a file."""
 
     def of(self, file: str, place: Place) -> list[Test]:
-        """Those that can see a mutant, the likeliest to see it first: one of each test function, the quick ones first."""
+        """Those that can see a mutant, in an order that finds it soon: one of each test function, the quick ones first."""
         found = {test for line in range(place.first, place.last + 1) for test in self.get((file, line), ())}
         if not found and not place.function:  # entered by an import: whoever enters the file
             found = {test for (other, _), tests in self.items() if other == file for test in tests}
@@ -70,31 +70,22 @@ def lines(already: bool = False) -> Lines:
     return found
 
 
-def drawn(count: int, seed: int, known: Lines) -> list[tuple[str, Place]]:
-    """Mutants in lines that a test enters: of each file as its share of them all is, at least one, its rules in turn."""
+def drawn(count: int, seed: int) -> list[tuple[str, Place]]:
+    """Mutants of all files, of each as its share of all there are is, at least one, by all the rules in turn."""
     draw = random.Random(seed)
-    chances: dict[str, list[Place]] = {}
-    for file in sorted([*(ROOT / "fastgpt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]):
-        name = file.relative_to(ROOT).as_posix()
-        entered = {line for other, line in known if other == name}
-        found = [
-            place
-            for place in places(file.read_text(encoding="utf-8"))
-            if not place.function or entered.intersection(range(place.first, place.last + 1))
-        ]
-        if entered and found:
-            chances[name] = found
+    files = sorted([*(ROOT / "fastgpt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+    texts = {file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in files}
+    chances = {name: found for name, text in texts.items() if (found := places(text))}
     total = sum(map(len, chances.values()))
     chosen = []
     for name, found in chances.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
         rules = collections.defaultdict(list)
         for place in draw.sample(found, len(found)):
             rules[place.rule].append(place)
         wanted, turn = max(1, round(count * len(found) / total)), draw.sample(sorted(rules), len(rules))
         while wanted and any(rules.values()):
             for rule in turn:
-                if wanted and rules[rule] and is_another(text, place := rules[rule].pop()):
+                if wanted and rules[rule] and is_another(texts[name], place := rules[rule].pop()):
                     chosen.append((name, place))
                     wanted -= 1
     return draw.sample(chosen, min(count, len(chosen)))
@@ -111,7 +102,7 @@ class _Chosen:
 
 
 def judge(folder: Path, tests: list[Test], interpreted: bool) -> tuple[str, str]:
-    """("lives" or why not, what pytest said) of the copy of the tree in `folder`.
+    """("lives" or how it ends, what pytest said) of the copy of the tree in `folder`.
 
     In a fork of this process, which has imported PyTorch, and nothing of the tree, once for all of them.
     """
@@ -216,7 +207,7 @@ def main(count: int, seed: int, at: list[str], already: bool) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "tree")
         shutil.copytree(ROOT, folder, ignore=_LEFT_OUT)
-        for file, place in drawn(count, seed, known):
+        for file, place in drawn(count, seed):
             words = told(file, place)
             if at and words.split()[0] not in at:
                 continue

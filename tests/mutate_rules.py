@@ -110,7 +110,8 @@ class _File:
             sign = _COMPARISONS[_SIGNS[type(node.ops[0])]]
             yield "comparison", node, f"{self._of(node.left)} {sign} {self._of(node.comparators[0])}"
         elif isinstance(node, ast.BinOp) and (sign := _ARITHMETIC.get(_SIGNS.get(type(node.op), ""), "")):
-            if not any(isinstance(side, ast.Constant) and isinstance(side.value, str) for side in (node.left, node.right)):
+            words = (isinstance(side, ast.Constant) and isinstance(side.value, str) for side in (node.left, node.right))
+            if not any(words):
                 yield "arithmetic", node, f"({self._of(node.left)} {sign} {self._of(node.right)})"
         elif isinstance(node, ast.BoolOp):
             sign = "or" if isinstance(node.op, ast.And) else "and"

@@ -1,9 +1,9 @@
 """Which tests enter each line of fastgpt/ and kernels/, and how long each takes: what tests.mutate_random asks.
 
-`known(files, interpreted)` runs those test files under coverage (`pip install coverage`), as ordinary tests or in Triton's
-interpreter, in one process and the ones that it starts, and keeps what it saw in a folder beside other temporary files:
-one JSON a test file, until that file or a line of fastgpt/ or kernels/ changes. As a pytest plugin it tells coverage
-which test is running.
+`known(files, interpreted)` runs those test files under coverage (`pip install coverage`), as ordinary tests or in
+Triton's interpreter, in one process and the ones that it starts, and keeps what it saw in a folder beside other
+temporary files: one JSON a test file, until that file or a line of fastgpt/ or kernels/ changes. As a pytest plugin it
+tells coverage which test is running.
 """
 
 import collections
@@ -81,9 +81,9 @@ def _cache(file: Path, interpreted: bool) -> Path:
 def _measure(files: list[Path], interpreted: bool, folder: Path) -> None:
     settings = folder / "coveragerc"
     settings.write_text(SETTINGS.format(root=ROOT, folder=folder))
+    under_coverage = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest"]
     subprocess.run(
-        [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest", "-q", "-p", "tests.reached"]
-        + ["-p", "no:xdist", "--tb=line", *mode(interpreted), *map(str, files)],
+        [*under_coverage, "-q", "-p", "tests.reached", "-p", "no:xdist", "--tb=line", *mode(interpreted), *map(str, files)],
         cwd=ROOT,
         env={**environment(interpreted), _TIMES: str(folder / "times"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
