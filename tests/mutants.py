@@ -42,7 +42,7 @@ SKIPS, OTHERS = (
 GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::test_lengths"
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
-FEW = "test_few_rows.py::"
+FEW, VIEWS = "test_few_rows.py::", "test_views.py::test_functions"
 RUNS = "test_embedding.py::test_runs_of_one_token"
 FALLBACK, FALLBACK_MLP = "test_pytorch.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
@@ -432,4 +432,14 @@ MUTANTS = [
     Mutant("buffers of zeros are taken to stay", "fastgpt/swap/trial.py", "why_not", "if why is None and any(map(_is_empty, module.buffers())):", "if False:", FORMS + "test_a_buffer_that_is_zero_and_may_be_filled_later", False),
     Mutant("a dropout's hook is passed by", "fastgpt/families/anatomy.py", "hooked", "if isinstance(each, nn.Dropout) and occupied(each))", "if False)", "test_families.py::test_a_dropout_with_a_hook_that_generation_would_not_call", False),
     Mutant("weights of 8 bits are read", "fastgpt/weights/files.py", "read_weights_of", "tensor.dtype not in _DTYPES", "not tensor.is_floating_point()", "test_convert_files.py::test_numbers_that_no_model_computes_in_are_refused", False),
+    # strides, one operand at a time
+    Mutant("residual read with x's strides", NORM, "_layer_norm_fwd_kernel", "residual_ptr, rows, stride_rm, stride_rc", "residual_ptr, rows, stride_xm, stride_xc", VIEWS),
+    Mutant("wide: s read with dy's strides", NORM, "_layer_norm_sums_kernel", "sum_ptr + rows64 * stride_sm + cols64 * stride_sc", "sum_ptr + rows64 * stride_gm + cols64 * stride_gc", VIEWS),
+    Mutant("x_bias taken for contiguous", NORM, "layer_norm_fwd", "x_bias.contiguous()", "x_bias", VIEWS),
+    Mutant("few rows: rows of the weight taken for adjacent", "kernels/few_rows.py", "_linear_kernel", "units.to(tl.int64)[:, None] * stride_wn", "units.to(tl.int64)[:, None] * K", "test_views.py::test_few_rows"),
+    Mutant("channels may be far apart", TILES, "addressable", "max(tensor.stride()[2:])", "tensor.stride(2)", VIEWS),
+    Mutant("decoding: far channels of q are not copied", DECODE, "decode_attention_fwd", "for t in (q, k_cache, v_cache))", "if t is not q else t for t in (q, k_cache, v_cache))", VIEWS),
+    Mutant("a cache's heads written at the other's strides", DECODE, "_append_kernel", "v_ptr + batch * stride_vb + place * stride_vt + head * stride_vh", "v_ptr + batch * stride_kb + place * stride_kt + head * stride_kh", "test_views.py::test_append"),
+    Mutant("row gradients taken for adjacent", LOSS, "_cross_entropy_kernel", "row_grads_ptr + row * stride_gn", "row_grads_ptr + row", "test_views.py::test_cross_entropy_rows"),
+    Mutant("history's rows taken for adjacent", "kernels/greedy.py", "_greedy_kernel", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
 ]  # fmt: skip

@@ -6,8 +6,8 @@ ones and those in Triton's interpreter, one of each test function and the quick 
 take unmutated. A seed draws the same from the same tree.
 
 Killed is a mutant for which a test fails, by an assertion or by any error, for which the process dies, or that hangs
-(takes more than HANGS times as long as its tests do, and a minute). One that lives after all the tests that it was to
-meet is a survivor, which someone reads: `--at FILE:LINE` meets it with all tests that enter the line.
+(takes HANGS times as long as its tests do, and PATIENCE seconds more). One that lives after all the tests that it was
+to meet is a survivor, which someone reads: `--at FILE:LINE` meets it with all tests that enter the line.
 """
 
 import collections
@@ -28,21 +28,21 @@ from tests.mutate_rules import Place, is_another, mutated, places
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 40.0  # of tests a mutant
-HANGS = 5
+HANGS, PATIENCE = 5, 60.0
 _LEFT_OUT = shutil.ignore_patterns(".*", "out", "*.egg-info", "build", "dist")
 
 
-class Test(NamedTuple):
+class Case(NamedTuple):
     name: str  # as pytest gives it
     interpreted: bool
     seconds: float
 
 
-class Lines(dict[tuple[str, int], list[Test]]):
+class Lines(dict[tuple[str, int], list[Case]]):
     """The tests that enter each line of a file."""
 
-    def of(self, file: str, place: Place) -> list[Test]:
-        """Those that can see a mutant, in an order that finds it soon: one of each test function, the quick ones first."""
+    def of(self, file: str, place: Place) -> list[Case]:
+        """Those that can see a mutant, one of each test function and the quick ones first: the likeliest to see it."""
         found = {test for line in range(place.first, place.last + 1) for test in self.get((file, line), ())}
         if not found and not place.function:  # entered by an import: whoever enters the file
             found = {test for (other, _), tests in self.items() if other == file for test in tests}
@@ -65,7 +65,7 @@ def lines(already: bool = False) -> Lines:
         for each in reached.known(files, interpreted).values():
             for file, by_line in each["lines"].items():
                 for line, tests in by_line.items():
-                    entering = (Test(name, interpreted, each["seconds"][name]) for name in tests)
+                    entering = (Case(name, interpreted, each["seconds"][name]) for name in tests)
                     found.setdefault((file, int(line)), []).extend(entering)
     return found
 
@@ -101,7 +101,7 @@ class _Chosen:
         items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
 
 
-def judge(folder: Path, tests: list[Test], interpreted: bool) -> tuple[str, str]:
+def judge(folder: Path, tests: list[Case], interpreted: bool) -> tuple[str, str]:
     """("lives" or how it ends, what pytest said) of the copy of the tree in `folder`.
 
     In a fork of this process, which has imported PyTorch, and nothing of the tree, once for all of them.
@@ -109,7 +109,7 @@ def judge(folder: Path, tests: list[Test], interpreted: bool) -> tuple[str, str]
     names = [test.name for test in tests if test.interpreted == interpreted]
     if not names:
         return "lives", "no test"
-    limit = 60 + HANGS * sum(test.seconds for test in tests if test.interpreted == interpreted)
+    limit = PATIENCE + HANGS * sum(test.seconds for test in tests if test.interpreted == interpreted)
     said = folder / "said"
     child = os.fork()
     if child == 0:
@@ -164,7 +164,7 @@ def _become_pytest(folder: Path, names: list[str], interpreted: bool, said: Path
         os._exit(code)
 
 
-def _within(tests: list[Test], seconds: float | None) -> list[Test]:
+def _within(tests: list[Case], seconds: float | None) -> list[Case]:
     """The first tests, at least one, that take no longer than that together; all of them for None."""
     kept, spent = [], 0.0
     for test in tests:
@@ -174,7 +174,7 @@ def _within(tests: list[Test], seconds: float | None) -> list[Test]:
     return kept
 
 
-def meet(folder: Path, file: str, place: Place, tests: list[Test]) -> tuple[str, str]:
+def meet(folder: Path, file: str, place: Place, tests: list[Case]) -> tuple[str, str]:
     """The verdict on one mutant, which stands in the copy of the tree only meanwhile."""
     original = (ROOT / file).read_text(encoding="utf-8")
     (folder / file).write_text(mutated(original, place), encoding="utf-8")

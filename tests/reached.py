@@ -82,8 +82,9 @@ def _measure(files: list[Path], interpreted: bool, folder: Path) -> None:
     settings = folder / "coveragerc"
     settings.write_text(SETTINGS.format(root=ROOT, folder=folder))
     under_coverage = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m", "pytest"]
+    plugins = ["-p", "tests.reached", "-p", "no:xdist"]
     subprocess.run(
-        [*under_coverage, "-q", "-p", "tests.reached", "-p", "no:xdist", "--tb=line", *mode(interpreted), *map(str, files)],
+        [*under_coverage, "-q", "--tb=line", *plugins, *mode(interpreted), *map(str, files)],
         cwd=ROOT,
         env={**environment(interpreted), _TIMES: str(folder / "times"), "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

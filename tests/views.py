@@ -23,9 +23,9 @@ def _laid_out(values: Tensor, order) -> Tensor:
 
 def _sliced(values: Tensor) -> Tensor:
     """The middle of a larger tensor: rows are apart, and it begins far into its memory."""
-    larger = torch.full([size + 3 + axis for axis, size in enumerate(values.shape)], 7, dtype=values.dtype)
-    inside = larger.to(values.device)[tuple(slice(2, 2 + size) for size in values.shape)]
-    return inside.copy_(values)
+    sizes = [size + 3 + axis for axis, size in enumerate(values.shape)]
+    larger = torch.ones(sizes, dtype=values.dtype, device=values.device)
+    return larger[tuple(slice(2, 2 + size) for size in values.shape)].copy_(values)
 
 
 def _spaced(values: Tensor) -> Tensor:
@@ -44,9 +44,9 @@ def _alike(values: Tensor) -> Tensor:
 
 
 def _far(values: Tensor) -> Tensor:
-    """The last axis spread until its end lies past an offset of 32 bits; its memory is holes that no one touches."""
-    if not values.is_floating_point() or values.element_size() > 4 or values.shape[-1] < 2:
-        return _spaced(values)
+    """The last axis spread until its end lies past an offset of 32 bits: 4 GB, of holes that no one touches."""
+    if values.dtype != torch.float16 or values.shape[-1] < 2 or values.is_cuda:
+        return _spaced(values)  # a GPU's memory has no holes
     filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which would make all pages real
     apart, rows = -(-(2**31) // (values.shape[-1] - 1)), values.numel() // values.shape[-1]
@@ -58,22 +58,40 @@ def _far(values: Tensor) -> Tensor:
     return holes.as_strided(values.shape, strides, 1).copy_(values)
 
 
-DENSE: dict[str, Callable[[Tensor], Tensor]] = {  # the elements of a row are adjacent
-    "contiguous": lambda values: values.contiguous(),
+WRITABLE: dict[str, Callable[[Tensor], Tensor]] = {  # the elements of a row are adjacent, and every place is its own
+    "contiguous": lambda values: values.clone(memory_format=torch.contiguous_format),
     "turned": _turned,
     "sliced": _sliced,
-    "expanded": _expanded,
 }
-KINDS = {**DENSE, "transposed": _transposed, "spaced": _spaced, "alike": _alike, "far": _far}
+DENSE = {**WRITABLE, "expanded": _expanded}
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    **DENSE,
+    "transposed": _transposed,
+    "spaced": _spaced,
+    "alike": _alike,
+    "far": _far,
+}
 
 
-def drawn(name: str, number: int, operands: dict[str, Tensor], dense: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def drawn(
+    name: str,
+    number: int,
+    operands: dict[str, Tensor],
+    dense: tuple[str, ...] = (),
+    written: tuple[str, ...] = (),
+    far: bool = True,
+) -> dict[str, Tensor]:
     """`operands`, each as a view of some kind: of the draws 0 to len(KINDS) - 1 of a name each operand gets every kind
-    once, in an order of its own. dense: the operands whose rows must be in one piece. What is expanded changes its
-    numbers, so compare with contiguous copies of what is returned."""
-    views = {}
-    for operand, values in operands.items():
-        kinds = DENSE if operand in dense else KINDS
-        order = random.Random(f"{name} {operand}").sample(sorted(kinds), len(kinds))
-        views[operand] = kinds[order[number % len(order)]](values) if values.dim() else values
-    return views
+    once, in an order of its own. dense, written: the operands whose rows must be in one piece, and those that the call
+    writes to as well. far: whether some may be, in draws whose floats are all rounded to float16. What is expanded
+    changes its numbers: compare with contiguous copies of what is returned."""
+    chosen = {}
+    for operand in operands:
+        kinds = [*(WRITABLE if operand in written else DENSE if operand in dense else KINDS)]
+        kinds = random.Random(f"{name} {operand}").sample(kinds, len(kinds))
+        chosen[operand] = kinds[number % len(kinds)]
+        if chosen[operand] == "far" and not far:
+            chosen[operand] = "contiguous"
+    if "far" in chosen.values():
+        operands = {key: each.half() if each.is_floating_point() else each for key, each in operands.items()}
+    return {key: KINDS[chosen[key]](each) for key, each in operands.items()}
