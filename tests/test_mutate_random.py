@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests import mutate_random, mutate_rules
-from tests.mutate_random import Lines, Case
+from tests.mutate_random import Case, Lines
 
 TEXT = '''"""The module's 1 + 1."""
 import other

@@ -88,7 +88,7 @@ def drawn(
     chosen = {}
     for operand in operands:
         kinds = [*(WRITABLE if operand in written else DENSE if operand in dense else KINDS)]
-        kinds = random.Random(f"{name} {operand}").sample(kinds, len(kinds))
+        kinds = random.Random(f"{name} {operand} {number // len(kinds)}").sample(kinds, len(kinds))
         chosen[operand] = kinds[number % len(kinds)]
         if chosen[operand] == "far" and not far:
             chosen[operand] = "contiguous"

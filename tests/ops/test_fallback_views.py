@@ -1,5 +1,7 @@
 """The fallback reads each of its operands, and each gradient, by that tensor's own strides."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,3 +20,14 @@ def test_functions(call):
         for place, (a, b) in enumerate(zip(got, expected, strict=True)):
             close = torch.allclose(a, b, rtol=1e-4, atol=1e-4)
             assert close, f"result {place} of draw {number} is another than that of contiguous copies: {kinds}"
+
+
+@pytest.mark.parametrize("written", [(), ("a", "b", "c")])
+def test_each_operand_gets_every_kind_and_no_two_the_same_ones(written):
+    operands = {name: torch.arange(24.0).view(2, 3, 4) for name in "abc"}
+    strides = [
+        {key: view.stride() for key, view in drawn("x", n, operands, (), written, False).items()} for n in range(8)
+    ]
+    for one, other in itertools.combinations("abc", 2):
+        assert sum(each[one] != each[other] for each in strides) >= 3
+    assert all(len({each[name] for each in strides}) >= (2 if written else 6) for name in "abc")

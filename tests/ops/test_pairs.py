@@ -161,6 +161,22 @@ def test_the_kernels(name, row):
     check(name, row, "triton")
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "decode_attention"])
+def test_a_backward_alone_under_autocast_changes_no_bit_of_the_kernels(name):
+    pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+    operands, options = arguments(name, ROWS[name][-1])
+    operands = {key: None if each is None else each.detach().float() for key, each in operands.items()}
+    leaves = [each.requires_grad_() for each in operands.values() if each is not None]
+    found = []
+    for under in (False, True):
+        outputs = getattr(ops, name)(**operands, **options, backend="triton")
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            first = outputs[0] if isinstance(outputs, tuple) else outputs
+            found.append(torch.autograd.grad(first.float().square().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("row", ROWS["linear_cross_entropy"], ids=named)
 def test_second_derivatives_of_the_loss(row):
     """As a gradient's penalty asks for them."""
