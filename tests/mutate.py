@@ -124,11 +124,12 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; all if none is given")
     parser.add_argument("--random", type=int, metavar="N", help="of mutants drawn by rule: tests/mutate_random.py")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
-    parser.add_argument("--at", nargs="+", default=[], metavar="FILE:LINE", help="of them only those, with all tests")
+    parser.add_argument("--at", nargs="+", default=[], metavar="FILE:LINE", help="of them only those")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of tests that a mutant drawn by rule meets; 40")
     parser.add_argument("--known", action="store_true", help="only the tests whose lines are known: no run of them")
     given = parser.parse_args()
     if given.random is not None:
         from tests import mutate_random
 
-        sys.exit(mutate_random.main(given.random, given.seed, given.at, given.known))
+        sys.exit(mutate_random.main(given.random, given.seed, given.at, given.known, given.seconds))
     sys.exit(main(given.names))

@@ -2,12 +2,12 @@
 
 Draws N of the mutants that tests.mutate_rules finds in fastgpt/ and kernels/, from all files and by all rules alike,
 and runs the tests that enter the line (tests.reached tells which, after a run of them all that is made once): ordinary
-ones and those in Triton's interpreter, one of each test function and the quick ones first, up to SECONDS of what they
-take unmutated. A seed draws the same from the same tree.
+ones and those in Triton's interpreter, one of each test function and the quick ones first, up to so many SECONDS of
+what they take unmutated. A seed draws the same from the same tree.
 
 Killed is a mutant for which a test fails, by an assertion or by any error, for which the process dies, or that hangs
 (takes HANGS times as long as its tests do, and PATIENCE seconds more). One that lives after all the tests that it was
-to meet is a survivor, which someone reads: `--at FILE:LINE` meets it with all tests that enter the line.
+to meet is a survivor, which someone reads: `--at FILE:LINE --seconds 1000` meets it with more of them.
 """
 
 import collections
@@ -29,6 +29,7 @@ from tests.mutate_rules import Place, is_another, mutated, places
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 40.0  # of tests a mutant
 HANGS, PATIENCE = 5, 60.0
+_START_OTHERS = ("test_interpreter.py", "test_mutate.py", "test_mutate_random.py")  # which are asked themselves
 _LEFT_OUT = shutil.ignore_patterns(".*", "out", "*.egg-info", "build", "dist")
 
 
@@ -59,7 +60,7 @@ class Lines(dict[tuple[str, int], list[Case]]):
 def lines(already: bool = False) -> Lines:
     """What all tests enter, measured where that is not known, or only what is known `already`."""
     found = Lines()
-    everything = sorted((ROOT / "tests").rglob("test_*.py"))
+    everything = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if file.name not in _START_OTHERS]
     for interpreted in (False, True):
         files = reached.already(everything, interpreted) if already else everything
         for each in reached.known(files, interpreted).values():
@@ -164,11 +165,11 @@ def _become_pytest(folder: Path, names: list[str], interpreted: bool, said: Path
         os._exit(code)
 
 
-def _within(tests: list[Case], seconds: float | None) -> list[Case]:
-    """The first tests, at least one, that take no longer than that together; all of them for None."""
+def _within(tests: list[Case], seconds: float) -> list[Case]:
+    """The first tests, at least one, that take no longer than that together."""
     kept, spent = [], 0.0
     for test in tests:
-        if seconds is None or not kept or spent + test.seconds <= seconds:
+        if not kept or spent + test.seconds <= seconds:
             kept.append(test)
             spent += test.seconds
     return kept
@@ -198,7 +199,7 @@ def told(file: str, place: Place) -> str:
     return f"{file}:{line} {place.function or 'the module'}, {place.rule}: {old} -> {new}"
 
 
-def main(count: int, seed: int, at: list[str], already: bool) -> int:
+def main(count: int, seed: int, at: list[str], already: bool, seconds: float = SECONDS) -> int:
     """Print a line a mutant, and how many live; 1 if one does."""
     import torch  # noqa: F401 - what every child needs, imported once
 
@@ -212,7 +213,7 @@ def main(count: int, seed: int, at: list[str], already: bool) -> int:
             if at and words.split()[0] not in at:
                 continue
             entering = known.of(file, place)
-            tests = _within(entering, None if at else SECONDS)
+            tests = _within(entering, seconds)
             verdict, said = meet(folder, file, place, tests)
             verdicts[verdict] += 1
             print(f"{verdict:6} {words}    {said} ({len(tests)} of {len(entering)} tests)", flush=True)

@@ -47,14 +47,20 @@ def _far(values: Tensor) -> Tensor:
     """The last axis spread until its end lies past an offset of 32 bits: 4 GB, of holes that no one touches."""
     if values.dtype != torch.float16 or values.shape[-1] < 2 or values.is_cuda:
         return _spaced(values)  # a GPU's memory has no holes
+    return spread(values, values.dim() - 1)
+
+
+def spread(values: Tensor, axis: int) -> Tensor:
+    """A copy whose slices of `axis` lie so far apart that the last begins 2^31 elements after the first."""
     filling = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, which would make all pages real
-    apart, rows = -(-(2**31) // (values.shape[-1] - 1)), values.numel() // values.shape[-1]
+    apart = -(-(2**31) // (values.shape[axis] - 1))
     try:
-        holes = torch.empty(2**31 + apart + rows, dtype=values.dtype, device=values.device)
+        holes = torch.empty(2**31 + apart + values.numel(), dtype=values.dtype, device=values.device)
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = filling
-    strides = (*values[..., 0].contiguous().stride(), apart)
+    strides = list(values.select(axis, 0).contiguous().stride())
+    strides.insert(axis, apart)
     return holes.as_strided(values.shape, strides, 1).copy_(values)
 
 

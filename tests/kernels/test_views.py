@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from fastgpt.kernels import cross_entropy, decode, few_rows, greedy
 from tests.calls import CALLS, numbers, results
 from tests.kernels.alike import alike
-from tests.views import KINDS, drawn
+from tests.views import KINDS, drawn, spread
 
 
 def the_same(got, expected, views, number):
@@ -63,6 +63,18 @@ def test_append(device):
         decode.append(**views)
         decode.append(**copies)
         the_same(views.values(), copies.values(), views, number)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2], ids=["batch", "heads", "slots"])
+def test_append_past_an_offset_of_32_bits(axis, device):
+    operands = numbers(device, torch.float16, qkv=(3, 1, 18), k_cache=(3, 3, 3, 2), v_cache=(3, 3, 3, 2))
+    lengths = torch.tensor([3, 1, 2], dtype=torch.int32, device=device)
+    for far in ("k_cache", "v_cache"):
+        views = {**operands, far: spread(operands[far], axis)}
+        copies = {key: view.clone(memory_format=torch.contiguous_format) for key, view in operands.items()}
+        decode.append(**views, lengths=lengths)
+        decode.append(**copies, lengths=lengths)
+        assert torch.equal(views[far], copies[far])
 
 
 def test_greedy(device):

@@ -270,3 +270,12 @@ def test_the_number_of_heads_must_be_said(tmp_path):
         GPT.from_pretrained(tmp_path / "model.pth")
     with pytest.raises(ValueError, match="48 does not divide into n_head = 5"):
         GPT.from_pretrained(tmp_path / "model.pth", n_head=5)
+
+
+@pytest.mark.parametrize(("to", "gelu"), [("nanogpt", "none"), ("book", "tanh")])
+def test_hidden_units_that_are_told_and_are_the_usual_ones(tmp_path, to, gelu):
+    model = ours(n_inner=192, gelu=gelu)
+    assert model.config.n_inner == 4 * model.config.n_embd
+    weights.save_model(model, tmp_path, "byte")
+    convert(tmp_path, tmp_path / "there", to)
+    assert torch.equal(logits(GPT.from_pretrained(tmp_path / "there")), logits(model))
