@@ -162,7 +162,7 @@ def _append_kernel(
     place = (tl.load(lengths_ptr + batch) - steps + step).to(tl.int64)
     channels = tl.arange(0, BLOCK)
     there = (channels < H * D) & (place >= 0) & (place < slots)
-    head, channel = channels // D, channels % D
+    head, channel = (channels // D).to(tl.int64), channels % D
     qkv_ptr += token.to(tl.int64) * 3 * H * D + channels
     k = tl.load(qkv_ptr + H * D, there, 0.0)
     v = tl.load(qkv_ptr + 2 * H * D, there, 0.0)
@@ -200,7 +200,7 @@ def decode_attention_fwd(
     key_heads, slots = k_cache.shape[1:3]
     if out.numel() == 0 or slots == 0:
         return out.zero_()
-    k_cache, v_cache = addressable(k_cache), addressable(v_cache)
+    q, k_cache, v_cache = (addressable(t) for t in (q, k_cache, v_cache))
     group = heads // key_heads
     tiles = _tiles(group * steps, dim, q.dtype, slots, card_of(q) is not None)
     splits = cdiv(slots, tiles.split)
