@@ -442,4 +442,10 @@ MUTANTS = [
     Mutant("a cache's heads written at the other's strides", DECODE, "_append_kernel", "v_ptr + batch * stride_vb + place * stride_vt + head * stride_vh", "v_ptr + batch * stride_kb + place * stride_kt + head * stride_kh", "test_views.py::test_append"),
     Mutant("row gradients taken for adjacent", LOSS, "_cross_entropy_kernel", "row_grads_ptr + row * stride_gn", "row_grads_ptr + row", "test_views.py::test_cross_entropy_rows"),
     Mutant("history's rows taken for adjacent", "kernels/greedy.py", "_greedy_kernel", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
+    Mutant("a cache's far heads", DECODE, "_append_kernel", "(channels // D).to(tl.int64)", "channels // D", "test_views.py::test_append_past_an_offset_of_32_bits"),
+    # options in pairs, and exact boundaries
+    Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.features", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
+    Mutant("z_loss of ignored rows, differentiated twice", "fastgpt/ops/loss.py", "of_all_logits", "losses.masked_fill(targets == settings.ignore_index, 0)", "losses.masked_fill((targets == settings.ignore_index) & (settings.z_loss == 0), 0)", "test_pairs.py::test_second_derivatives_of_the_loss", False),
+    Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "max(map(len, prompts)) + max_new_tokens - 1:", "max(map(len, prompts)) + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
+    Mutant("a stop id as the last token is a length", "fastgpt/generation/__init__.py", "_Row.take", "if self.reason is None and len(self.tokens) == self.limit:", "if len(self.tokens) == self.limit:", "test_boundaries.py::test_a_stop_id_at_the_last_token_asked_for", False),
 ]  # fmt: skip
