@@ -173,3 +173,7 @@ def test_the_command(machine, monkeypatch, capsys):
     machine.card("NVIDIA A100", 8, 0)
     assert cli.main(["doctor"]) == int(ops.no_triton() is not None)
     assert capsys.readouterr().err == ""
+
+
+def test_what_to_do_is_told_of_problems_alone():
+    assert all(bool(each.problem) == bool(each.remedy) for each in doctor.examine().findings)
