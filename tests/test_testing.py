@@ -72,3 +72,11 @@ def test_cancellation_is_allowed_what_its_magnitude_allows():
 def test_another_shape_is_no_error_of_rounding():
     with pytest.raises(ValueError, match=r"y: \(2, 3\) against \(3, 2\)"):
         assert_accurate(torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.float64), name="y")
+
+
+def test_an_error_that_is_small_everywhere_is_too_much_as_a_whole():
+    """Twice what the whole may be off by, and half of what each row may."""
+    exact, unit = torch.randn(8, 64, dtype=torch.float64), torch.finfo(torch.float32).eps / 2
+    assert_accurate((exact * (1 + unit)).float(), exact)
+    with pytest.raises(AssertionError, match="times the whole limit"):
+        assert_accurate((exact * (1 + 4 * unit)).float(), exact)
