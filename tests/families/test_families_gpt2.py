@@ -10,11 +10,12 @@ transformers = pytest.importorskip("transformers", reason="the extra `test` brin
 from transformers.activations import ACT2FN  # noqa: E402
 
 import fastgpt  # noqa: E402
-from fastgpt import accelerate, restore  # noqa: E402
+from fastgpt import restore  # noqa: E402
 from fastgpt.swap import gpt2  # noqa: E402
 from fastgpt.swap.layers import gelu_kind  # noqa: E402
 from tests.families.huggingface import IDX, assert_as_before, attention_calls, padded  # noqa: E402
 from tests.models import VOCAB, hugging_face  # noqa: E402
+from tests.swap.swapped import accelerate  # noqa: E402
 
 
 @pytest.mark.parametrize("name", sorted(ACT2FN))

@@ -6,9 +6,9 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra `test` brings transformers")
 
 
-from fastgpt import accelerate  # noqa: E402
 from tests.families.huggingface import IDX  # noqa: E402
 from tests.models import hugging_face  # noqa: E402
+from tests.swap.swapped import accelerate  # noqa: E402
 
 
 @pytest.mark.parametrize("how", [dict(), dict(num_items_in_batch=5), dict(shift_labels=IDX.roll(-1, 1))], ids=str)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import accelerate, accelerated, restore
+from fastgpt import restore
 from fastgpt.testing import assert_accurate
 from tests.models import book, hugging_face, logits_and_loss, nanogpt, randomised
-from tests.swap.swapped import assert_as_before, batch, results
+from tests.swap.swapped import accelerate, accelerated, assert_as_before, batch, results
 
 PLACES = [
     pytest.param("cpu", id="fallback"),
