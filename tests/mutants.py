@@ -198,8 +198,8 @@ MUTANTS = [
     Mutant("each of several gradients is the first", "fastgpt/ops/loss.py", "one_by_one", "arg.select(dim, i)", "arg.select(dim, 0)", "test_several_gradients.py::test_several_gradients_at_once"),
     Mutant("a launcher's sums of the default dtype", MLP, "_gelu_backward", "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
     # the fallback's head
-    Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "_Rows.finish", "log_total + (1 - smoothing) * (self.top - self.z_target)", "lse - smoothing * self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
-    Mutant("smoothing's sum keeps an old top", "fastgpt/ops/cpu/logits.py", "_Rows.read", "self.below += start * (self.top - top)", "pass", FALLBACK_LOSS, False),
+    Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "_Rows.finish", "log_total - (1 - smoothing) * self.z_target", "lse - self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
+    Mutant("smoothing's sum of what has its top", "fastgpt/ops/cpu/logits.py", "_Rows.read", "self.below = z.sum(1)", "self.below = (z + self.top[:, None]).sum(1)", FALLBACK_LOSS, False),
     Mutant("a GELU's scale of the default dtype", "fastgpt/ops/cpu/mlp.py", "_scale", "_SCALE, dtype=x.dtype, device=x.device)", "_SCALE, device=x.device)", "test_defaults.py::test_a_function", False),
     Mutant("log-probabilities of the default dtype", "fastgpt/generation/batch.py", "Batch.__init__", "torch.zeros(self.rows, dtype=statistics, ", "torch.zeros(self.rows, ", "test_defaults.py::test_what_is_generated", False),
     Mutant("a run's model of the default dtype", "fastgpt/training/fitting.py", "_made", "torch.set_default_dtype(torch.float32)", "pass", "test_defaults.py::test_a_short_fit_and_its_files", False),
@@ -212,10 +212,10 @@ MUTANTS = [
     Mutant("a second backward reads what the first wrote over", "fastgpt/ops/cpu/mlp.py", "GeluMlp.backward", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
     Mutant("the cube's factor without the other", "fastgpt/ops/cpu/mlp.py", "gelu_leaving_slope_", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
     Mutant("a slope of three times too little", "fastgpt/ops/cpu/mlp.py", "gelu_leaving_slope_", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
-    Mutant("sums of a slice not rescaled", "fastgpt/ops/cpu/logits.py", "_Rows.read", "self.total *= (self.top - top).exp_()", "pass", FALLBACK_LOSS, False),
-    Mutant("targets of every slice", "fastgpt/ops/cpu/logits.py", "_Rows.gradient", "torch.where(inside, (1 - smoothing) * self.grads, 0)", "((1 - smoothing) * self.grads)", FALLBACK_LOSS, False),
-    Mutant("dweight of the last rows alone", "fastgpt/ops/cpu/logits.py", "_by_vocabulary", "factor, first)", "factor, True)", FALLBACK_LOSS, False),
-    Mutant("a slice of half the vocabulary", "fastgpt/ops/cpu/logits.py", "_by_vocabulary", "24 if dtype == wide else 96", "2 if dtype == wide else 96", "test_loss.py::test_beside_the_gradients_it_holds_a_tenth_of_the_logits", False),
+    Mutant("a pass over the first rows alone", "fastgpt/ops/cpu/logits.py", "_pass_over_rows", "part = slice(start, start + step)", "part = slice(0, step)", FALLBACK_LOSS, False),
+    Mutant("smoothing left out at the target", "fastgpt/ops/cpu/logits.py", "_Rows.gradient", "((1 - smoothing) * self.grads)", "self.grads", FALLBACK_LOSS, False),
+    Mutant("halves keep their logits", "fastgpt/ops/cpu/logits.py", "_pass_over_rows", "logits[part] = z", "pass", FALLBACK_LOSS, False),
+    Mutant("half of the logits at once", "fastgpt/ops/cpu/logits.py", "rows_at_once", "dtype.itemsize // 4, _AT_ONCE", "dtype.itemsize // 2, _AT_ONCE", "test_loss.py::test_beside_the_gradients_it_holds_a_part_of_the_logits", False),
     # MLP
     Mutant("the other GELU", "fastgpt/ops/autograd.py", "gelu_mlp", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
     Mutant("0.044751", GELU, "_exp_minus_2u", "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
@@ -292,7 +292,7 @@ MUTANTS = [
     # the choice
     Mutant("explain forgets that a backward writes over the hidden units", "fastgpt/ops/pytorch.py", "mlp_form", 'return "differentiated in place" if eager_cpu else "plain"', 'return "plain"', "test_explain.py::test_explain_tells_the_form_of_the_mlp", False),
     Mutant("a GELU's passes from one unit on", "fastgpt/ops/cpu/mlp.py", "by_passes", "units >= _AT_ONCE // 4", "units >= 1", "test_explain.py::test_explain_tells_the_form_of_the_mlp", False),
-    Mutant("logits by rows however few they are", "fastgpt/ops/cpu/logits.py", "way", "chunk >= _FEWEST_ROWS and", "chunk >= 1 and", "test_explain.py::test_explain_tells_the_way_over_the_logits", False),
+    Mutant("a quarter of the logits however few they are", "fastgpt/ops/cpu/logits.py", "rows_at_once", "// 4, _AT_ONCE)", "// 4, 0)", "test_explain.py::test_explain_tells_the_way_over_the_logits", False),
     # weights
     Mutant("the square c_proj not transposed", GPT2, "", '"attn.c_attn.weight", "attn.c_proj.weight",', '"attn.c_attn.weight",', "test_convert.py::test_square_weights_are_transposed_by_value", False),
     Mutant("queries and keys swapped", RASCHKA, "", 'SPLIT = ("W_query", "W_key", "W_value")', 'SPLIT = ("W_key", "W_query", "W_value")', "test_convert.py::test_the_books_model_gives_its_own_logits", False),

@@ -182,16 +182,12 @@ def _mlp_form(x, *, w_in, b_in, w_out, b_out, approximate, recompute) -> str:
     return f"without a derivative on a CPU {gelu}"
 
 
-def _loss_form(x, *, weight, reduction, **_) -> str:
-    rows = x.numel() // x.shape[-1]
-    wanted = torch.is_grad_enabled() and weight.requires_grad and reduction != "none"
-    way = logits.way(rows, weight.shape, loss.compute_dtype(x), wanted)
-    at_once = f"{rows:,} rows of {weight.shape[0]:,} logits"
-    return {
-        "at once": f"{at_once} are made at once: an MLP's hidden units take as much",
-        "by rows": f"{at_once} are made some rows at a time",
-        "by vocabulary": f"{at_once} are made some of the vocabulary at a time, which leaves the matmuls larger",
-    }[way.kind]
+def _loss_form(x, *, weight, **_) -> str:
+    rows, vocab = x.numel() // x.shape[-1], weight.shape[0]
+    chunk = logits.rows_at_once(rows, vocab, loss.compute_dtype(x))
+    return f"{rows:,} rows of {vocab:,} logits are made " + (
+        "at once" if chunk >= rows else f"{chunk:,} rows at a time"
+    )
 
 
 _FORMS: dict[str, Callable[..., str]] = {"gelu_mlp": _mlp_form, "linear_cross_entropy": _loss_form}

@@ -188,7 +188,7 @@ def block(block: Any, swap: Swap, *args, **kwargs):
 
 
 def language_model(module: Any, swap: Swap, *args, **kwargs):
-    """GPT2LMHeadModel's forward; in training, with labels, it returns no logits."""
+    """GPT2LMHeadModel's forward; in training, with labels, it returns no logits, and no cache that is not asked for."""
     call = {**dict(zip(swap.names, args, strict=False)), **kwargs}
     labels, head = call.pop("labels", None), module.lm_head
     losses = sys.modules["transformers.loss.loss_utils"]
@@ -202,10 +202,12 @@ def language_model(module: Any, swap: Swap, *args, **kwargs):
     return_dict = call.pop("return_dict", None)
     count, ignored = call.pop("num_items_in_batch", None), call.pop("ignore_index", -100)
     targets = call.pop("shift_labels", None)
+    if call.get("use_cache") is None and call.get("past_key_values") is None:
+        call["use_cache"] = False  # a config's default would keep keys and values of every layer
     outputs = module.transformer(**call)
     x = outputs.last_hidden_state
-    if targets is None:  # token t predicts token t + 1
-        x, targets = x[:, :-1], labels[:, 1:]
+    if targets is None:  # token t predicts token t + 1, and the last one nothing
+        targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
     loss = ops.linear_cross_entropy(
         x,
         head.weight,

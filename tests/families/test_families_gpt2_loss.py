@@ -26,7 +26,8 @@ def test_the_loss_without_logits(how):
     _, before = found()
     accelerate(model, loss=True)
     output, after = found()
-    assert output.logits is None
+    assert output.logits is None and output.past_key_values is None
+    assert model(IDX, labels=labels, use_cache=True).past_key_values.get_seq_length() == IDX.shape[1]
     torch.testing.assert_close(after["loss"].double(), before["loss"].double(), rtol=1e-6, atol=0)
     for name in before:
         torch.testing.assert_close(after[name].double(), before[name].double(), rtol=1e-5, atol=1e-8)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastgpt
 from fastgpt import restore
 from fastgpt.testing import assert_accurate
 from tests.models import book, hugging_face, logits_and_loss, nanogpt, randomised
@@ -50,6 +51,20 @@ def test_fifty_steps_give_the_same_losses(family):
     before, after = losses(False), losses(True)
     assert before[-10:].mean() < before[:10].mean()
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
+
+
+def test_where_no_kernel_runs_each_forward_is_its_class(family):
+    model, (idx, targets) = family(), batch(9)
+    before = results(model, idx, targets)
+    report = fastgpt.accelerate(model)
+    after = results(model, idx, targets)
+    assert all(row.now for row in report.rows)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    told = "while the model is on cpu, where no kernel runs, each module does what its class says"
+    assert str(report).splitlines()[-1] == told
+    assert str(fastgpt.accelerate(model, loss=True)).endswith((told, f"{told}, but for the loss"))
+    assert told not in str(fastgpt.accelerate(model, backend="torch"))
+    assert not torch.equal(results(model, idx, targets)["logits"], before["logits"])
 
 
 @pytest.mark.parametrize("dropout", ["attn_pdrop", "resid_pdrop", "embd_pdrop"])
