@@ -120,6 +120,16 @@ def test_embeddings_token_types_and_hidden_states():
     torch.testing.assert_close(model(IDX, return_dict=False)[0], before[2].logits, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {}], ids=["in the call", "in the config"])
+def test_hidden_states_are_the_sums(asked):
+    """Asked for the first time after accelerate: transformers hooks the blocks then."""
+    before = hugging_face().double()(IDX, output_hidden_states=True).hidden_states
+    model = hugging_face(output_hidden_states=not asked).double()
+    accelerate(model)
+    for ours, theirs in zip(model(IDX, **asked).hidden_states, before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
 def test_cross_attention_is_left_alone():
     model = hugging_face(add_cross_attention=True, n_layer=1).double()
     memory = torch.randn(2, 4, 48, dtype=torch.float64)
