@@ -78,7 +78,8 @@ _CLASSES: weakref.WeakValueDictionary[tuple, type] = weakref.WeakValueDictionary
 def swapped_class(kind: Any) -> Any:
     """A subclass of the module class `kind`, named as it is, whose forward runs the module's Swap.
 
-    While the module has no Swap, and once the forward of `kind` is another one than now, it runs that of `kind`.
+    While the module has no Swap, once the forward of `kind` is another one than now, and where no kernel can run, it
+    runs that of `kind`.
     """
     made = made_of(kind)
     plain: Any = kind if made is None else made.plain
@@ -89,7 +90,7 @@ def swapped_class(kind: Any) -> Any:
 
     def forward(self, /, *args, **kwargs):
         swap = self.__dict__.get("fastgpt_swap")
-        if swap is None or plain.forward is not written:
+        if swap is None or plain.forward is not written or _left(swap, args, kwargs):
             return plain.forward(self, *args, **kwargs)
         return swap.function(self, swap, *args, **kwargs)
 
@@ -100,6 +101,17 @@ def swapped_class(kind: Any) -> Any:
     found = _CLASSES[kind, written] = type(kind)(kind.__name__, (_Swapped, kind), {**names, "forward": own})
     found.fastgpt_made = Made(found.forward, plain, written)
     return found
+
+
+def _left(swap: Swap, args: tuple, kwargs: dict) -> bool:
+    """Whether a call is left to the module's own forward: where no kernel can run, ours would win no time. The loss
+    is not left, for it wins memory on any device."""
+    if swap.backend != "auto" or swap.flag == "loss":
+        return False
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return not ops.kernels_run_on(value.device)
+    return False
 
 
 def made_of(kind: Any) -> Made | None:
@@ -138,6 +150,12 @@ def swap_of(module) -> Swap | None:
         return None
     swap = module.__dict__.get("fastgpt_swap")
     return swap if swap is not None and runs(module) else None
+
+
+def works(module, function: Callable, x: Tensor) -> bool:
+    """Whether a call of the module with x would run `function` of ours and do nothing more."""
+    swap = swap_of(module)
+    return swap is not None and swap.function is function and not _left(swap, (x,), {})
 
 
 def runs(module: nn.Module) -> bool:

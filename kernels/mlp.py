@@ -148,11 +148,14 @@ def gelu_mlp_bwd(
 
 
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
-    """What gelu_mlp_bwd returns, so it serves as its fake too."""
-    shapes = (x.shape, w_in.shape, w_in.shape[:1], w_out.shape, w_out.shape[:1])
+    """What gelu_mlp_bwd returns, so it serves as its fake too. A weight's gradient lies in memory as the weight does:
+    that of a Conv1D, which is read transposed, would be copied by autograd else."""
+    likes = (None, w_in, w_in[:, 0], w_out, w_out[:, 0])
     return tuple(
-        torch.empty(shape if needed else (0,), dtype=x.dtype, device=x.device)
-        for shape, needed in zip(shapes, needs, strict=True)
+        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
+        if like is None or not needed
+        else torch.empty_like(like, dtype=x.dtype)
+        for like, needed in zip(likes, needs, strict=True)
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.func import functional_call, grad
 
-from fastgpt import GPTConfig, accelerate, ops
+from fastgpt import GPTConfig, ops
 from fastgpt.data.tokenizer import encoding
 from fastgpt.generation import generate
 from fastgpt.generation.evaluation import evaluate
@@ -22,7 +22,7 @@ from fastgpt.verify import random_ids, verify_functions, verify_model
 from fastgpt.weights import convert, from_pretrained
 from tests.generation.small_gpt import gpt
 from tests.models import book
-from tests.swap.swapped import batch, results
+from tests.swap.swapped import accelerate, batch, results
 from tests.torch_defaults import default_device, default_dtype
 
 WORLDS = {

@@ -85,8 +85,8 @@ assert status == 0 and pickle.loads(os.read(read, 1 << 20)) == [t.tolist() for t
 def test_an_accelerated_model_goes_to_a_fresh_process(tmp_path):
     import torch
 
-    from fastgpt import accelerate
     from tests.models import hugging_face
+    from tests.swap.swapped import accelerate
 
     model = hugging_face().eval()
     accelerate(model)

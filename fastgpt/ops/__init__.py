@@ -24,6 +24,7 @@ from fastgpt.ops.choice import (
     decoding_steps,
     explain,
     interpreted,
+    kernels_run_on,
     no_triton,
 )
 from fastgpt.ops.decoding import OnPyTorch as DecodingSteps
@@ -45,6 +46,7 @@ __all__ = [
     "explain",
     "gelu_mlp",
     "interpreted",
+    "kernels_run_on",
     "layer_norm",
     "linear_cross_entropy",
     "no_triton",

@@ -78,6 +78,11 @@ def no_triton() -> str | None:
     return NO_TRITON if autograd is None else None
 
 
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether tensors of that device may reach a Triton kernel."""
+    return _device_obstacle(device) is None
+
+
 def backend_in_words(backend: Backend, operand: Tensor) -> str:
     """What serves a model of which `operand` is a weight, as words after "on the CPU, " or "on cuda:0, "."""
     found, sentence = _choose("layer_norm", backend, operand, {})
@@ -112,18 +117,23 @@ def _choose(name: str, backend: Backend, operand: Tensor, arguments: dict) -> tu
 
 def _obstacle(name: str, operand: Tensor, arguments: dict) -> str | None:
     """What keeps the Triton kernel from serving this call, or None."""
-    if not interpreted() and (operand.device.type != "cuda" or torch.version.hip):  # with a Triton or without
-        kind = "an AMD GPU" if torch.version.hip and operand.is_cuda else operand.device
+    if (obstacle := _device_obstacle(operand.device)) is not None:
+        return obstacle
+    if operand.dtype == torch.float64 and not interpreted():
+        return "the kernels compute in float32 at most, the operand is torch.float64"
+    return _LIMITS[name](operand, **arguments) if name in _LIMITS else None
+
+
+def _device_obstacle(device: torch.device) -> str | None:
+    """What keeps all Triton kernels from tensors of that device, or None."""
+    if not interpreted() and (device.type != "cuda" or torch.version.hip):  # with a Triton or without
+        kind = "an AMD GPU" if torch.version.hip and device.type == "cuda" else device
         return f"the tensors are on {kind}, the kernels run on NVIDIA GPUs"
     if autograd is None:
         return NO_TRITON
-    if not autograd.INTERPRETED:
-        capability = torch.cuda.get_device_capability(operand.device)
-        if capability < (8, 0):
-            return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
-        if operand.dtype == torch.float64:
-            return "the kernels compute in float32 at most, the operand is torch.float64"
-    return _LIMITS[name](operand, **arguments) if name in _LIMITS else None
+    if not autograd.INTERPRETED and (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or newer"
+    return None
 
 
 def _row_limit(x, **_):
@@ -172,16 +182,12 @@ def _mlp_form(x, *, w_in, b_in, w_out, b_out, approximate, recompute) -> str:
     return f"without a derivative on a CPU {gelu}"
 
 
-def _loss_form(x, *, weight, reduction, **_) -> str:
-    rows = x.numel() // x.shape[-1]
-    wanted = torch.is_grad_enabled() and weight.requires_grad and reduction != "none"
-    way = logits.way(rows, weight.shape, loss.compute_dtype(x), wanted)
-    at_once = f"{rows:,} rows of {weight.shape[0]:,} logits"
-    return {
-        "at once": f"{at_once} are made at once: an MLP's hidden units take as much",
-        "by rows": f"{at_once} are made some rows at a time",
-        "by vocabulary": f"{at_once} are made some of the vocabulary at a time, which leaves the matmuls larger",
-    }[way.kind]
+def _loss_form(x, *, weight, **_) -> str:
+    rows, vocab = x.numel() // x.shape[-1], weight.shape[0]
+    chunk = logits.rows_at_once(rows, vocab, loss.compute_dtype(x))
+    return f"{rows:,} rows of {vocab:,} logits are made " + (
+        "at once" if chunk >= rows else f"{chunk:,} rows at a time"
+    )
 
 
 _FORMS: dict[str, Callable[..., str]] = {"gelu_mlp": _mlp_form, "linear_cross_entropy": _loss_form}

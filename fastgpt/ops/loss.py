@@ -1,8 +1,8 @@
 """The chunked linear + cross-entropy head that both backends share; what they differ in is how they go over the logits.
 
 Logits exist for one chunk at a time and are overwritten in place by their own gradient, so that beside dx and dweight
-a training step holds about a twelfth of what the logits of all rows would take, and on Triton a padded copy of
-the weight, as large as C rows of logits.
+a training step holds a part of what the logits of all rows would take (ops/cpu/logits.py, ops/autograd.py say which),
+and on Triton a padded copy of the weight, as large as C rows of logits.
 """
 
 import functools

@@ -32,7 +32,8 @@ def accelerate(
     The model stays the same object with the same parameters, state-dict keys, hooks, mode, dtype and device; no class
     is touched. A module that is served gets a class of its own, a subclass of its class with the same name. Known are
     Hugging Face's GPT-2, nanoGPT and the book's models, in any model that holds them, and any nn.LayerNorm and
-    linear-GELU-linear. loss=True lets a model that computes its own loss do so without ever holding
+    linear-GELU-linear. Where no kernel can run, as on a CPU, a module does what its class says, for that is no slower,
+    unless backend="torch" asks for ours. loss=True lets a model that computes its own loss do so without ever holding
     all logits: while it trains, it then returns None in their place. A second call replaces the first. A class that is
     set later, or whose forward is patched later, is heard: that module then does what its class says.
     Returns a Report; print it. TypeError and ValueError for bad arguments, before anything is changed.
@@ -60,7 +61,17 @@ def accelerate(
     if loss and not losses:
         why = "loss=True was asked for, and it holds no model that computes its own loss"
         rows.append(Row("", modules.own_type(model).__name__, None, why))
-    return Report(tuple(reversed(rows)))
+    served = any(row.now for row in rows)
+    return Report(tuple(reversed(rows)), _note(model, losses) if served and backend == "auto" else "")
+
+
+def _note(model: nn.Module, losses: int) -> str:
+    """What is to be said where the model is now."""
+    weight = next(model.parameters(), None)
+    if weight is None or weight.is_meta or ops.kernels_run_on(weight.device):
+        return ""
+    but = ", but for the loss" if losses else ""
+    return f"while the model is on {weight.device}, where no kernel runs, each module does what its class says{but}"
 
 
 def _recognised(module: nn.Module) -> Swap | str | None:

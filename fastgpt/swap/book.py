@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt import ops, private
 from fastgpt.families.book import SPLIT, residual_dropout
@@ -19,17 +19,20 @@ from fastgpt.modules import (
     plain,
     swap_of,
     width_of,
+    works,
 )
-from fastgpt.swap.layers import add_then_norm
+from fastgpt.swap.stream import Stream
 
 
 def recognise(module: Any) -> Swap | str | None:
     children = private.children(module)
-    if {"att", "ff", "norm1", "norm2"} <= children.keys():
+    if _is_block(module):
         width = width_of(children["norm1"])
         if width is None:
             return "its norm1 has no weight"
         return Swap(block, "layer_norm", "the first residual add inside norm2", (residual_dropout(module),), width)
+    if own_type(module) is nn.Sequential and children and all(map(_hands_on_x_alone, children.values())):
+        return Swap(blocks, "layer_norm", "the last residual add of each inside the next one's norm1")
     if not all(isinstance(getattr(module, name, None), int) for name in ("num_heads", "d_out")):
         return None
     out = (
@@ -43,6 +46,15 @@ def recognise(module: Any) -> Swap | str | None:
         return "it keeps a cache of its own, and every call names it (use_cache)"
     what = "causal_attention" if out == "out_proj" else "causal_attention_qkv"
     return Swap(attention, "attention", what, (out, caches), width=module.d_out)
+
+
+def _is_block(module: Any) -> bool:
+    return isinstance(module, nn.Module) and {"att", "ff", "norm1", "norm2"} <= private.children(module).keys()
+
+
+def _hands_on_x_alone(module: Any) -> bool:
+    """Whether it is a block that knows no cache: a model with one calls each block by itself."""
+    return _is_block(module) and len(inspect.signature(own_type(module).forward).parameters) == 2
 
 
 def _attention_dropout(attn: Any) -> float | None:
@@ -89,13 +101,23 @@ def _cache_options(args: tuple, kwargs: dict) -> dict | None:
 
 
 def block(block: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
-    attn, dropout = block.att, getattr(block, swap.names[0])
-    inner = swap_of(attn)
-    p = dropout_p(dropout)
+    p = dropout_p(getattr(block, swap.names[0]))
     if p is None:  # it must see each branch
         return class_forward(block, x, *args, **kwargs)
-    normed, found, caches = block.norm1(x), None, False
-    if inner is not None and inner.function is attention:
+    stream = Stream(x)
+    caches, new_cache = _through(block, stream, p, False, args, kwargs)
+    return (stream.total(), new_cache) if caches else stream.total()
+
+
+def _through(
+    block: Any, stream: Stream, p: float, waits: bool, args: tuple = (), kwargs: dict | None = None
+) -> tuple[bool, Any]:
+    """The stream through a block whose dropout is p; whether the block hands on a cache, and that."""
+    attn, kwargs = block.att, kwargs or {}
+    inner, found, caches = swap_of(attn), None, False
+    ours = inner is not None and inner.function is attention
+    normed = stream.normed(block.norm1, casts=ours)
+    if inner is not None and ours:
         out, caches = inner.names
         options = _cache_options(args, kwargs) if caches else None if args or kwargs else {}
         if options is not None and free_linear(getattr(attn, out)):
@@ -107,6 +129,26 @@ def block(block: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
         result = attn(normed, *args, **kwargs)
         caches = isinstance(result, tuple)
         (branch, new_cache), bias = result if caches else (result, None), None
-    normed, x = add_then_norm(branch, x, block.norm2, bias, p, block.ff)
-    x = dropout(block.ff(normed)) + x
-    return (x, new_cache) if caches else x
+    stream.add(branch, bias, p)
+    stream.add_mlp(block.ff, block.norm2, p, waits)
+    return caches, new_cache
+
+
+def blocks(module: Any, swap: Swap, x: Tensor) -> Tensor:
+    """An nn.Sequential of blocks."""
+    stream = Stream(x)
+    for each in module:
+        p = _chained(each, x)
+        if p is None:
+            stream = Stream(each(stream.total()))
+        else:
+            _through(each, stream, p, waits=each is not module[-1])
+    return stream.total()
+
+
+def _chained(each: Any, x: Tensor) -> float | None:
+    """The block's dropout if a call of it is `block`, with attention of ours that keeps no cache; else None."""
+    inner = swap_of(getattr(each, "att", None))
+    if not works(each, block, x) or inner is None or inner.function is not attention or inner.names[1]:
+        return None
+    return dropout_p(getattr(each, residual_dropout(each)))

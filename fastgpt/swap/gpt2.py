@@ -20,8 +20,9 @@ from fastgpt.modules import (
     plain,
     swap_of,
     width_of,
+    works,
 )
-from fastgpt.swap.layers import add_then_norm
+from fastgpt.swap.stream import Stream
 
 REPLACED = ("sdpa", "fastgpt")  # implementations that attention stands in for: the others were chosen for a reason
 
@@ -29,7 +30,8 @@ REPLACED = ("sdpa", "fastgpt")  # implementations that attention stands in for: 
 # Of a subclass that has a forward of its own, calls with nothing but these are understood.
 _KNOWN = {
     *("past_key_values", "cache_position", "attention_mask", "use_cache", "position_ids", "is_causal"),
-    *("encoder_attention_mask", "fastgpt_key_mask", "output_hidden_states", "num_items_in_batch", *SPECIAL),
+    *("encoder_attention_mask", "fastgpt_key_mask", "fastgpt_stream", "output_hidden_states", "num_items_in_batch"),
+    *SPECIAL,
 }
 
 
@@ -49,14 +51,15 @@ def recognise(module: Any) -> Swap | str | None:
         return Swap(attention, "attention", "causal_attention_qkv", width=module.embed_dim)
     theirs: Any = sys.modules.get("transformers.models.gpt2.modeling_gpt2")
     if theirs is not None and own_type(module).forward is theirs.GPT2Model.forward:
-        return Swap(model, "model", "padding masks reach attention as (B, T)")
+        return Swap(model, "model", "padding masks as (B, T), residual adds inside the next block's ln_1")
     if theirs is not None and own_type(module).forward is theirs.GPT2LMHeadModel.forward:
         parameters = tuple(inspect.signature(theirs.GPT2LMHeadModel.forward).parameters)[1:]
         return Swap(language_model, "loss", "linear_cross_entropy in training", parameters)
     return None
 
 
-# GPT2Model: what its blocks see is a (B, 1, T, T) mask, which no longer says that it is causal and padding alone.
+# GPT2Model: what its blocks see is a (B, 1, T, T) mask, which no longer says that it is causal and padding alone; and
+# each block's sum.
 
 
 def model(module: Any, swap: Swap, *args, **kwargs):
@@ -65,7 +68,20 @@ def model(module: Any, swap: Swap, *args, **kwargs):
     padding = isinstance(mask, Tensor) and mask.dim() == 2 and getattr(module.config, "is_causal", True)
     if padding and all(_takes_ours(block) and _takes_ours(getattr(block, "attn", None)) for block in module.h):
         kwargs["fastgpt_key_mask"] = mask != 0
+    if _only_blocks_see(module, kwargs):
+        kwargs["fastgpt_stream"] = Stream(last=module.h[-1])
     return class_forward(module, *args, **kwargs)
+
+
+def _only_blocks_see(module: Any, call: dict) -> bool:
+    """Whether what a block hands on is seen by the next block alone, and all blocks are ours."""
+    asked = ("output_hidden_states", "output_attentions", "add_cross_attention")
+    if any(call.get(name) or getattr(module.config, name, False) for name in asked):
+        return False
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return False
+    weight = module.wte.weight
+    return len(module.h) > 0 and all(works(each, block, weight) and _is_theirs(each) for each in module.h)
 
 
 def _is_theirs(module: Any) -> bool:
@@ -143,28 +159,36 @@ def attention(attn: Any, swap: Swap, *args, **kwargs):
 
 def block(block: Any, swap: Swap, *args, **kwargs):
     call = {**dict(zip(swap.names, args, strict=False)), **kwargs}
-    x = call.pop("hidden_states", None)
+    x, stream = call.pop("hidden_states", None), call.pop("fastgpt_stream", None)
     checkpointed = block.training and getattr(block, "gradient_checkpointing", False)
     understood = x is not None and (_is_theirs(block) or call.keys() <= _KNOWN)
     if not understood or call.get("encoder_hidden_states") is not None or checkpointed:
+        if stream is not None:
+            raise RuntimeError("a GPT2Block was given fastgpt's stream, and changed since")
         return class_forward(block, *args, **kwargs)  # it knows how, and calls our children
-    normed, attn = block.ln_1(x), block.attn
+    if stream is None:
+        stream = Stream(x, last=block)
+    elif stream.x is None:
+        stream.x = x
+    attn = block.attn
     inner, y = swap_of(attn), None
+    ours = inner is not None and inner.function is attention
+    normed = stream.normed(block.ln_1, casts=ours)
     p = dropout_p(attn.resid_dropout)
-    if inner is not None and inner.function is attention and p is not None and free_linear(attn.c_proj):
+    if inner is not None and ours and p is not None and free_linear(attn.c_proj):
         y = _heads(attn, inner, normed, call)
     if y is None:
         call.pop("encoder_attention_mask", None)
         call.pop("encoder_hidden_states", None)
-        normed, x = add_then_norm(attn(normed, **call)[0], x, block.ln_2, None, 0.0, block.mlp)
+        stream.add(attn(normed, **call)[0])
     else:
-        branch = F.linear(y, linear_weight(attn.c_proj))
-        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0, block.mlp)
-    return x + block.mlp(normed)
+        stream.add(F.linear(y, linear_weight(attn.c_proj)), attn.c_proj.bias, p or 0.0)
+    stream.add_mlp(block.mlp, block.ln_2, 0.0, waits=block is not stream.last)
+    return stream.total() if block is stream.last else stream.x  # which is less than the sum: the next block knows
 
 
 def language_model(module: Any, swap: Swap, *args, **kwargs):
-    """GPT2LMHeadModel's forward; in training, with labels, it returns no logits."""
+    """GPT2LMHeadModel's forward; in training, with labels, it returns no logits, and no cache that is not asked for."""
     call = {**dict(zip(swap.names, args, strict=False)), **kwargs}
     labels, head = call.pop("labels", None), module.lm_head
     losses = sys.modules["transformers.loss.loss_utils"]
@@ -178,10 +202,12 @@ def language_model(module: Any, swap: Swap, *args, **kwargs):
     return_dict = call.pop("return_dict", None)
     count, ignored = call.pop("num_items_in_batch", None), call.pop("ignore_index", -100)
     targets = call.pop("shift_labels", None)
+    if call.get("use_cache") is None and call.get("past_key_values") is None:
+        call["use_cache"] = False  # a config's default would keep keys and values of every layer
     outputs = module.transformer(**call)
     x = outputs.last_hidden_state
-    if targets is None:  # token t predicts token t + 1
-        x, targets = x[:, :-1], labels[:, 1:]
+    if targets is None:  # token t predicts token t + 1, and the last one nothing
+        targets = F.pad(labels[:, 1:], (0, 1), value=ignored)
     loss = ops.linear_cross_entropy(
         x,
         head.weight,

@@ -1,4 +1,4 @@
-"""What takes the place of any LayerNorm, with the residual add before it, and of any linear-GELU-linear."""
+"""What takes the place of any LayerNorm, and of any linear-GELU-linear."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from fastgpt import ops, private
 from fastgpt.modules import (
     Swap,
     class_forward,
+    dropout_p,
     free_linear,
     is_linear,
     linear_weight,
@@ -22,12 +23,12 @@ from fastgpt.modules import (
     swap_of,
 )
 
-# LayerNorm, and the residual add before it.
+# LayerNorm.
 
 
 @of_one_input
 def layer_norm(norm: Any, swap: Swap, x: Tensor) -> Tensor:
-    weight, bias = _affine(norm, swap)
+    weight, bias = affine(norm, swap)
     if not plain(x, weight, bias):
         return class_forward(norm, x)
     if x.dtype.itemsize < 4:
@@ -45,7 +46,8 @@ def _dtype_of_its_class(swap: Swap, x: Tensor, weight: Tensor, bias: Tensor | No
     return torch.float32 if device != "cpu" and torch.is_autocast_enabled(device) else x.dtype  # a CPU's leaves norms
 
 
-def _affine(norm: Any, swap: Swap) -> tuple[Any, Any]:
+def affine(norm: Any, swap: Swap) -> tuple[Any, Any]:
+    """Its weight and bias."""
     weight, bias = swap.names
     return getattr(norm, weight), getattr(norm, bias)
 
@@ -72,46 +74,51 @@ def recognise_norm(module: Any) -> Swap | str | None:
     return Swap(layer_norm, "layer_norm", "layer_norm", names, width=weight.shape[0])
 
 
-def add_then_norm(
-    branch: Tensor, x: Tensor, norm: Any, bias: Tensor | None, p: float, then: Any
-) -> tuple[Tensor, Tensor]:
-    """The stream x with dropout(branch + bias) added: its norm and itself, in one pass where the norm is ours.
-
-    then: the module that takes the norm. In one pass that comes in the branch's dtype, which under autocast is not the
-    stream's: only an MLP of ours, which casts it to that at once, is given it.
-    """
-    swap = swap_of(norm)
-    alike = branch.dtype == x.dtype or swap_of(then) is not None
-    if alike and swap is not None and swap.function is layer_norm:
-        weight, shift = _affine(norm, swap)
-        if plain(branch, x, weight, shift):
-            eps = getattr(norm, "eps", 1e-5)
-            return ops.add_layer_norm(branch, x, weight, shift, eps, x_bias=bias, dropout_p=p, backend=swap.backend)
-    x = x + F.dropout(branch if bias is None else branch + bias, p)
-    return norm(x), x
-
-
 # Linear, GELU, Linear, and perhaps a dropout.
 
 
 @of_one_input
 def mlp(module: Any, swap: Swap, x: Tensor) -> Tensor:
+    parts = _parts(module, swap)
+    if parts is None:
+        return class_forward(module, x)
+    linear_in, linear_out, dropout = parts
+    y = _gelu_mlp(swap, x, linear_in, linear_out, linear_out.bias)
+    return y if dropout is None else dropout(y)
+
+
+def mlp_branch(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None, float] | None:
+    """An MLP of ours in three: what comes before the bias of its last layer, that bias, and the dropout's probability.
+    None for a module that must be called."""
+    swap = swap_of(module)
+    parts = _parts(module, swap) if swap is not None and swap.function is mlp else None
+    if swap is None or parts is None:
+        return None
+    linear_in, linear_out, dropout = parts
+    p = 0.0 if dropout is None else dropout_p(dropout)
+    return None if p is None else (_gelu_mlp(swap, x, linear_in, linear_out, None), linear_out.bias, p)
+
+
+def _parts(module: Any, swap: Swap) -> tuple[Any, Any, Any] | None:
+    """Its linear layers and its dropout, which may be None; None where they are no longer what was found."""
     if tuple(private.children(module)) != swap.children:  # one was added to an nn.Sequential, or taken from it
-        return class_forward(module, x)
-    parts: list[Any] = [getattr(module, name) if name else None for name in swap.names]
-    linear_in, linear_out, act, dropout = parts
+        return None
+    linear_in, linear_out, act, dropout = (getattr(module, name) if name else None for name in swap.names)
     if act is not swap.act or occupied(act) or not (free_linear(linear_in) and free_linear(linear_out)):
-        return class_forward(module, x)
-    y = ops.gelu_mlp(
+        return None
+    return linear_in, linear_out, dropout
+
+
+def _gelu_mlp(swap: Swap, x: Tensor, linear_in: Any, linear_out: Any, last_bias: Tensor | None) -> Tensor:
+    return ops.gelu_mlp(
         x,
         linear_weight(linear_in),
         linear_in.bias,
         linear_weight(linear_out),
-        linear_out.bias,
+        last_bias,
         approximate=swap.gelu,
         backend=swap.backend,
     )
-    return y if dropout is None else dropout(y)
 
 
 def recognise_mlp(module: nn.Module) -> Swap | str | None:

@@ -18,8 +18,9 @@ from fastgpt.modules import (
     plain,
     swap_of,
     width_of,
+    works,
 )
-from fastgpt.swap.layers import add_then_norm
+from fastgpt.swap.stream import Stream
 
 
 def recognise(module: Any) -> Swap | str | None:
@@ -63,17 +64,24 @@ def attention(attn: Any, swap: Swap, x: Tensor) -> Tensor:
 
 @of_one_input
 def block(block: Any, swap: Swap, x: Tensor) -> Tensor:
-    normed, attn = block.ln_1(x), block.attn
+    stream = Stream(x)
+    _through(block, stream, waits=False)
+    return stream.total()
+
+
+def _through(block: Any, stream: Stream, waits: bool) -> None:
+    attn = block.attn
     inner, y = swap_of(attn), None
+    ours = inner is not None and inner.function is attention
+    normed = stream.normed(block.ln_1, casts=ours)
     p = dropout_p(getattr(attn, "resid_dropout", None))
-    if inner is not None and inner.function is attention and p is not None and free_linear(attn.c_proj):
+    if inner is not None and ours and p is not None and free_linear(attn.c_proj):
         y = _heads(attn, inner, normed)
     if y is None:
-        normed, x = add_then_norm(attn(normed), x, block.ln_2, None, 0.0, block.mlp)
+        stream.add(attn(normed))
     else:
-        branch = F.linear(y, linear_weight(attn.c_proj))
-        normed, x = add_then_norm(branch, x, block.ln_2, attn.c_proj.bias, p or 0.0, block.mlp)
-    return x + block.mlp(normed)
+        stream.add(F.linear(y, linear_weight(attn.c_proj)), attn.c_proj.bias, p or 0.0)
+    stream.add_mlp(block.mlp, block.ln_2, 0.0, waits)
 
 
 def model(module: Any, swap: Swap, *args, **kwargs) -> Any:
@@ -86,7 +94,11 @@ def model(module: Any, swap: Swap, *args, **kwargs) -> Any:
     if not (free_linear(head) and head.bias is None and idx.shape[1] <= module.config.block_size):
         return class_forward(module, *args, **kwargs)
     x = parts.drop(parts.wte(idx) + parts.wpe(torch.arange(idx.shape[1], dtype=torch.int64, device=idx.device)))
+    stream = Stream(x)
     for layer in parts.h:
-        x = layer(x)
-    x = parts.ln_f(x)
+        if works(layer, block, x):
+            _through(layer, stream, waits=True)
+        else:
+            stream = Stream(layer(stream.total()))
+    x = stream.normed(parts.ln_f, casts=True)  # the loss multiplies it
     return None, ops.linear_cross_entropy(x, head.weight, targets, ignore_index=-1, backend=swap.backend)

@@ -14,9 +14,10 @@ class Row(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What accelerate did, a Row a module; as text a table, in which layers that fared alike share a line."""
+    """What accelerate did, a Row a module; as text a table, where layers that fared alike share a line, and a note."""
 
     rows: tuple[Row, ...]
+    note: str = ""  # on what no row says
 
     def __str__(self) -> str:
         lines: dict[tuple, int] = {}
@@ -29,6 +30,7 @@ class Report(NamedTuple):
         cells = [("module", "class", "", "now")]
         cells += [(name, kind, f"x{count}", outcome) for (name, kind, outcome), count in lines.items()]
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
-        return "\n".join(
+        table = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in cells
-        )
+        ]
+        return "\n".join([*table, self.note] if self.note else table)

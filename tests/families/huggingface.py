@@ -2,9 +2,9 @@
 
 import torch
 
-from fastgpt import accelerate
 from fastgpt.swap import gpt2
 from tests.models import VOCAB
+from tests.swap.swapped import accelerate
 
 IDX = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 

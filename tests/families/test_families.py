@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import accelerate, generate, modules
+from fastgpt import generate, modules
 from fastgpt.families import book as book_family
 from fastgpt.families import gpt2
 from fastgpt.swap import book, layers, trial
 from tests import models
+from tests.swap.swapped import accelerate
 
 
 class Sums(nn.Module):

@@ -10,11 +10,12 @@ transformers = pytest.importorskip("transformers", reason="the extra `test` brin
 from transformers.activations import ACT2FN  # noqa: E402
 
 import fastgpt  # noqa: E402
-from fastgpt import accelerate, restore  # noqa: E402
+from fastgpt import restore  # noqa: E402
 from fastgpt.swap import gpt2  # noqa: E402
 from fastgpt.swap.layers import gelu_kind  # noqa: E402
 from tests.families.huggingface import IDX, assert_as_before, attention_calls, padded  # noqa: E402
 from tests.models import VOCAB, hugging_face  # noqa: E402
+from tests.swap.swapped import accelerate  # noqa: E402
 
 
 @pytest.mark.parametrize("name", sorted(ACT2FN))
@@ -117,6 +118,16 @@ def test_embeddings_token_types_and_hidden_states():
     for a, b in zip(after[2].hidden_states, before[2].hidden_states, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(model(IDX, return_dict=False)[0], before[2].logits, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {}], ids=["in the call", "in the config"])
+def test_hidden_states_are_the_sums(asked):
+    """Asked for the first time after accelerate: transformers hooks the blocks then."""
+    before = hugging_face().double()(IDX, output_hidden_states=True).hidden_states
+    model = hugging_face(output_hidden_states=not asked).double()
+    accelerate(model)
+    for ours, theirs in zip(model(IDX, **asked).hidden_states, before, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
 def test_cross_attention_is_left_alone():

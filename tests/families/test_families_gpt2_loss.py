@@ -6,9 +6,9 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra `test` brings transformers")
 
 
-from fastgpt import accelerate  # noqa: E402
 from tests.families.huggingface import IDX  # noqa: E402
 from tests.models import hugging_face  # noqa: E402
+from tests.swap.swapped import accelerate  # noqa: E402
 
 
 @pytest.mark.parametrize("how", [dict(), dict(num_items_in_batch=5), dict(shift_labels=IDX.roll(-1, 1))], ids=str)
@@ -26,7 +26,8 @@ def test_the_loss_without_logits(how):
     _, before = found()
     accelerate(model, loss=True)
     output, after = found()
-    assert output.logits is None
+    assert output.logits is None and output.past_key_values is None
+    assert model(IDX, labels=labels, use_cache=True).past_key_values.get_seq_length() == IDX.shape[1]
     torch.testing.assert_close(after["loss"].double(), before["loss"].double(), rtol=1e-6, atol=0)
     for name in before:
         torch.testing.assert_close(after[name].double(), before[name].double(), rtol=1e-5, atol=1e-8)

@@ -6,9 +6,9 @@ import torch
 transformers = pytest.importorskip("transformers", reason="the extra `test` brings transformers")
 
 
-from fastgpt import accelerate  # noqa: E402
 from tests.families.huggingface import assert_as_before, attention_calls, padded, results  # noqa: E402
 from tests.models import hugging_face  # noqa: E402
+from tests.swap.swapped import accelerate  # noqa: E402
 
 
 def test_what_a_subclass_is_told_beside_the_known_arguments():

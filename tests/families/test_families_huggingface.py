@@ -13,10 +13,11 @@ from torch import nn
 transformers = pytest.importorskip("transformers", reason="the extra `test` brings transformers")
 
 import fastgpt.families.huggingface  # noqa: E402 (registers its attention)
-from fastgpt import accelerate, restore  # noqa: E402
+from fastgpt import restore  # noqa: E402
 from fastgpt.testing import assert_accurate  # noqa: E402
 from tests.families.huggingface import IDX, attention_calls, padded, results  # noqa: E402
 from tests.models import VOCAB, hugging_face  # noqa: E402
+from tests.swap.swapped import accelerate  # noqa: E402
 
 
 def door(model):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import accelerate
 from tests.models import CONTEXT, VOCAB, nanogpt
+from tests.swap.swapped import accelerate
 
 IDX = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig, accelerate, generate
+from fastgpt import GPT, GPTConfig, generate
 from fastgpt.data.tokenizer import encoding
 from fastgpt.generation import _check_room, stream
 from fastgpt.generation.decoder import Decoder
 from tests import models
 from tests.generation.small_gpt import FAMILIES, PROMPT, VOCABULARY, gpt, recomputed, varied
+from tests.swap.swapped import accelerate
 
 
 @pytest.fixture

@@ -41,11 +41,10 @@ def test_explain_tells_the_form_of_the_mlp():
 @pytest.mark.parametrize(
     ("rows", "vocab", "dtype", "words"),
     [
-        (40, 64, F32, "40 rows of 64 logits are made at once"),
-        (40, 65, F32, "40 rows of 65 logits are made some of the vocabulary at a time"),
-        (1908, 65, F32, "some of the vocabulary"),
-        (1909, 65, F32, "1,909 rows of 65 logits are made some rows at a time"),
-        (1909, 65, torch.bfloat16, "some of the vocabulary"),
+        (1335, 50257, F32, "1,335 rows of 50,257 logits are made at once"),
+        (1336, 50257, F32, "1,336 rows of 50,257 logits are made 1,335 rows at a time"),
+        (6000, 50257, F32, "1,500 rows at a time"),
+        (2000, 50257, torch.bfloat16, "2,000 rows of 50,257 logits are made at once"),
     ],
 )
 def test_explain_tells_the_way_over_the_logits(rows, vocab, dtype, words):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import accelerate, accelerated, restore
+import fastgpt
+from fastgpt import restore
 from fastgpt.testing import assert_accurate
 from tests.models import book, hugging_face, logits_and_loss, nanogpt, randomised
-from tests.swap.swapped import assert_as_before, batch, results
+from tests.swap.swapped import accelerate, accelerated, assert_as_before, batch, results
 
 PLACES = [
     pytest.param("cpu", id="fallback"),
@@ -52,14 +53,30 @@ def test_fifty_steps_give_the_same_losses(family):
     torch.testing.assert_close(after, before, rtol=1e-5, atol=0)
 
 
+def test_where_no_kernel_runs_each_forward_is_its_class(family):
+    model, (idx, targets) = family(), batch(9)
+    before = results(model, idx, targets)
+    report = fastgpt.accelerate(model)
+    after = results(model, idx, targets)
+    assert all(row.now for row in report.rows)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    told = "while the model is on cpu, where no kernel runs, each module does what its class says"
+    assert str(report).splitlines()[-1] == told
+    assert str(fastgpt.accelerate(model, loss=True)).endswith((told, f"{told}, but for the loss"))
+    assert told not in str(fastgpt.accelerate(model, backend="torch"))
+    assert not torch.equal(results(model, idx, targets)["logits"], before["logits"])
+
+
+@pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("dropout", ["attn_pdrop", "resid_pdrop", "embd_pdrop"])
-def test_hugging_faces_dropouts_stay_where_they_are(dropout):
-    assert_the_same_draws(hugging_face(**{dropout: 0.4}))
+def test_hugging_faces_dropouts_stay_where_they_are(dropout, loss):
+    assert_the_same_draws(hugging_face(**{dropout: 0.4}), loss)
 
 
+@pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("flash", [True, False])
-def test_nanogpts_dropout_stays_where_it_is(flash):
-    assert_the_same_draws(nanogpt(dropout=0.4, flash=flash))
+def test_nanogpts_dropout_stays_where_it_is(flash, loss):
+    assert_the_same_draws(nanogpt(dropout=0.4, flash=flash), loss)
 
 
 @pytest.mark.parametrize("kind", ["GPTModel", "GPTModelFast"])
@@ -67,7 +84,7 @@ def test_the_books_dropout_stays_where_it_is(kind):
     assert_the_same_draws(book(kind, drop_rate=0.4))
 
 
-def assert_the_same_draws(model):
+def assert_the_same_draws(model, loss=False):
     """On the fallback dropout asks torch's generator for the same numbers in the same order."""
     model.double().train()
     idx, targets = batch(9)
@@ -78,7 +95,7 @@ def assert_the_same_draws(model):
 
     before = losses()
     assert before.std() > 0
-    assert all(row.now for row in accelerate(model, backend="torch").rows), "none was left for drawing otherwise"
+    assert all(row.now for row in accelerate(model, loss=loss, backend="torch").rows), "none was left for drawing otherwise"
     torch.testing.assert_close(losses(), before, rtol=1e-6, atol=0)
     model.eval()
     assert torch.equal(losses(), losses()[[1, 2, 0]])

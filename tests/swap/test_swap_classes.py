@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgpt import accelerate, restore
+from fastgpt import restore
 from tests.models import hugging_face, logits_and_loss, nanogpt
-from tests.swap.swapped import batch
+from tests.swap.swapped import accelerate, batch
 
 
 def test_a_class_of_ones_own_with_its_name(family):

@@ -11,8 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastgpt import accelerate, ops, restore
+from fastgpt import ops, restore
 from tests.models import FAMILIES, VOCAB, book, hugging_face, logits_and_loss, nanogpt
+from tests.swap.swapped import accelerate
 
 IDX = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
 

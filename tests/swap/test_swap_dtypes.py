@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from bench.gates import feign
-from fastgpt import accelerate, restore
+from fastgpt import restore
 from fastgpt.modules import swap_of
 from tests.models import VOCAB
+from tests.swap.swapped import accelerate
 
 HALF = torch.bfloat16
 

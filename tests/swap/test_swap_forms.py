@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgpt import accelerate, restore
+from fastgpt import restore
 from tests.models import book, hugging_face, nanogpt
-from tests.swap.swapped import assert_as_before, batch
+from tests.swap.swapped import accelerate, assert_as_before, batch
 
 
 def parallel(block, x):

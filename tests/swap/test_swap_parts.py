@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastgpt import accelerate, accelerated, modules, restore
+from fastgpt import modules, restore
 from fastgpt.swap import layers
 from tests.models import book, logits_and_loss, nanogpt
-from tests.swap.swapped import batch, results
+from tests.swap.swapped import accelerate, accelerated, batch, results
 
 # Children that must be called
 

@@ -7,9 +7,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 
-from fastgpt import accelerate
 from tests.models import FAMILIES, VOCAB, book, logits_and_loss
-from tests.swap.swapped import batch
+from tests.swap.swapped import accelerate, batch
 
 TIME = 9
 CLOSE = dict(rtol=1e-6, atol=1e-7)  # the book's GELU keeps a constant in float32

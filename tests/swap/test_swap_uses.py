@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from fastgpt import accelerate
 from tests.models import CONTEXT, FAMILIES, VOCAB, hugging_face, logits_and_loss, nanogpt
+from tests.swap.swapped import accelerate
 
 IDX = torch.randint(1, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastgpt import accelerate, accelerated, generate, restore
+from fastgpt import generate, restore
 from tests.models import CONTEXT, FAMILIES, hugging_face, logits_and_loss, nanogpt
-from tests.swap.swapped import batch
+from tests.swap.swapped import accelerate, accelerated, batch
 from tests.torch_defaults import default_device, default_dtype
 
 # Generators

@@ -315,3 +315,11 @@ def test_numbers_that_no_model_computes_in_are_refused(tmp_path, part):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{part}[\w.]+ is torch.float8_e4m3fn of shape .* of 16, 32 or 64 bits"):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are Unicode there")
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    model = ours()
+    model.save_pretrained(folder)
+    torch.testing.assert_close(GPT.from_pretrained(folder).state_dict(), model.state_dict(), rtol=0, atol=0)
