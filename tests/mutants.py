@@ -378,7 +378,7 @@ MUTANTS = [
     Mutant("a trial in the user's default dtype", "fastgpt/swap/layers.py", "aside", "    torch.set_default_dtype(torch.float32)\n", "", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a trial on the user's default device", "fastgpt/swap/layers.py", "aside", 'with torch.no_grad(), torch.device("cpu"), torch.autocast', "with torch.no_grad(), torch.autocast", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a patched forward is not heard", "fastgpt/modules.py", "swapped_class.forward", "or plain.forward is not written or", "or", CHANGED + "test_a_class_that_changes_later_is_heard", False),
-    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "mlp", "if tuple(private.children(module)) != swap.children:", "if False:", CHANGED + "test_children_of_a_sequential_are_those_of_now", False),
+    Mutant("children added later are skipped", "fastgpt/swap/layers.py", "_parts", "if tuple(private.children(module)) != swap.children:", "if False:", CHANGED + "test_children_of_a_sequential_are_those_of_now", False),
     Mutant("the default dtype is not put back", "fastgpt/swap/layers.py", "aside", "        torch.set_default_dtype(dtype)\n", "", WORLDLY + "test_defaults_do_not_change_the_trial", False),
     Mutant("a mask on the meta device of one kind", "fastgpt/swap/trial.py", "why_not", "return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower", "return lower", WORLDLY + "test_a_model_on_the_meta_device_is_served_as_the_real_one", False),
     Mutant("a patched class is bypassed", "fastgpt/modules.py", "runs", "return made is not None and made.plain.forward is made.written", "return made is not None", CHANGED + "test_a_class_that_changes_later_is_heard", False),
