@@ -93,14 +93,33 @@ def _kernel(name: str) -> Any:
 # (torch's documentation, "CUDA Op-Specific Behavior") what GPT-2s call.
 _CAST_TO_HALF = ("addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention")
 _CAST_TO_FLOAT = (
-    *("cumsum", "exp", "layer_norm", "log", "log_softmax.int", "logsumexp", "native_layer_norm", "nll_loss"),
-    *("pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt", "softmax.int", "sum", "sum.dim_IntList"),
+    *("exp", "layer_norm", "log", "logsumexp", "native_layer_norm", "nll_loss"),
+    *("pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt"),
 )
+_TOLD_FLOAT = ("cumsum", "log_softmax.int", "softmax.int", "sum", "sum.dim_IntList")  # their dtype, where none is given
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _telling(name: str) -> Callable:
+    op = _operator(name)
+    place = [argument.name for argument in op._schema.arguments].index("dtype")
+
+    def kernel(x, *args, **kwargs):
+        floating = x.is_floating_point() and x.dtype != torch.float64
+        if floating and len(args) + 1 <= place and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_KEY.AutocastCUDA)):
+            return op(x, *args, **kwargs)
+
+    return kernel
 
 
 def _autocasting(name: str, to: Callable[[], torch.dtype]) -> Callable:
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    op = _operator(name)
 
     def cast(value):
         floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
@@ -122,6 +141,8 @@ def _below_python(capability: int) -> Iterator[None]:
             library.impl(name, _autocasting(name, lambda: torch.get_autocast_dtype("cuda")), "AutocastCUDA")
         for name in _CAST_TO_FLOAT:
             library.impl(name, _autocasting(name, lambda: torch.float32), "AutocastCUDA")
+        for name in _TOLD_FLOAT:
+            library.impl(name, _telling(name), "AutocastCUDA")
         library.impl("scaled_dot_product_attention", _attention(capability), "AutogradCUDA")
     try:
         yield
