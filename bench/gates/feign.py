@@ -150,8 +150,8 @@ def _below_python(capability: int) -> Iterator[None]:
         library._destroy()
 
 
-# scaled_dot_product_attention asks a tensor's device below Python too, and would take its plain form. On a card it takes
-# cuDNN's kernel for halves where the capability is 9.0 or more, and FlashAttention's on others.
+# scaled_dot_product_attention asks a tensor's device below Python too, and would take its plain form. On a card it
+# takes cuDNN's kernel for halves where the capability is 9.0 or more, and FlashAttention's on others.
 
 
 def _attention(capability: int) -> Callable:

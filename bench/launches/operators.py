@@ -1,7 +1,7 @@
 """What PyTorch's operators launch on an NVIDIA GPU, and the bytes and flops of each, from shapes, strides and dtypes.
 
-An operator that has no kernel of its own for a device is taken apart into those that have one (`whole`), so `_to_copy`
-is recorded as the `copy_` in it, and `constant_pad_nd` as a `fill_` and a `copy_`. What is left launches one kernel, but
+An operator that has no kernel of its own for a device is taken apart into those that have one (`parts`): `_to_copy` is
+recorded as the `copy_` in it, and `constant_pad_nd` as a `fill_` and a `copy_`. What is left launches one kernel, but
 for the few that COUNTS names. Views launch none. Bytes are each operand read once and each result written once; what
 is expanded is read once.
 """
@@ -19,7 +19,6 @@ from bench import work
 from bench.work import Work
 
 _KEY = torch._C.DispatchKey
-aten = torch.ops.aten
 
 # Of operators that are no views and launch nothing all the same: what they make is not written, or they only move ends.
 _SILENT = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_", "set_", "_unsafe_view"}
@@ -114,8 +113,6 @@ def work_of(op: Any, args: tuple, kwargs: dict, result: Any) -> Work:
         writes = argument.alias_info is not None and argument.alias_info.is_write
         tensors = [each for each in tree_leaves(given.get(argument.name)) if isinstance(each, Tensor)]
         reads = not writes or not (argument.kwarg_only or name in _ONLY_WRITTEN)
-        if "dtype_out" in op.name() and name == "addmm" and argument.name == "self":
-            reads = True
         moved += sum(memory(each) for each in tensors) * (writes + reads)
         written |= {id(each) for each in tensors if writes}
     results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]

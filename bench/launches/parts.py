@@ -17,7 +17,7 @@ class Sizes(NamedTuple):
 
 MATMULS, UNALIGNED = "matmuls", "matmuls over an odd vocabulary"
 NUMBERS, SUMS, EMBEDDING, CLIPPING = "numbers and indices", "bias gradients and other sums", "embedding", "clipping"
-SCALING, ADDS = "scaling of the loss's gradients", "residual adds outside LayerNorm"
+SCALING, ADDS = "scaling of the loss's gradients", "adds outside LayerNorm"
 PARTS = (
     *(MATMULS, UNALIGNED, "attention, forward", "attention, backward", "LayerNorms, forward", "LayerNorms, backward"),
     *("GELU, forward", "GELU, backward", "cross entropy", SUMS, ADDS, "casts of activations", "copies of activations"),
@@ -70,26 +70,23 @@ def part_of(name: str, phase: str, tensors: list[Tensor], sizes: Sizes) -> str:
 def _is_activation(tensor: Tensor, sizes: Sizes) -> bool:
     """Or else a weight, a bias, or the gradient of one: by their shapes, of which no activation has one."""
     C, F, V = sizes.channels, sizes.hidden, sizes.vocabulary
-    if tensor.dim() == 2 and {*tensor.shape} <= {C, 3 * C, F} or V <= tensor.shape[0] < V + 64:
+    if (tensor.dim() == 2 and {*tensor.shape} <= {C, 3 * C, F}) or V <= tensor.shape[0] < V + 64:
         return False
     return tensor.numel() > sizes.rows / 16 * C  # a sixteenth, for the head's rows go by chunks
 
 
 def _of_activations(name: str, phase: str, tensors: list[Tensor], sizes: Sizes) -> str:
-    wide = any(each.shape[-1:] == (sizes.hidden,) for each in tensors)
-    if wide and name != "copy_" or wide and _is_elementwise_cast(tensors):
-        return f"GELU, {phase}"
+    casts = name == "copy_" and tensors[0].dtype != tensors[1].dtype
+    if any(each.shape[-1:] == (sizes.hidden,) for each in tensors) and (casts or name != "copy_"):
+        return f"GELU, {phase}"  # a GELU written out in operators that autocast casts for
     if name == "copy_":
-        return f"{'casts' if tensors[0].dtype != tensors[1].dtype else 'copies'} of activations"
+        return f"{'casts' if casts else 'copies'} of activations"
     if name in ("mul_", "mul"):
         return SCALING
     if name not in ("add", "add_"):
         return "copies of activations"
-    return EMBEDDING if len({each.numel() for each in tensors}) > 1 else ADDS
-
-
-def _is_elementwise_cast(tensors: list[Tensor]) -> bool:
-    return tensors[0].dtype != tensors[1].dtype
+    table = any(each.dim() > 1 and each.numel() < tensors[-1].numel() for each in tensors)  # of positions
+    return EMBEDDING if table else ADDS  # of a bias too, where it is a pass of its own
 
 
 def _aligned(tensor: Tensor) -> bool:

@@ -9,7 +9,6 @@ fast as the card runs, make a row slower than predicted: the prediction is of th
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from bench.launches.parts import CLIPPING, EMBEDDING, MATMULS, SUMS, UNALIGNED
 from bench.launches.rows import Line
@@ -47,12 +46,7 @@ ELSEWHERE = {
     "_scaled_dot_product_cudnn_attention": 336e12 / RATES[0],
     "_scaled_dot_product_cudnn_attention_backward": (516 / 526, "attention, backward"),
 }
-PASS = "GELU, forward"  # noqa: S105, whose share is that of any pass that reads and writes activations
-
-
-class Prediction(NamedTuple):
-    seconds: float
-    measured: dict[str, float]  # rows of this account that were measured, by their names: seconds
+PASS = "GELU, forward"  # whose share is that of any pass over memory
 
 
 def shares(profiled: list[Line]) -> dict[str, float]:

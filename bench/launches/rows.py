@@ -66,25 +66,26 @@ def account(name: str, config: GPTConfig, batch: int) -> list[Line]:
     whole, few, more = (
         calls(name, dataclasses.replace(config, n_layer=layers), batch) for layers in (config.n_layer, FEW, MORE)
     )
-    counts = {number: Counter(map(_key, found)) for number, found in ((FEW, few), (MORE, more))}
+    counts = {number: Counter(map(key, found)) for number, found in ((FEW, few), (MORE, more))}
     lines: dict[tuple, Line] = {}
     for launch in whole:
-        key = _key(launch)
-        line = lines.get(key)
+        own = key(launch)
+        line = lines.get(own)
         if line is None:
-            a_layer = counts[MORE][key] - counts[FEW][key]
-            line = lines[key] = Line(*key, a_layer, counts[FEW][key] - FEW * a_layer, 0, 0.0, 0.0)
+            a_layer = counts[MORE][own] - counts[FEW][own]
+            line = lines[own] = Line(*own, a_layer, counts[FEW][own] - FEW * a_layer, 0, 0.0, 0.0)
         line.launches += launch.kernels
         line.flops += launch.work.flops
         line.bytes += launch.work.bytes
-    for key, number in Counter(map(_key, whole)).items():
-        line = lines[key]
+    for own, number in Counter(map(key, whole)).items():
+        line = lines[own]
         if number != line.a_step + config.n_layer * line.a_layer:
-            raise AssertionError(f"{name}: {number} calls of {key}, not {line.a_step} + {line.a_layer} a layer")
+            raise AssertionError(f"{name}: {number} calls of {own}, not {line.a_step} and {line.a_layer} a layer")
     return list(lines.values())
 
 
-def _key(launch: Launch) -> tuple[str, str, str, str]:
+def key(launch: Launch) -> tuple[str, str, str, str]:
+    """Calls that share it make one line."""
     return launch.phase, launch.part, launch.name, launch.tensors
 
 
