@@ -170,3 +170,20 @@ def test_the_command_prints_a_rows_list_and_says_what_it_does_not_know(capsys, m
     assert "no row's name holds 'no such row'" in capsys.readouterr().err
     assert main(["launches", "--tflops", "0"]) == 2
     assert "--tflops is 0.0" in capsys.readouterr().err
+
+
+def test_autocast_casts_no_logits_where_the_kernel_takes_them_as_they_are():
+    """cross_entropy asks for log_softmax in its own dtype: on a card no cast of all logits comes before it."""
+
+    def call():
+        logits = torch.randn(64, 50257, device="cuda").bfloat16()
+        found.clear()
+        with torch.autocast("cuda", torch.bfloat16):
+            F.cross_entropy(logits, torch.zeros(64, dtype=torch.int64, device="cuda"))
+            assert logits.sum(0).dtype == torch.float32  # which a sum makes as it reads halves
+
+    with feign.card(90), record.recorded(SIZES) as found:
+        call()
+    assert [launch.name for launch in found if launch.part == "cross entropy"] == [
+        *("_log_softmax", "copy_", "nll_loss_forward", "sum"),
+    ]
