@@ -35,19 +35,20 @@ class Asked(torch.nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def step_of(name, loss, autocast, compiles, backend="auto"):
+def step_of(name, loss, autocast, compiles, device="cpu", backend="auto"):
     """The loss and the gradients' norm of two steps, from the same weights."""
-    model = Asked(name, FAMILIES[name](**{LAYERS[name]: 2}), loss).train()
+    model, idx = Asked(name, FAMILIES[name](**{LAYERS[name]: 2}), loss).train().to(device), IDX.to(device)
     accelerate(model, loss=loss, backend=backend)
     called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
     step = TrainingStep(called, adamw(model, 1e-2), 1.0, autocast)
-    return torch.stack([torch.stack(step(IDX, IDX)) for _ in range(2)])
+    return torch.stack([torch.stack(step(idx, idx)) for _ in range(2)])
 
 
-def assert_one_graph(name, loss, autocast, backend="auto"):
+def assert_one_graph(*args):
     torch._dynamo.reset()
-    expected = step_of(name, loss, autocast, False, backend)
-    torch.testing.assert_close(step_of(name, loss, autocast, True, backend), expected, rtol=0.02, atol=1e-3)
+    name, loss, autocast, *where = args
+    expected = step_of(name, loss, autocast, False, *where)
+    torch.testing.assert_close(step_of(name, loss, autocast, True, *where), expected, rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
@@ -68,8 +69,8 @@ def test_a_training_step_is_one_graph(name, loss, autocast):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "loss"), [("hugging face", False), ("nanogpt", True), ("book", False)])
-def test_a_training_step_with_kernels_is_one_graph(name, loss):
-    assert_one_graph(name, loss, None, "triton")
+def test_a_training_step_with_kernels_is_one_graph(name, loss, device):
+    assert_one_graph(name, loss, None, device, "triton")
 
 
 @pytest.mark.parametrize(("name", "loss"), [("hugging face", True), ("nanogpt", True), ("book", False)])
