@@ -93,14 +93,33 @@ def _kernel(name: str) -> Any:
 # (torch's documentation, "CUDA Op-Specific Behavior") what GPT-2s call.
 _CAST_TO_HALF = ("addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention")
 _CAST_TO_FLOAT = (
-    *("cumsum", "exp", "layer_norm", "log", "log_softmax.int", "logsumexp", "native_layer_norm", "nll_loss"),
-    *("pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt", "softmax.int", "sum", "sum.dim_IntList"),
+    *("exp", "layer_norm", "log", "logsumexp", "native_layer_norm", "nll_loss"),
+    *("pow.Scalar", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt"),
 )
+_TOLD_FLOAT = ("cumsum", "log_softmax.int", "softmax.int", "sum", "sum.dim_IntList")  # their dtype, where none is given
+
+
+def _operator(name: str) -> Any:
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
+
+
+def _telling(name: str) -> Callable:
+    op = _operator(name)
+    place = [argument.name for argument in op._schema.arguments].index("dtype")
+
+    def kernel(x, *args, **kwargs):
+        floating = x.is_floating_point() and x.dtype != torch.float64
+        if floating and len(args) + 1 <= place and kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_KEY.AutocastCUDA)):
+            return op(x, *args, **kwargs)
+
+    return kernel
 
 
 def _autocasting(name: str, to: Callable[[], torch.dtype]) -> Callable:
-    packet, _, overload = name.partition(".")
-    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    op = _operator(name)
 
     def cast(value):
         floating = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
@@ -114,7 +133,7 @@ def _autocasting(name: str, to: Callable[[], torch.dtype]) -> Callable:
 
 
 @contextlib.contextmanager
-def _autocast() -> Iterator[None]:
+def _below_python(capability: int) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are overridden
@@ -122,10 +141,35 @@ def _autocast() -> Iterator[None]:
             library.impl(name, _autocasting(name, lambda: torch.get_autocast_dtype("cuda")), "AutocastCUDA")
         for name in _CAST_TO_FLOAT:
             library.impl(name, _autocasting(name, lambda: torch.float32), "AutocastCUDA")
+        for name in _TOLD_FLOAT:
+            library.impl(name, _telling(name), "AutocastCUDA")
+        library.impl("scaled_dot_product_attention", _attention(capability), "AutogradCUDA")
     try:
         yield
     finally:
         library._destroy()
+
+
+# scaled_dot_product_attention asks a tensor's device below Python too, and would take its plain form. On a card it
+# takes cuDNN's kernel for halves where the capability is 9.0 or more, and FlashAttention's on others.
+
+
+def _attention(capability: int) -> Callable:
+    aten = torch.ops.aten
+
+    def kernel(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        plain = attn_mask is not None or enable_gqa or q.dtype.itemsize != 2 or q.shape[-1] % 8 or q.shape[-1] > 128
+        if plain:
+            return aten.scaled_dot_product_attention.default.decompose(
+                q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if capability < 90:
+            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+        log_sum = any(t.requires_grad for t in (q, k, v))
+        made = aten._scaled_dot_product_cudnn_attention(q, k, v, None, log_sum, dropout_p, is_causal, scale=scale)
+        return made[0]
+
+    return kernel
 
 
 class _Asks(TorchFunctionMode):
@@ -141,6 +185,16 @@ class _Asks(TorchFunctionMode):
         kwargs = {name: _META if _is_cuda(value) else value for name, value in kwargs.items()}
         result = func(*args, **kwargs)
         return _feigned(result) if func in (torch.tensor, torch.as_tensor) else result  # they reach no mode
+
+
+_group = torch._C._group_tensors_by_device_and_dtype
+
+
+def _grouped(lists: list, *options) -> dict:
+    """By device and dtype, and a feigned tensor's is the card: clipping and optimizers ask for it below Python."""
+    groups = _group(lists, *options).items()
+    there = bool(lists) and any(each.is_cuda for each in lists[0] if each is not None)
+    return {(DEVICE if there and device.type == "meta" else device, dtype): group for (device, dtype), group in groups}
 
 
 def _is_cuda(value: Any) -> bool:
@@ -208,7 +262,8 @@ def card(capability: int) -> Iterator[Card]:
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
         for name, value in module.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(_autocast())
+        stack.enter_context(_below_python(capability))
+        stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         stack.enter_context(_Mode())
         stack.enter_context(_Asks())
         yield there
