@@ -220,7 +220,7 @@ MUTANTS = [
     Mutant("the other GELU", "fastgpt/ops/autograd.py", "gelu_mlp", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
     Mutant("0.044751", GELU, "_exp_minus_2u", "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
     Mutant("no factor 3 in the derivative", GELU, "gelu_derivative", "0.134145", "0.044715", MLP_WIDTHS),
-    Mutant("b_in dropped", MLP, "gelu_mlp_fwd", "torch.addmm(b_in, x, w_in.t(), out=pre)", "torch.mm(x, w_in.t(), out=pre)", MLP_WIDTHS),
+    Mutant("b_in dropped", MLP, "linear_gelu", "torch.addmm(b_in, x, w_in.t(), out=pre)", "torch.mm(x, w_in.t(), out=pre)", MLP_WIDTHS),
     Mutant("db_in zero", MLP, "gelu_mlp_bwd", "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
     Mutant("derivative overflows", GELU, "gelu_derivative", "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "_gelu_bwd_kernel", "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),

@@ -8,6 +8,7 @@ would compile.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -78,7 +79,7 @@ class Launch(NamedTuple):
     def compile(self) -> triton.compiler.CompiledKernel:
         source_type = ASTSource
         if self.kernel.is_gluon():
-            from triton.experimental.gluon._runtime import GluonASTSource as source_type  # Gluon moves between Tritons
+            source_type = import_module("triton.experimental.gluon._runtime").GluonASTSource
         source = source_type(self.kernel, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=self.options.__dict__)
 

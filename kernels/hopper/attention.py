@@ -2,19 +2,19 @@
 
     S = scale q kᵀ,  P = softmax(S) over the keys up to the query's own,  o = P v,  lse = m + log2(l)
 
-The mathematics, o's layout and lse are kernels/attention.py's, whose backward goes on from them. B batch, H heads, T
-time, D head dim 64 or 128; q, k, v, o in bfloat16 or float16. Every query sees the keys up to its own place: no dropout,
-masks, documents or grouped heads.
+The mathematics, o's layout and lse are those of kernels/attention.py, from where its backward goes on. B batch, H
+heads, T time, D head dim 64 or 128; q, k, v, o in bfloat16 or float16. Every query sees the keys up to its own place:
+no dropout, masks, documents or grouped heads.
 
 A program has CONSUMERS warpgroups of 64 queries each, which multiply, and one warp that loads: q into one buffer a
 consumer, k and v into rings of STAGES tiles of BLOCK_N keys, in the order in which they are consumed. Keys are walked
 from the diagonal down, so a consumer's first tile alone is masked and stands before the loop. A consumer whose diagonal
-lies further down than its neighbour's waits for the tiles it skips and frees them, which keeps it in step with the ring.
+is not in the block's last tile waits for the tiles that it skips and frees them, which keeps it in step with the ring.
 
-In the loop q kᵀ of the next tile is issued together with p v of this one; once the first is done, the softmax runs under
-the second. The wait for the next tile of k stands between the softmax and the wait for p v for a reason: ptxas moves the
-latter in front of arithmetic that it does not depend on, but not over a wait for memory, which is a branch. Without it
-softmax and product take turns, with no warning.
+In the loop q kᵀ of the next tile is issued together with p v of this one; once the first is done, the softmax runs
+under the second. The wait for the next tile of k stands between the softmax and the wait for p v for a reason: ptxas
+moves the latter in front of arithmetic that it does not depend on, but not over a wait for memory, which is a branch.
+Without it softmax and product take turns, with no warning.
 
 A work item is the query tiles n-1-i and i of a head, of n: all items cost the same, so a fixed grid of one program a
 multiprocessor shares them out evenly.
@@ -26,8 +26,8 @@ multiprocessor busy; L2 is two warpgroups' half each of 32 bytes a clock:
     64    408     12    66    66    34    68           512   528    408   512
     128   450     16    66    66    66    68          1024   528    450  1024
 
-The kernel's prototype, of which this is a copy without its switches, ran on an H100: docs/kernels.md has the figures, and
-says what has not been measured.
+The kernel's prototype, of which this is a copy without its switches, ran on an H100: docs/kernels.md has the figures,
+and says what has not been measured.
 """
 
 import math
@@ -86,7 +86,7 @@ def _load(desc, batch, row, head, bar, buffer, BYTES: gl.constexpr):
 def _producer(load, D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
     """The warp that loads."""
     q_desc, k_desc, v_desc, tensors, numbers = load
-    q_smem, k_smem, v_smem, o_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = tensors
+    q_smem, k_smem, v_smem, _, q_full, q_empty, k_full, k_empty, v_full, v_empty = tensors
     heads, time, items, tiles = numbers
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     KV_BYTES: gl.constexpr = BLOCK_N * D * 2
@@ -272,8 +272,8 @@ def attention_fwd(
 ) -> None:
     """q, k, v (B, H, T, D) -> o (B, H, T, D) and lse (B, H, T), which are written.
 
-    block_m: queries of a program; (D, block_m) is one of FORMS. q, k, v and o are of one dtype of 16 bits, `aligned`, and
-    B H T is below 2**31.
+    block_m: queries of a program; (D, block_m) is one of FORMS. q, k, v and o are of one dtype of 16 bits, begin at
+    multiples of 16 bytes, and have `nested_strides` that are such multiples too; B H T is below 2**31.
     """
     batch, heads, time, dim = q.shape
     form = FORMS[dim, block_m]

@@ -3,25 +3,25 @@
     forward    pre = x w_inᵀ + b_in, as rounded;  act = gelu(pre)            x (M, C), w_in (F, C)
     backward   dpre = (dy w_out) gelu'(pre);  column sums of dpre            dy (M, C), w_out (C, F)
 
-kernels/gelu.py has both GELUs. Tensors are bfloat16 or float16, sums float32: one row of partial sums a tile of 128 rows,
-for torch to add up. Any M; F a multiple of 256 forward and of 128 backward; any C that keeps rows at multiples of 16
-bytes: what a tile reads past M or C is zeros, and what it would write there is not written.
+kernels/gelu.py has both GELUs. Tensors are bfloat16 or float16, sums float32: one row of partial sums a tile of 128
+rows, for torch to add up. Any M; F a multiple of 256 forward and of 128 backward; any C that keeps rows at multiples of
+16 bytes: what a tile reads past M or C is zeros, and what it would write there is not written.
 
 Every program keeps one block of columns, so that their weights stay in the L2 cache, and walks over tiles of rows. One
 warp loads tiles of both operands, 64 of C at a time, into a ring of STAGES. Two warpgroups multiply, with one product
 always in flight; a step's slot is freed when the next step's product has been issued and its own is done.
 
 Forward, a tile is 128 x 256: each warpgroup multiplies 64 rows, starting from the bias, leaves them rounded in shared
-memory, and goes on; a third warpgroup makes the GELU and writes both results. Warpgroup 1 starts each tile one step after
-0 (`turn`), so that they do not end together. Backward, each warpgroup has every second tile of 128 x 128, and they take
-turns: one multiplies while the other ends its tile, for which one more warp each loads pre.
+memory, and goes on; a third warpgroup makes the GELU and writes both results. Warpgroup 1 starts each tile one step
+after 0 (`turn`), so that they do not end together. Backward, each warpgroup has every second tile of 128 x 128, and
+they take turns: one multiplies while the other ends its tile, for which one more warp each loads pre.
 
 GELU's exponential and reciprocal are the card's own: two instructions an element on the unit that does 16 a clock, some
-4100 clocks a tile of 128 x 256 x 768, against 12288 of the tensor core. The rounding takes two elements at once by hand,
-for where a rounded value is used again the compiler rounds one by one, on the same unit.
+4100 clocks a tile of 128 x 256 x 768, against 12288 of the tensor core. The rounding takes two elements at once by
+hand, for the compiler rounds one by one, on the same unit, where a rounded value is used again.
 
-The kernels' prototypes, of which these are copies without their switches, ran on an H100: docs/kernels.md has the figures,
-and says what has not been measured.
+The kernels' prototypes, of which these are copies without their switches, ran on an H100 with the tanh GELU in
+bfloat16: docs/kernels.md has the figures, and says what has not been measured.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The backward of the MLP's first matmul and its GELU, for Hopper; linear_gelu.py has the forward, and explains both."""
+"""The backward of the MLP's first matmul and its GELU, for Hopper; linear_gelu.py explains both."""
 
 import torch
 from triton.experimental import gluon
@@ -141,7 +141,7 @@ def _hopper_linear_gelu_bwd_kernel(
 def linear_gelu_bwd(
     dy: torch.Tensor, w_out: torch.Tensor, pre: torch.Tensor, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy (M, C), w_out (C, F), pre (M, F) -> dpre (M, F), and partial sums of its columns (tiles of rows, F) in float32.
+    """dy (M, C), w_out (C, F), pre (M, F) -> dpre (M, F), and float32 partial sums (tiles of rows, F) of its columns.
 
     F is a multiple of COLUMNS, rows are contiguous and begin at multiples of 16 bytes.
     """

@@ -45,9 +45,9 @@ def rounded(x, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _normal(z):
-    """Φ(z) = (1 + erf(z / √2)) / 2, and below 0 with 6 digits of its own where erf would cancel: erfc(x) exp(x²) has a
-    logarithm that is smooth in 1 / (1 + c x). The coefficients are a Chebyshev fit for 0 ≤ x ≤ 16. Triton's erf takes so
-    many registers that the backward spills."""
+    """Φ(z) = (1 + erf(z / √2)) / 2; below 0 with 6 digits of its own, where erf would cancel. erfc(x) exp(x²) has
+    a logarithm that is smooth in 1 / (1 + c x). The coefficients are a Chebyshev fit for 0 ≤ x ≤ 16. Triton's erf takes
+    so many registers that the backward spills."""
     t = _rcp(gl.abs(z) * 0.22 + 1.0)
     p = t * (t * (t * (t * 0.588725501 - 2.263805333) + 3.023094416) - 1.984009475) + 1.249552740
     p = t * (t * (t * p + 0.424917182) + 1.473444179) - 3.511919587

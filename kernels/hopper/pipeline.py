@@ -1,12 +1,12 @@
-"""What Hopper's kernels share: rings of barriers in shared memory, and the tensor maps that the copy engine (TMA) reads.
+"""What Hopper's kernels share: rings of barriers in shared memory, and what the copy engine (TMA) knows of a tensor.
 
 A tile goes from global to shared memory by one instruction of one thread; a barrier counts its bytes. A ring of STAGES
 tiles has two barriers a slot: `full`, on which consumers wait for the bytes, and `empty`, on which the producer waits
 until all consumers have read the slot. A wait names the parity of the phase that it wants done: a consumer's begins at
 0 and flips where the ring wraps; a producer's is the other one, so that slots count as free at first.
 
-These kernels are in Gluon (triton.experimental.gluon), which may change with every Triton: fastgpt.ops.hopper says which
-Tritons are known, and imports this folder on no other.
+These kernels are in Gluon (triton.experimental.gluon), which may change with every Triton: fastgpt.ops.hopper says
+which Tritons are known, and imports this folder on no other.
 """
 
 import functools
@@ -45,8 +45,8 @@ def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
 
 
 def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
-    """Of tiles of shape `block` in the tensor that begins where `base` does. What lies past `shape` is read as zeros and
-    not written. The address and all strides but the last, which is 1, are multiples of 16 bytes."""
+    """Of tiles of shape `block` in the tensor that begins where `base` does. What lies past `shape` is read as zeros
+    and not written. The address and all strides but the last, which is 1, are multiples of 16 bytes."""
     return TensorDescriptor(base, shape, strides, list(block), _layout(block, base.dtype))
 
 
