@@ -183,8 +183,7 @@ def attention_qkv_fwd(
         row = attention_qkv_form(qkv, key_mask, documents, heads, dropout_p).row
         if row is not None:
             out, lse = attention.attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p)
-            parts = attention.unpack(qkv, 3, heads)
-            _kernels("attention").attention_fwd(*parts, *attention.unpack(out, 1, heads), lse, scale, row.block_m)
+            _kernels("attention").attention_qkv_fwd(qkv, out, lse, heads, scale, row.block_m)
             return out, lse
     return attention.attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
 

@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch import cdiv
-from .pipeline import barrier, barriers, descriptor, multiprocessors, next_slot
+from .pipeline import Map, barrier, barriers, launch, multiprocessors, next_slot
 
 
 class Form(NamedTuple):
@@ -275,36 +275,47 @@ def attention_fwd(
     block_m: queries of a program; (D, block_m) is one of FORMS. q, k, v and o are of one dtype of 16 bits, begin at
     multiples of 16 bytes, and have `nested_strides` that are such multiples too; B H T is below 2**31.
     """
-    batch, heads, time, dim = q.shape
+    _forward([(t, nested_strides(t)) for t in (q, k, v, o)], q.shape, lse, scale, block_m)
+
+
+def attention_qkv_fwd(
+    qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, heads: int, scale: float, block_m: int
+) -> None:
+    """The packed projection qkv (B, T, 3C) -> out (B, T, C) and lse (B, H, T), which are written; both contiguous."""
+    batch, time, channels = out.shape
+    dim = channels // heads
+    packed, strides = [3 * time * channels, 3 * channels, dim, 1], [time * channels, channels, dim, 1]
+    parts = [(qkv.narrow(-1, i * channels, channels), packed) for i in range(3)]
+    _forward([*parts, (out, strides)], (batch, heads, time, dim), lse, scale, block_m)
+
+
+def _forward(operands, shape, lse, scale, block_m):
+    """operands: of q, k, v, o a tensor that begins where it does, and its strides as (B, T, H, D)."""
+    batch, heads, time, dim = shape
     form = FORMS[dim, block_m]
     tiles = cdiv(time, block_m)
     items = batch * heads * ((tiles + 1) // 2)
-    _hopper_attention_fwd_kernel[(min(items, multiprocessors(q.device)),)](
-        _heads(q, 64),
-        _heads(k, form.block_n),
-        _heads(v, form.block_n),
-        _heads(o, 64),
-        lse,
-        heads,
-        time,
-        items,
-        tiles,
-        scale * math.log2(math.e),
-        D=dim,
-        BLOCK_N=form.block_n,
-        CONSUMERS=form.consumers,
-        STAGES=form.stages,
-        REGISTERS=form.registers,
-        PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
+    rows = (64, form.block_n, form.block_n, 64)
+    launch(
+        _hopper_attention_fwd_kernel,
+        ("attention_fwd", dim, block_m, lse.data_ptr() % 16),
+        min(items, multiprocessors(lse.device)),
+        [
+            Map(t, [batch, time, heads, dim], strides, (1, n, 1, dim))
+            for (t, strides), n in zip(operands, rows, strict=True)
+        ],
+        (lse, heads, time, items, tiles, scale * math.log2(math.e)),
+        {
+            "D": dim,
+            "BLOCK_N": form.block_n,
+            "CONSUMERS": form.consumers,
+            "STAGES": form.stages,
+            "REGISTERS": form.registers,
+            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+        },
         num_warps=4,
         maxnreg=form.maxnreg,
     )
-
-
-def _heads(t, rows):
-    """The descriptor of (B, H, T, D) as (B, T, H, D), by tiles of `rows` of one head."""
-    batch, heads, time, dim = t.shape
-    return descriptor(t, [batch, time, heads, dim], nested_strides(t), (1, rows, 1, dim))
 
 
 def nested_strides(t: torch.Tensor) -> list[int]:

@@ -48,7 +48,7 @@ from .linear_gelu_tiles import (
     steps,
     tiled,
 )
-from .pipeline import barriers
+from .pipeline import barriers, launch
 
 COLUMNS = 256  # of a tile: F is a multiple of it
 
@@ -170,21 +170,20 @@ def linear_gelu_fwd(
 
     F is a multiple of COLUMNS, rows are contiguous and begin at multiples of 16 bytes.
     """
-    rows, hidden = pre.shape
-    _hopper_linear_gelu_fwd_kernel[(programs(rows, hidden // COLUMNS, x.device),)](
-        tiled(x, 64, 64),
-        tiled(w_in, COLUMNS, 64),
-        tiled(pre, 64, 64),
-        tiled(act, 64, 64),
-        b_in,
-        rows,
-        hidden,
-        x.shape[1],
-        TANH=tanh,
-        BLOCK_N=COLUMNS,
-        STAGES=3,
-        REGISTERS=168,
-        EPILOGUE_REGISTERS=144,
-        LOADER_REGISTERS=24,
+    (rows, channels), hidden = x.shape, len(w_in)
+    launch(
+        _hopper_linear_gelu_fwd_kernel,
+        ("linear_gelu_fwd", tanh, hidden, channels, b_in.data_ptr() % 16),
+        programs(rows, hidden // COLUMNS, x.device),
+        [tiled(x, 64, 64), tiled(w_in, COLUMNS, 64), tiled(pre, 64, 64), tiled(act, 64, 64)],
+        (b_in, rows, hidden, channels),
+        {
+            "TANH": tanh,
+            "BLOCK_N": COLUMNS,
+            "STAGES": 3,
+            "REGISTERS": 168,
+            "EPILOGUE_REGISTERS": 144,
+            "LOADER_REGISTERS": 24,
+        },
         num_warps=4,
     )

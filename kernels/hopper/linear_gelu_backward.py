@@ -25,7 +25,7 @@ from .linear_gelu_tiles import (
     steps,
     tiled,
 )
-from .pipeline import barriers
+from .pipeline import barriers, launch
 
 COLUMNS = 128  # of a tile: F is a multiple of it
 
@@ -148,21 +148,21 @@ def linear_gelu_bwd(
     rows, hidden = pre.shape
     dpre = torch.empty_like(pre)
     sums = torch.empty((cdiv(rows, BLOCK_M.value), hidden), dtype=torch.float32, device=pre.device)
-    _hopper_linear_gelu_bwd_kernel[(programs(rows, hidden // COLUMNS, dy.device),)](
-        tiled(dy, BLOCK_M.value, 64),
-        tiled(w_out, 64, COLUMNS),
-        tiled(pre, BLOCK_M.value, 64),
-        tiled(dpre, BLOCK_M.value, 64),
-        sums,
-        rows,
-        hidden,
-        dy.shape[1],
-        TANH=tanh,
-        BLOCK_N=COLUMNS,
-        STAGES=4,
-        PRE_STAGES=2,
-        REGISTERS=232,
-        LOADER_REGISTERS=24,
+    channels = dy.shape[1]
+    launch(
+        _hopper_linear_gelu_bwd_kernel,
+        ("linear_gelu_bwd", tanh, hidden, channels, sums.data_ptr() % 16),
+        programs(rows, hidden // COLUMNS, dy.device),
+        [tiled(dy, 128, 64), tiled(w_out, 64, COLUMNS), tiled(pre, 128, 64), tiled(dpre, 128, 64)],
+        (sums, rows, hidden, channels),
+        {
+            "TANH": tanh,
+            "BLOCK_N": COLUMNS,
+            "STAGES": 4,
+            "PRE_STAGES": 2,
+            "REGISTERS": 232,
+            "LOADER_REGISTERS": 24,
+        },
         num_warps=4,
     )
     return dpre, sums

@@ -10,10 +10,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..launch import cdiv
-from .pipeline import descriptor, multiprocessors, next_slot
+from .pipeline import Map, multiprocessors, next_slot
 
 BLOCK_M, BLOCK_K = gl.constexpr(128), gl.constexpr(64)  # rows of a tile, and how much of C is multiplied at a step
 PIECE = gl.constexpr(64)  # columns of a tile that are ended at once
@@ -144,9 +143,9 @@ def load_operands(
             stage, phase = next_slot(stage, phase, STAGES)
 
 
-def tiled(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The descriptor of a matrix by tiles [rows, columns]."""
-    return descriptor(t, list(t.shape), [t.stride(0) if t.shape[0] > 1 else t.shape[1], 1], (rows, columns))
+def tiled(t: torch.Tensor, rows: int, columns: int) -> Map:
+    """A matrix by tiles [rows, columns]."""
+    return Map(t, list(t.shape), [t.stride(0) if t.shape[0] > 1 else t.shape[1], 1], (rows, columns))
 
 
 def programs(rows: int, across: int, device: torch.device) -> int:

@@ -10,6 +10,7 @@ which Tritons are known, and imports this folder on no other.
 """
 
 import functools
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -39,15 +40,45 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return found
 
 
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
+class Map:
+    """Of a tensor what Triton makes a tensor map of, for tiles of shape `block`. What lies past `shape` is read as
+    zeros and not written. The address and all strides but the last, which is 1, are multiples of 16 bytes."""
+
+    __slots__ = ("base", "block", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]):
+        self.base, self.shape, self.strides, self.block = base, shape, strides, block
+
+    def checked(self) -> TensorDescriptor:
+        """Triton's own, which checks what it is given."""
+        return TensorDescriptor(self.base, self.shape, self.strides, list(self.block), self._layout())
+
+    def _layout(self) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout.get_default_for(list(self.block), _DTYPES[self.base.dtype])
 
 
-def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
-    """Of tiles of shape `block` in the tensor that begins where `base` does. What lies past `shape` is read as zeros
-    and not written. The address and all strides but the last, which is 1, are multiples of 16 bytes."""
-    return TensorDescriptor(base, shape, strides, list(block), _layout(block, base.dtype))
+_COMPILED: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any, key: tuple, programs: int, maps: list[Map], rest: tuple, constants: dict[str, Any], **options: Any
+) -> None:
+    """kernel[(programs,)](*maps, *rest, **constants, **options), but what Triton asks of each argument of each launch
+    (some 50 µs for four tensor maps) is asked of a key's first one alone.
+
+    key: all that a compiled kernel depends on beside dtypes and card: its name, whether pointers divide by 16, numbers
+    that are specialised, constants.
+    """
+    key = (*key, maps[0].base.dtype, maps[0].base.device)
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*maps, *rest, *constants.values())
+        return
+    compiled = kernel[(programs,)](*(each.checked() for each in maps), *rest, **constants, **options)
+    if compiled is not None:  # as where launches are only recorded
+        _COMPILED[key] = compiled
 
 
 @functools.cache

@@ -13,6 +13,7 @@ Numbers are computed as well, so that what is read too early or too late shows i
 is NaN. What a model can't show is what the compiler makes of it: the order of instructions is the gate's.
 """
 
+import functools
 import random
 import threading
 import types
@@ -26,7 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import constexpr
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels.hopper import attention, linear_gelu_tiles
+from fastgpt.kernels.hopper import attention, linear_gelu_tiles, pipeline
+from fastgpt.kernels.hopper.pipeline import Map
 
 
 class Barrier:
@@ -125,8 +127,8 @@ class Pointer:
 
 
 class Descriptor:
-    def __init__(self, given):
-        self.dtype, self.layout, block = given.base.dtype, None, list(given.block_shape)
+    def __init__(self, given, block):
+        self.dtype, self.layout, block = given.base.dtype, None, list(block)
         self.global_ = given.base.as_strided(given.shape, given.strides)
         self.block_type = SimpleNamespace(shape=block, nbytes=torch.Size(block).numel() * self.dtype.itemsize)
 
@@ -406,21 +408,35 @@ def _python(function, names, made):
 
 def _seen(value):
     if isinstance(value, TensorDescriptor):
-        return Descriptor(value)
+        return Descriptor(value, value.block_shape)
+    if isinstance(value, Map):
+        return Descriptor(value, value.block)
     return Pointer(value.view(-1)) if isinstance(value, torch.Tensor) else value
+
+
+class Again:
+    """In place of a compiled kernel, which is launched with all arguments in a row."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def __getitem__(self, grid):
+        return functools.partial(self.run, grid=grid)
 
 
 @contextmanager
 def modelled(seed=0, multiprocessors=2):
     """Inside, launches of Gluon kernels run here, on CPU tensors, for a card of so many multiprocessors."""
 
-    def run(kernel, *args, grid, warmup, **kwargs):
+    def run(kernel, *args, grid, warmup=False, **kwargs):
         assert isinstance(kernel, GluonJITFunction), kernel
         given = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
         for number in range(grid[0]):
             _python(kernel, _names(Program(number, grid[0], seed)), {})(*map(_seen, args), **given)
+        return Again(functools.partial(run, kernel))
 
     with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(pipeline._COMPILED, clear=True))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         for module in (attention, linear_gelu_tiles):
             stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))

@@ -80,6 +80,27 @@ def test_attention_in_every_order_has_the_same_bits(form):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_a_second_launch_is_of_its_own_arguments():
+    """What the first one compiled is launched again, for other lengths, batches, addresses and scales."""
+    with modelled():
+        for batch, time, heads, scale in ((1, 70, 2, 0.1), (2, 300, 1, 0.2), (3, 64, 3, 0.1)):
+            q, k, v = packed(batch, time, heads, 64, torch.bfloat16)
+            check_attention(q, k, v, *attend(q, k, v, 128, scale), scale)
+        for rows in (200, 31):
+            x, w_in, b_in, dy, w_out, pre = mlp_tensors(rows, 136, 512, torch.bfloat16)
+            check_forward(x, w_in, b_in, *forward(x, w_in, b_in, True), True)
+            check_backward(dy, w_out, pre, *linear_gelu_backward.linear_gelu_bwd(dy, w_out, pre, True), True)
+
+
+def test_packed_attention_has_the_bits_of_the_unpacked():
+    qkv = torch.randn(2, 77, 3 * 3 * 64).to(torch.bfloat16)
+    out, lse = torch.empty(2, 77, 3 * 64, dtype=qkv.dtype), torch.empty(2, 3, 77)
+    with modelled():
+        attention.attention_qkv_fwd(qkv, out, lse, 3, 0.125, 128)
+        o, expected = attend(*unpack(qkv, 3, 3), 128)
+    assert torch.equal(out, o.transpose(1, 2).flatten(-2)) and torch.equal(lse, expected)
+
+
 def test_attention_hears_its_scale_and_large_scores():
     q, k, v = packed(1, 200, 1, 64, torch.float16)
     for factor, scale in ((1.0, 0.5), (6.0, None)):
