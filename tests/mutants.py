@@ -76,7 +76,11 @@ WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "tes
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
-RING, TENSOR_ATTENTION, HOPPER_CHOICE = "kernels/hopper/pipeline.py", "kernels/hopper/attention.py", "fastgpt/ops/hopper.py"
+RING, TENSOR_ATTENTION, HOPPER_CHOICE = (
+    "kernels/hopper/pipeline.py",
+    "kernels/hopper/attention.py",
+    "fastgpt/ops/hopper.py",
+)
 FUSED, FUSED_BACK = "kernels/hopper/linear_gelu.py", "kernels/hopper/linear_gelu_backward.py"
 FUSED_TILES = "kernels/hopper/linear_gelu_tiles.py"
 ANY_LENGTH, ANY_ROWS = (
