@@ -469,7 +469,6 @@ MUTANTS = [
     Mutant("Hopper: the last tile of queries is not rescaled", TENSOR_ATTENTION, "_consumer", "acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)", "acc = acc", ANY_LENGTH, False),
     Mutant("Hopper: lse is written past T", TENSOR_ATTENTION, "_consumer", "mask=first + rows < time", "mask=first + rows <= time", ANY_LENGTH, False),
     Mutant("Hopper: rows past T are read", TENSOR_ATTENTION, "_forward", "Map(t, [batch, time, heads, dim]", "Map(t, [batch, time + 1, heads, dim]", ANY_LENGTH, False),
-    Mutant("Hopper: an axis of one element keeps its stride", TENSOR_ATTENTION, "nested_strides", "t.stride(1) if heads > 1 else dim", "t.stride(1)", KEEPS + "test_attention_that_was_measured_is_served", False),
     Mutant("Hopper: no scale", TENSOR_ATTENTION, "_forward", "scale * math.log2(math.e)", "math.log2(math.e)", ANY_LENGTH, False),
     Mutant("Hopper: the softmax waits for the product it should run under", TENSOR_ATTENTION, "_consumer", "mbarrier.wait(k_full.index(n_stage), n_phase, pred=back + 1 < mine)\nacc, p = warpgroup_mma_wait(0, deps=(acc, p))", "acc, p = warpgroup_mma_wait(0, deps=(acc, p))\n                mbarrier.wait(k_full.index(n_stage), n_phase, pred=back + 1 < mine)", ORDERED, False),
     Mutant("Hopper: one warp frees v for four", TENSOR_ATTENTION, "_consumer", "acc, p = warpgroup_mma_wait(0, deps=(acc, p))\nbarrier()", "barrier()\n            acc, p = warpgroup_mma_wait(0, deps=(acc, p))", ORDERED, False),
