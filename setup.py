@@ -45,6 +45,7 @@ setup(
         "fastgpt.families",
         "fastgpt.generation",
         "fastgpt.kernels",
+        "fastgpt.kernels.hopper",
         "fastgpt.ops",
         "fastgpt.ops.cpu",
         "fastgpt.sanitizer",

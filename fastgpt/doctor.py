@@ -45,10 +45,11 @@ class Diagnosis(NamedTuple):
         return "\n".join([*lines, *(["nothing is wrong"] if self.healthy else [])])
 
     def _said_once(self) -> list[str]:
-        """What serves each function, in one line where it is the same for all."""
-        reasons = {sentence.removeprefix(f"{name} ") for name, sentence in self.functions.items()}
-        if len(reasons) == 1:
-            return [f"every function of fastgpt.ops {reasons.pop()}"]
+        """What serves each function, in one line where it is the same for all but special forms."""
+        parts = {name: said.removeprefix(f"{name} ").partition("; ")[::2] for name, said in self.functions.items()}
+        if len({reason for reason, _ in parts.values()}) == 1:
+            forms = [f"{name}: {form}" for name, (_, form) in parts.items() if form]
+            return [f"every function of fastgpt.ops {next(iter(parts.values()))[0]}", *forms]
         return list(self.functions.values())
 
     def json(self) -> str:
@@ -198,16 +199,19 @@ def _functions() -> dict[str, str]:
         def numbers(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, device=device, dtype=torch.int64)
 
-        x, weight, heads, cache = floats(2, 8, 768), floats(768), floats(2, 12, 8, 64), floats(2, 12, 64, 64)
+        batch, time = (32, 1024) if device == "cuda" else (2, 8)  # as GPT-2 is trained on a GPU
+        x, weight, cache = floats(batch, time, 768), floats(768), floats(2, 12, 64, 64)
+        strides = (time * 768, 64, 768, 1)  # as a projection leaves them
+        heads = torch.empty_strided((batch, 12, time, 64), strides, device=device, dtype=x.dtype)
         calls: dict[Callable, tuple[Any, ...]] = {
             ops.layer_norm: (x, weight),
             ops.add_layer_norm: (x, x, weight),
             ops.causal_attention: (heads, heads, heads),
-            ops.causal_attention_qkv: (floats(2, 8, 3 * 768), 12),
-            ops.decode_attention: (heads, cache, cache, numbers(2)),
+            ops.causal_attention_qkv: (floats(batch, time, 3 * 768), 12),
+            ops.decode_attention: (floats(2, 12, 8, 64), cache, cache, numbers(2)),
             ops.gelu_mlp: (x, floats(3072, 768), floats(3072), floats(768, 3072)),
-            ops.linear_cross_entropy: (x, floats(50257, 768), numbers(2, 8)),
-            ops.embedding: (numbers(2, 8), floats(50257, 768), floats(1024, 768)),
+            ops.linear_cross_entropy: (x, floats(50257, 768), numbers(batch, time)),
+            ops.embedding: (numbers(batch, time), floats(50257, 768), floats(1024, 768)),
         }
         found = {}
         for function, arguments in calls.items():

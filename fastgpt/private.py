@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _len_torch_dispatch_stack as dispatch_modes
 
-__all__ = ["FakeTensorMode", "dispatch_modes"]  # of tensors without data; how many modes see each operation
+__all__ = ["FakeTensor", "FakeTensorMode", "dispatch_modes"]  # tensors without data; how many modes see an operation
 
 transformed = torch._C._are_functorch_transforms_active  # whether a transform of torch.func is at work
 is_batch = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad's is_grads_batched, an older way than vmap

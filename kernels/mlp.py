@@ -8,6 +8,7 @@ elements. The backward's pass turns dact into dpre = dact gelu'(pre) in place an
 float32 partials, added up by torch: the same bits every time.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -91,20 +92,29 @@ def gelu_mlp_fwd(
     b_out: torch.Tensor | None,
     tanh: bool,
     recompute: bool,
+    first: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (M, C), w_in (F, C), w_out (C, F) -> y (M, C), pre (M, F) and act (M, F), which is empty with recompute."""
+    """x (M, C), w_in (F, C), w_out (C, F) -> y (M, C), pre (M, F) and act (M, F), which is empty with recompute.
+
+    first: linear_gelu, or what does the same.
+    """
     y, pre, act = gelu_mlp_fwd_outputs(x, w_in, b_in, w_out, b_out, tanh, recompute)
     full_act = torch.empty_like(pre) if recompute else act
-    if b_in is None:
-        torch.mm(x, w_in.t(), out=pre)
-    else:
-        torch.addmm(b_in, x, w_in.t(), out=pre)
-    _gelu(pre, tanh, full_act)
+    first(x, w_in, b_in, tanh, pre, full_act)
     if b_out is None:
         torch.mm(full_act, w_out.t(), out=y)
     else:
         torch.addmm(b_out, full_act, w_out.t(), out=y)
     return y, pre, act
+
+
+def linear_gelu(x, w_in, b_in, tanh, pre, act) -> None:
+    """Writes pre and act (M, F)."""
+    if b_in is None:
+        torch.mm(x, w_in.t(), out=pre)
+    else:
+        torch.addmm(b_in, x, w_in.t(), out=pre)
+    _gelu(pre, tanh, act)
 
 
 def gelu_mlp_fwd_outputs(x, w_in, b_in, w_out, b_out, tanh, recompute):
@@ -124,8 +134,12 @@ def gelu_mlp_bwd(
     act: torch.Tensor,
     tanh: bool,
     needs: list[bool],
+    first: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of x, w_in, b_in, w_out and b_out; empty where `needs` has False. act is empty with recompute."""
+    """The gradients of x, w_in, b_in, w_out and b_out; empty where `needs` has False. act is empty with recompute.
+
+    first: linear_gelu_backward, or where act is not made again what does the same.
+    """
     grads = gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs)
     dx, dw_in, db_in, dw_out, db_out = grads
     needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = needs
@@ -133,9 +147,11 @@ def gelu_mlp_bwd(
         torch.sum(dy, dim=0, out=db_out)
     recompute = act.numel() == 0 and needs_w_out
     if needs_x or needs_w_in or needs_b_in or recompute:
-        act = torch.empty_like(pre) if recompute else act
-        dpre = torch.mm(dy, w_out)
-        partials = _gelu_backward(dpre, pre, tanh, act, recompute)
+        if recompute:
+            act = torch.empty_like(pre)
+            dpre, partials = linear_gelu_backward(dy, w_out, pre, tanh, act)
+        else:
+            dpre, partials = first(dy, w_out, pre, tanh)
         if needs_b_in:
             db_in.copy_(partials.sum(0))
         if needs_x:
@@ -145,6 +161,12 @@ def gelu_mlp_bwd(
     if needs_w_out:
         torch.mm(dy.t(), act, out=dw_out)
     return grads
+
+
+def linear_gelu_backward(dy, w_out, pre, tanh, act=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """dpre (M, F) and partial sums of its columns (programs, F). Writes act (M, F) if there is one."""
+    dpre = torch.mm(dy, w_out)
+    return dpre, _gelu_backward(dpre, pre, tanh, dpre[:0] if act is None else act, act is not None)
 
 
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):

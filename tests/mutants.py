@@ -76,6 +76,23 @@ WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "tes
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
+RING, TENSOR_ATTENTION, HOPPER_CHOICE = (
+    "kernels/hopper/pipeline.py",
+    "kernels/hopper/attention.py",
+    "fastgpt/ops/hopper.py",
+)
+FUSED, FUSED_BACK = "kernels/hopper/linear_gelu.py", "kernels/hopper/linear_gelu_backward.py"
+FUSED_TILES = "kernels/hopper/linear_gelu_tiles.py"
+ANY_LENGTH, ANY_ROWS = (
+    "test_hopper.py::test_attention_at_any_length",
+    "test_hopper.py::test_linear_gelu_at_any_number_of_rows",
+)
+ANY_ORDER, ANY_ORDER_FUSED, TAILS = (
+    "test_hopper.py::test_attention_in_every_order_has_the_same_bits",
+    "test_hopper.py::test_linear_gelu_in_every_order_has_the_same_bits",
+    "test_hopper.py::test_gelu_and_its_derivative_in_the_tails",
+)
+ORDERED, KEEPS = "test_order.py::test_a_shipped_kernel_is_in_order", "test_hopper_choice.py::"
 
 MUTANTS = [
     # LayerNorm
@@ -225,7 +242,7 @@ MUTANTS = [
     Mutant("the other GELU", "fastgpt/ops/autograd.py", "gelu_mlp", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
     Mutant("0.044751", GELU, "_exp_minus_2u", "(z + 0.044715 * z", "(z + 0.044751 * z", POINTS),
     Mutant("no factor 3 in the derivative", GELU, "gelu_derivative", "0.134145", "0.044715", MLP_WIDTHS),
-    Mutant("b_in dropped", MLP, "gelu_mlp_fwd", "torch.addmm(b_in, x, w_in.t(), out=pre)", "torch.mm(x, w_in.t(), out=pre)", MLP_WIDTHS),
+    Mutant("b_in dropped", MLP, "linear_gelu", "torch.addmm(b_in, x, w_in.t(), out=pre)", "torch.mm(x, w_in.t(), out=pre)", MLP_WIDTHS),
     Mutant("db_in zero", MLP, "gelu_mlp_bwd", "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
     Mutant("derivative overflows", GELU, "gelu_derivative", "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "_gelu_bwd_kernel", "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
@@ -453,4 +470,52 @@ MUTANTS = [
     Mutant("z_loss of ignored rows, differentiated twice", "fastgpt/ops/loss.py", "of_all_logits", "losses.masked_fill(targets == settings.ignore_index, 0)", "losses.masked_fill((targets == settings.ignore_index) & (settings.z_loss == 0), 0)", "test_pairs.py::test_second_derivatives_of_the_loss", False),
     Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "max(map(len, prompts)) + max_new_tokens - 1:", "max(map(len, prompts)) + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
     Mutant("a stop id as the last token is a length", "fastgpt/generation/__init__.py", "_Row.take", "if self.reason is None and len(self.tokens) == self.limit:", "if len(self.tokens) == self.limit:", "test_boundaries.py::test_a_stop_id_at_the_last_token_asked_for", False),
+    # Hopper's own kernels
+    Mutant("Hopper: a ring's parity does not flip", RING, "next_slot", "gl.where(wrap, phase ^ 1, phase)", "gl.where(wrap, phase, phase)", ANY_LENGTH, False),
+    Mutant("Hopper: a slot of k is waited for in the other phase", TENSOR_ATTENTION, "_producer", "mbarrier.wait(k_empty.index(stage), phase ^ 1)", "mbarrier.wait(k_empty.index(stage), phase)", ANY_LENGTH, False),
+    Mutant("Hopper: q is loaded while it is read", TENSOR_ATTENTION, "_producer", "mbarrier.wait(q_empty.index(c), q_phase ^ 1)", "", ANY_ORDER, False),
+    Mutant("Hopper: v is loaded while it is read", TENSOR_ATTENTION, "_producer", "mbarrier.wait(v_empty.index(stage), phase ^ 1)\n_load(v_desc, batch, (j", "_load(v_desc, batch, (j", ANY_ORDER, False),
+    Mutant("Hopper: nobody says that q is read", TENSOR_ATTENTION, "_consumer", "mbarrier.arrive(q_empty.index(C), count=1)", "", ANY_LENGTH, False),
+    Mutant("Hopper: k is said to be read before its product is done", TENSOR_ATTENTION, "_consumer", "acc = warpgroup_mma(p, v, acc, is_async=True)\ns = warpgroup_mma_wait(1, deps=(s,))\nmbarrier.arrive(k_empty.index(k_stage), count=1)", "acc = warpgroup_mma(p, v, acc, is_async=True)\n                mbarrier.arrive(k_empty.index(k_stage), count=1)\n                s = warpgroup_mma_wait(1, deps=(s,))", ANY_ORDER, False),
+    Mutant("Hopper: v is read before it is there", TENSOR_ATTENTION, "_consumer", "mbarrier.wait(v_full.index(stage), phase)\nacc = warpgroup_mma(p, v, acc", "acc = warpgroup_mma(p, v, acc", ANY_ORDER, False),
+    Mutant("Hopper: a tile that is skipped is not freed", TENSOR_ATTENTION, "_consumer", "mbarrier.arrive(v_empty.index(stage), count=1)\nstage, phase = next_slot(stage, phase, STAGES)\nmbarrier.wait(q_full", "stage, phase = next_slot(stage, phase, STAGES)\n            mbarrier.wait(q_full", "test_hopper.py::test_attention_at_any_length", False),
+    Mutant("Hopper: no fence before o is copied", TENSOR_ATTENTION, "_consumer", "fence_async_shared()", "", ANY_LENGTH, False),
+    Mutant("Hopper: no fence behind the barriers", TENSOR_ATTENTION, "_hopper_attention_fwd_kernel", "fence_async_shared()", "", ANY_LENGTH, False),
+    Mutant("Hopper: o is overwritten while it is copied", TENSOR_ATTENTION, "_consumer", "tma.store_wait(0)\nacc, p", "acc, p", ANY_ORDER, False),
+    Mutant("Hopper: a program ends before its last copy", TENSOR_ATTENTION, "_consumer", "o_buf)\ntma.store_wait(0)", "o_buf)", ANY_LENGTH, False),
+    Mutant("Hopper: a barrier is told of other bytes", TENSOR_ATTENTION, "_producer", "KV_BYTES: gl.constexpr = BLOCK_N * D * 2", "KV_BYTES: gl.constexpr = BLOCK_N * D", ANY_LENGTH, False),
+    Mutant("Hopper: a query sees the next key", TENSOR_ATTENTION, "_consumer", "gl.expand_dims(rows + first, 1)", "gl.expand_dims(rows + first + 1, 1)", ANY_LENGTH, False),
+    Mutant("Hopper: a query does not see itself", TENSOR_ATTENTION, "_consumer", "mine * BLOCK_N, 0) <= gl", "mine * BLOCK_N, 0) < gl", ANY_LENGTH, False),
+    Mutant("Hopper: the row sum is not rescaled", TENSOR_ATTENTION, "_consumer", "l = l * alpha + ", "l = l + ", ANY_LENGTH, False),
+    Mutant("Hopper: the last tile of queries is not rescaled", TENSOR_ATTENTION, "_consumer", "acc = acc * gl.expand_dims(gl.convert_layout(alpha, o_rows), 1)", "acc = acc", ANY_LENGTH, False),
+    Mutant("Hopper: lse is written past T", TENSOR_ATTENTION, "_consumer", "mask=first + rows < time", "mask=first + rows <= time", ANY_LENGTH, False),
+    Mutant("Hopper: rows past T are read", TENSOR_ATTENTION, "_forward", "Map(t, [batch, time, heads, dim]", "Map(t, [batch, time + 1, heads, dim]", ANY_LENGTH, False),
+    Mutant("Hopper: no scale", TENSOR_ATTENTION, "_forward", "scale * math.log2(math.e)", "math.log2(math.e)", ANY_LENGTH, False),
+    Mutant("Hopper: the softmax waits for the product it should run under", TENSOR_ATTENTION, "_consumer", "mbarrier.wait(k_full.index(n_stage), n_phase, pred=back + 1 < mine)\nacc, p = warpgroup_mma_wait(0, deps=(acc, p))", "acc, p = warpgroup_mma_wait(0, deps=(acc, p))\n                mbarrier.wait(k_full.index(n_stage), n_phase, pred=back + 1 < mine)", ORDERED, False),
+    Mutant("Hopper: one warp frees v for four", TENSOR_ATTENTION, "_consumer", "acc, p = warpgroup_mma_wait(0, deps=(acc, p))\nbarrier()", "barrier()\n            acc, p = warpgroup_mma_wait(0, deps=(acc, p))", ORDERED, False),
+    Mutant("Hopper: a slot is freed while it is multiplied", FUSED_TILES, "steps", "empty.index(before)", "empty.index(stage)", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: operands are loaded over what is read", FUSED_TILES, "load_operands", "mbarrier.wait(empty.index(stage), phase)", "", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: gelu's derivative is not clamped", FUSED_TILES, "gelu_derivative", "z = gl.maximum(gl.minimum(z, 10.0, propagate_nan=_NAN), -10.0, propagate_nan=_NAN)", "", TAILS, False),
+    Mutant("Hopper: Φ above 0 is its own tail", FUSED_TILES, "_normal", "gl.where(z < 0.0, tail, 1.0 - tail)", "tail", ANY_ROWS, False),
+    Mutant("Hopper: only one part of the rows is asked for", FUSED_TILES, "load_operands", "m * BLOCK_M + part * A_ROWS", "m * BLOCK_M", ANY_ROWS, False),
+    Mutant("Hopper: b_in dropped", FUSED, "_fwd_multiply", "layout) + gl.expand_dims(bias, 0)", "layout)", ANY_ROWS, False),
+    Mutant("Hopper: a tile is handed over before the last is read", FUSED, "_fwd_multiply", "mbarrier.wait(hand_empty.index(w), phase)", "", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: no fence before a tile is handed over", FUSED, "_fwd_multiply", "fence_async_shared()", "", ANY_ROWS, False),
+    Mutant("Hopper: act is overwritten while it is copied", FUSED, "_fwd_epilogue", "tma.store_wait(pendings=1)", "tma.store_wait(pendings=2)", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: act's first pieces wait for too little", FUSED, "_fwd_epilogue", "pendings=PIECES + 1", "pendings=PIECES + 2", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: a tile is freed for its copy's sake alone", FUSED, "_fwd_epilogue", "mbarrier.arrive(hand_empty.index(w), count=1)\nphase ^= 1", "phase ^= 1", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: the last rows' column sums are not made", FUSED_BACK, "linear_gelu_bwd", "cdiv(rows, BLOCK_M.value)", "rows // BLOCK_M.value", ANY_ROWS, False),
+    Mutant("Hopper: column sums of all tiles in one row", FUSED_BACK, "_bwd_multiply", "sums_ptr + m * (across * BLOCK_N)", "sums_ptr + 0 * (across * BLOCK_N)", ANY_ROWS, False),
+    Mutant("Hopper: both warpgroups multiply at once", FUSED_BACK, "_bwd_multiply", "mbarrier.wait(turn.index(w), turn_phase)", "", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: the first turn is waited for", FUSED_BACK, "_bwd_multiply", "gl.to_tensor(1 - w)", "gl.to_tensor(0)", ANY_ROWS, False),
+    Mutant("Hopper: pre is freed before it is read", FUSED_BACK, "_bwd_multiply", "pre = pre_bufs.index(slot).load(piece_layout)\nmbarrier.arrive(pre_empty.index(slot), count=1)", "mbarrier.arrive(pre_empty.index(slot), count=1)\n            pre = pre_bufs.index(slot).load(piece_layout)", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: dpre is overwritten while it is copied", FUSED_BACK, "_bwd_multiply", "tma.store_wait(pendings=0)\nbufs", "bufs", ANY_ORDER_FUSED, False),
+    Mutant("Hopper: an accumulator is not begun anew", FUSED_BACK, "_bwd_multiply", "use_acc=False", "use_acc=True", ANY_ROWS, False),
+    Mutant("Hopper: lengths that were not measured", HOPPER_CHOICE, "_lookup", "or time in row.times", "or True", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
+    Mutant("Hopper: fewer queries than were measured", HOPPER_CHOICE, "_lookup", "count < rows[0].least", "count < 0", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
+    Mutant("Hopper: any Triton", HOPPER_CHOICE, "_lookup", "if triton.__version__ in row.tritons", "", KEEPS + "test_another_triton_has_none", False),
+    Mutant("Hopper: documents are not seen", HOPPER_CHOICE, "_beyond", "if documents is not None", "if False", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
+    Mutant("Hopper: any strides", HOPPER_CHOICE, "_is_nested", "nested and apart and", "", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
+    Mutant("Hopper: any address", HOPPER_CHOICE, "_begins_aligned", "begin % 16 == 0", "True", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
+    Mutant("Hopper: units that are made again", HOPPER_CHOICE, "linear_gelu_bwd_form", "if recompute:", "if False:", KEEPS + "test_the_mlp", False),
 ]  # fmt: skip

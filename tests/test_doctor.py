@@ -72,7 +72,23 @@ def test_what_is_the_same_for_all_functions_is_said_once(machine):
         str(diagnosis).count("layer_norm") == 0 and str(diagnosis).count("every function of fastgpt.ops runs on") == 1
     )
     functions = {**diagnosis.functions, "layer_norm": "layer_norm runs on PyTorch: another reason"}
-    assert str(diagnosis._replace(functions=functions)).count("runs on") == len(functions)
+    said = str(diagnosis._replace(functions=functions))
+    assert all(sentence in said for sentence in functions.values())
+
+
+@needs_triton
+def test_hoppers_own_kernels_are_told_of(machine, monkeypatch):
+    """For the tensors of a training step; on another Triton, why not."""
+    hopper = pytest.importorskip("fastgpt.ops.hopper")
+    monkeypatch.setattr(hopper.triton, "__version__", "3.7.1")
+    monkeypatch.setattr(hopper, "RAN", ("3.7.1",))
+    lines = str(problems()[1]).splitlines()
+    assert sum("its forward runs on Hopper's own kernel" in line for line in lines) == 2
+    assert any(line.startswith("gelu_mlp: its first matmul with the GELU runs on Hopper's own") for line in lines)
+    monkeypatch.setattr(hopper.triton, "__version__", "3.9.0")
+    assert str(problems()[1]).count("does not take Hopper's own kernel: Triton is 3.9.0") == 4
+    machine.card("NVIDIA A100", 8, 0)
+    assert "Hopper" not in str(problems()[1])
 
 
 def test_no_gpu_is_no_problem(machine, monkeypatch):

@@ -89,10 +89,10 @@ def test_wheel_holds_one_package_and_every_module(wheel, checkout):
     (distribution,) = metadata.distributions(path=[str(wheel)])
     files = {str(file) for file in distribution.files if not file.parts[0].endswith(".dist-info")}
     modules = {f"fastgpt/{file.relative_to(checkout / 'fastgpt')}" for file in (checkout / "fastgpt").rglob("*.py")}
-    kernels = {f"fastgpt/kernels/{file.name}" for file in (checkout / "kernels").glob("*.py")}
+    kernels = {f"fastgpt/{file.relative_to(checkout)}" for file in (checkout / "kernels").rglob("*.py")}
     assert files == modules | kernels | {"fastgpt/py.typed"}
-    assert {"fastgpt/kernels/layernorm.py", "fastgpt/kernels/philox.py"} <= files
-    assert "fastgpt/kernels/__init__.py" not in files
+    assert {"fastgpt/kernels/layernorm.py", "fastgpt/kernels/hopper/attention.py"} <= files
+    assert not {"fastgpt/kernels/__init__.py", "fastgpt/kernels/hopper/__init__.py"} & files
     assert distribution.read_text("top_level.txt").split() == ["fastgpt"]
 
 

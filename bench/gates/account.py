@@ -127,10 +127,14 @@ def _loop(body: list[tuple[str, str]]) -> Loop:
 
 
 def of(cubin: bytes, nvdisasm: str) -> Account:
+    return read(listing(cubin, nvdisasm))
+
+
+def listing(cubin: bytes, nvdisasm: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.cubin")
         file.write_bytes(cubin)
-        return read(subprocess.run([nvdisasm, "-c", str(file)], capture_output=True, text=True, check=True).stdout)
+        return subprocess.run([nvdisasm, "-c", str(file)], capture_output=True, text=True, check=True).stdout
 
 
 def turns(kernel: str, time: int, block_m: int, block_n: int) -> tuple[int, int, int]:

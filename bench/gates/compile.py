@@ -22,7 +22,7 @@ import triton
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import PTXASError
 
-from bench.gates import account, feign, record
+from bench.gates import account, feign, order, record
 from bench.gates.record import Launch
 from bench.gates.ways import Missing, Way, ways
 
@@ -39,7 +39,7 @@ _MAY_SPILL = (
 )
 # Where ptxas may serialize wgmma: padding and dropout in one backward. A single stage would not be; it is not measured.
 _MAY_SERIALIZE = (("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (90,)),)
-_WGMMA = re.compile(r"(attention_(fwd|dq|dkdv))_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
+_WGMMA = re.compile(r"(attention_(fwd|dq|dkdv)|hopper_\w+)_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
 
 
 class Row(NamedTuple):
@@ -49,7 +49,9 @@ class Row(NamedTuple):
     registers: int
     spilled: int  # bytes of stack and local memory a thread
     shared: int
-    matrix: str  # the matrix instructions of its PTX, "serialized" where ptxas lets no two wgmma overlap
+    matrix: (
+        str  # its PTX's matrix instructions; "serialized" where no two wgmma overlap, "disordered" (bench.gates.order)
+    )
     way: str = ""  # the first that launches it
 
     @property
@@ -59,13 +61,14 @@ class Row(NamedTuple):
     @property
     def passes(self) -> bool:
         """It compiles, with no spill but those above, no more shared memory than the card has, no TF32 where IEEE was
-        promised, and on 9.0 nothing but wgmma for products of half-precision tiles for heads of up to 128."""
+        promised, on 9.0 nothing but wgmma for products of half-precision tiles for heads of up to 128, and in a Gluon
+        kernel the order that it relies on."""
         within = self.spilled <= self.may_spill and self.shared <= feign.CARDS[self.capability].shared
         wgmma_only = self.capability == 90 and _WGMMA.match(f"{self.kernel} {self.case}")
         overlaps = "serialized" not in self.matrix or any(map(self._is, _MAY_SERIALIZE))
         well_multiplied = not (wgmma_only and "mma.sync" in self.matrix) and overlaps
         promised = "tf32" not in self.matrix or "PRECISION=tf32" in self.case
-        return self.compiles and within and promised and well_multiplied
+        return self.compiles and within and promised and well_multiplied and "disordered" not in self.matrix
 
     @property
     def may_spill(self) -> int:
@@ -126,12 +129,18 @@ def measure(launch: Launch, way: str = "") -> Row:
     matrix = set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|tf32", compiled.asm["ptx"]))
     if "wgmma.mma_async" in matrix and any(loop.serialized for loop in counted(compiled).loops):
         matrix.add("serialized")
+    if launch.kernel.is_gluon() and order.faults(compiled.asm["ptx"], listing(compiled)):
+        matrix.add("disordered")
     shared = compiled.metadata.shared
     return Row(name, case, capability, registers, stack + local, shared, " ".join(sorted(matrix)), way)
 
 
 def counted(compiled: triton.compiler.CompiledKernel) -> account.Account:
     return account.of(compiled.asm["cubin"], tool("nvdisasm"))
+
+
+def listing(compiled: triton.compiler.CompiledKernel) -> str:
+    return account.listing(compiled.asm["cubin"], tool("nvdisasm"))
 
 
 _WORK: list[tuple[str, Launch]] = []  # a forked process finds it here: a launch can't be pickled

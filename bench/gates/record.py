@@ -8,6 +8,7 @@ would compile.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -48,7 +49,13 @@ class Launch(NamedTuple):
     @property
     def pointers(self) -> dict[str, str]:
         """The dtypes of the tensors there are, by name: {"q_ptr": "bf16"}."""
-        return {name: kind.lstrip("*k") for name, kind in self.signature.items() if kind.startswith("*")}
+        found = {}
+        for name, kind in self.signature.items():
+            if kind.startswith("*"):
+                found[name] = kind.lstrip("*k")
+            elif kind.startswith("tensordesc<"):  # tensordesc<bf16[1, 64, 1, 64],its layout>
+                found[name] = kind.removeprefix("tensordesc<").partition("[")[0]
+        return found
 
     @property
     def case(self) -> str:
@@ -70,7 +77,10 @@ class Launch(NamedTuple):
         return name.endswith("_ptr") and place in self.constants and self.constants[place] is None
 
     def compile(self) -> triton.compiler.CompiledKernel:
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        source_type = ASTSource
+        if self.kernel.is_gluon():
+            source_type = import_module("triton.experimental.gluon._runtime").GluonASTSource
+        source = source_type(self.kernel, self.signature, self.constants, self.attributes)
         return triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=self.options.__dict__)
 
 

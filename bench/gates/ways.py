@@ -8,8 +8,9 @@ repeat. Nothing here names a kernel: which are launched, and how, is recorded (b
 import copy
 import functools
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -217,6 +218,30 @@ def _embedding(_, dtype: torch.dtype, p: float, out: torch.dtype, columns: int =
         _backward(ops.embedding(ids, token, position, positions, dropout_p=p, dtype=out))
 
 
+def _on_hopper(_, call: Callable[[ModuleType], object], module: str) -> None:
+    """Of a kernel in Gluon a form that no table chooses yet. On other cards there is nothing to launch."""
+    from fastgpt.ops import hopper  # needs a Triton
+
+    if torch.cuda.get_device_capability() == (9, 0) and hopper.has_a_known_triton():
+        call(import_module(f"fastgpt.kernels.hopper.{module}"))
+
+
+def _hopper_attention(kernels: ModuleType, dim: int, dtype: torch.dtype, block_m: int) -> None:
+    q, k, v, o = torch.empty(4, 8, 1024, 6, dim, dtype=dtype, device="cuda").transpose(2, 3)
+    kernels.attention_fwd(q, k, v, o, torch.empty(8, 6, 1024, device="cuda"), 1.0, block_m)
+
+
+def _hopper_linear_gelu(kernels: ModuleType, dtype: torch.dtype, tanh: bool) -> None:
+    x, pre, act = (torch.empty(32768, columns, dtype=dtype, device="cuda") for columns in (768, 3072, 3072))
+    w_in = torch.empty(3072, 768, dtype=dtype, device="cuda")
+    kernels.linear_gelu_fwd(x, w_in, w_in[:, 0].contiguous(), tanh, pre, act)
+
+
+def _hopper_linear_gelu_bwd(kernels: ModuleType, dtype: torch.dtype, tanh: bool) -> None:
+    dy, pre = (torch.empty(32768, columns, dtype=dtype, device="cuda") for columns in (768, 3072))
+    kernels.linear_gelu_bwd(dy, torch.empty(768, 3072, dtype=dtype, device="cuda"), pre, tanh)
+
+
 def _nothing() -> None:
     return None
 
@@ -291,6 +316,17 @@ def ways() -> dict[str, Way]:
         for p in (0.0, 0.1):
             for out_name, out in _DTYPES.items():
                 add(f"embedding {name} to {out_name}{' dropout' if p else ''}", _embedding, dtype, p, out)
+    for name, dtype in (("bfloat16", BF16), ("float16", FP16)):
+        for dim, block_m in ((64, 128), (64, 192), (128, 128)):
+            call = functools.partial(_hopper_attention, dim=dim, dtype=dtype, block_m=block_m)
+            add(f"Hopper's attention D {dim}, {block_m} queries, {name}", _on_hopper, call, "attention")
+        for gelu, tanh in (("tanh", True), ("none", False)):
+            for module, run in (
+                ("linear_gelu", _hopper_linear_gelu),
+                ("linear_gelu_backward", _hopper_linear_gelu_bwd),
+            ):
+                call = functools.partial(run, dtype=dtype, tanh=tanh)
+                add(f"Hopper's {module} {gelu} {name}", _on_hopper, call, module)
     return found
 
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
-from fastgpt.ops import loss
+from fastgpt.ops import hopper, loss
 from fastgpt.private import dispatch_modes, is_batch, transformed
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above
@@ -33,26 +33,26 @@ def add_layer_norm(
 
 
 def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
-    q, k, v = _autocast(q, k, v)
+    q, k, v = cast(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, q.device)
     return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p))
 
 
 def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
-    (qkv,) = _autocast(qkv)
+    (qkv,) = cast(qkv)
     scale = 1 / math.sqrt(qkv.shape[-1] // 3 // heads) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, qkv.device)
     return CausalAttentionQKV.apply(qkv, seed, key_mask, documents, heads, scale, float(dropout_p))
 
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
-    q, k_cache, v_cache = _autocast(q, k_cache, v_cache)
+    q, k_cache, v_cache = cast(q, k_cache, v_cache)
     return decode_attention_fwd(q, k_cache, v_cache, lengths, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
-    operands = _autocast(x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out)
+    operands = cast(x.reshape(-1, x.shape[-1]), w_in, b_in, w_out, b_out)
     return GeluMLP.apply(*operands, approximate == "tanh", recompute).view(x.shape)
 
 
@@ -75,7 +75,7 @@ def embedding(ids, token_weight, position_weight, positions=None, *, dropout_p=0
     return Embedding.apply(token_weight, position_weight, ids, positions, seed, dropout_p, dtype)
 
 
-def _autocast(*operands):
+def cast(*operands):
     """The operands of a matmul as autocast casts them for PyTorch's own; None and float64 stay."""
     device = operands[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -135,13 +135,13 @@ def _custom_op(launcher, fake):
 
 layer_norm_fwd = _custom_op(layernorm.layer_norm_fwd, layernorm.layer_norm_fwd_outputs)
 layer_norm_bwd = _custom_op(layernorm.layer_norm_bwd, layernorm.layer_norm_bwd_outputs)
-attention_fwd = _custom_op(attention.attention_fwd, attention.attention_fwd_outputs)
+attention_fwd = _custom_op(hopper.attention_fwd, attention.attention_fwd_outputs)
 attention_bwd = _custom_op(attention_backward.attention_bwd, attention_backward.attention_bwd_outputs)
-attention_qkv_fwd = _custom_op(attention.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
+attention_qkv_fwd = _custom_op(hopper.attention_qkv_fwd, attention.attention_qkv_fwd_outputs)
 attention_qkv_bwd = _custom_op(attention_backward.attention_qkv_bwd, attention_backward.attention_qkv_bwd_outputs)
 decode_attention_fwd = _custom_op(decode.decode_attention_fwd, decode.decode_attention_fwd_outputs)
-gelu_mlp_fwd = _custom_op(mlp.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
-gelu_mlp_bwd = _custom_op(mlp.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
+gelu_mlp_fwd = _custom_op(hopper.gelu_mlp_fwd, mlp.gelu_mlp_fwd_outputs)
+gelu_mlp_bwd = _custom_op(hopper.gelu_mlp_bwd, mlp.gelu_mlp_bwd_outputs)
 embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.embedding_fwd_outputs)
 embedding_bwd = _custom_op(embedding_kernels.embedding_bwd, embedding_kernels.embedding_bwd_outputs)
 few_linear, few_norm_linear = _on_its_device(few_rows.linear), _on_its_device(few_rows.norm_linear)

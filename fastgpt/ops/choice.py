@@ -1,8 +1,8 @@
 """The one place that chooses a backend for a call, for a model that is decoded too, and that explains the choice.
 
 What follows a call operation by operation (fastgpt.ops.transforms) gets fastgpt.ops.plain, whatever the device.
-A form of its own that a backend has for some calls (few rows, a CPU's MLP and loss) is chosen where that form stands;
-here it is put into words, by the same functions.
+A form of its own that a backend has for some calls (few rows, Hopper's own kernels, a CPU's MLP and loss) is chosen
+where that form stands; here it is put into words, by the same functions.
 """
 
 import inspect
@@ -64,7 +64,12 @@ def explain(function: Callable, *args, **kwargs) -> str:
     operand = arguments.pop(label)
     name = function.__name__
     chosen, sentence = _choose(name, backend, operand, arguments)
-    form = _FORMS[name](operand, **arguments) if chosen is pytorch and name in _FORMS else ""
+    form = ""
+    if chosen is pytorch and name in _FORMS:
+        form = _FORMS[name](operand, **arguments)
+    elif chosen is autograd and not autograd.INTERPRETED and name in _OPERANDS:
+        operands = [operand, *(arguments[label] for label in _OPERANDS[name])]
+        form = autograd.hopper.in_words(name, autograd.cast(*operands), arguments)
     return f"{sentence}; {form}" if form else sentence
 
 
@@ -190,4 +195,10 @@ def _loss_form(x, *, weight, **_) -> str:
     )
 
 
+# The tensors that a matmul reads, beside the first, of functions that Hopper's own kernels may serve.
+_OPERANDS = {
+    "causal_attention": ("k", "v"),
+    "causal_attention_qkv": (),
+    "gelu_mlp": ("w_in", "b_in", "w_out", "b_out"),
+}
 _FORMS: dict[str, Callable[..., str]] = {"gelu_mlp": _mlp_form, "linear_cross_entropy": _loss_form}

@@ -27,7 +27,7 @@ def test_training_with_defaults_launches_what_a_user_launched():
     sums = {(launch.pointers["dout_ptr"], launch.pointers["dweight_ptr"]) for launch in found["run_sums_kernel"]}
     assert sums == {("bf16", "fp32")}
     assert not any(launch.constexprs["DROPOUT"] for launch in found["run_sums_kernel"])
-    assert {launch.pointers["q_ptr"] for launch in found["attention_fwd_kernel"]} == {"bf16"}
+    assert {launch.pointers["q_ptr"] for launch in found["attention_dq_kernel"]} == {"bf16"}
     assert {launch.pointers["pre_ptr"] for launch in launches("train, float16")["gelu_fwd_kernel"]} == {"fp16"}
     assert "spans_kernel" in launches("train, document masks")
 

@@ -32,13 +32,13 @@ def check(tensors, backend="triton", **options):
     wide = [t.double() for t in tensors]
     expected = run(*wide, reference.causal_attention, **options)
     theirs = run(*tensors, reference.causal_attention, **options)
-    sizes, largest = _magnitudes(*wide, tensors[0].dtype, **options)
+    sizes, largest = magnitudes(*wide, tensors[0].dtype, **options)
     for name, got, exact, their, size in zip(NAMES, results, expected, theirs, sizes, strict=True):
         assert_accurate(got, exact, their, size, logit_max=largest, name=name)
     return results
 
 
-def _magnitudes(q, k, v, do, dtype, scale=None, dropout_p=0.0, seed=None, **masks):
+def magnitudes(q, k, v, do, dtype, scale=None, dropout_p=0.0, seed=None, **masks):
     """The formulas on absolute values, and the largest score. Probabilities too small for float32 are lost whole, those
     too small for float16 in part."""
     group, key_heads = q.shape[1] // k.shape[1], k.shape[1]

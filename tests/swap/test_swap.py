@@ -95,7 +95,9 @@ def assert_the_same_draws(model, loss=False):
 
     before = losses()
     assert before.std() > 0
-    assert all(row.now for row in accelerate(model, loss=loss, backend="torch").rows), "none was left for drawing otherwise"
+    assert all(row.now for row in accelerate(model, loss=loss, backend="torch").rows), (
+        "none was left for drawing otherwise"
+    )
     torch.testing.assert_close(losses(), before, rtol=1e-6, atol=0)
     model.eval()
     assert torch.equal(losses(), losses()[[1, 2, 0]])

@@ -1,0 +1,86 @@
+"""What Hopper's kernels share: rings of barriers in shared memory, and what the copy engine (TMA) knows of a tensor.
+
+A tile goes from global to shared memory by one instruction of one thread; a barrier counts its bytes. A ring of STAGES
+tiles has two barriers a slot: `full`, on which consumers wait for the bytes, and `empty`, on which the producer waits
+until all consumers have read the slot. A wait names the parity of the phase that it wants done: a consumer's begins at
+0 and flips where the ring wraps; a producer's is the other one, so that slots count as free at first.
+
+These kernels are in Gluon (triton.experimental.gluon), which may change with every Triton: fastgpt.ops.hopper says
+which Tritons are known, and imports this folder on no other.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # of a warpgroup; 3.6 named it otherwise
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@gluon.jit
+def next_slot(stage, phase, STAGES: gl.constexpr):
+    """The ring's next slot, and the parity of its phase, which flips where the ring wraps."""
+    stage += 1
+    wrap = stage == STAGES
+    return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers in shared memory, each done when ARRIVALS have arrived and all announced bytes are there."""
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(found.index(i), count=ARRIVALS)
+    return found
+
+
+class Map:
+    """Of a tensor what Triton makes a tensor map of, for tiles of shape `block`. What lies past `shape` is read as
+    zeros and not written. The address and all strides but the last, which is 1, are multiples of 16 bytes."""
+
+    __slots__ = ("base", "block", "shape", "strides")
+    padding = "zero"
+    round_f32_to_tf32 = False
+
+    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]):
+        self.base, self.shape, self.strides, self.block = base, shape, strides, block
+
+    def checked(self) -> TensorDescriptor:
+        """Triton's own, which checks what it is given."""
+        return TensorDescriptor(self.base, self.shape, self.strides, list(self.block), self._layout())
+
+    def _layout(self) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout.get_default_for(list(self.block), _DTYPES[self.base.dtype])
+
+
+_COMPILED: dict[tuple, Any] = {}
+
+
+def launch(
+    kernel: Any, key: tuple, programs: int, maps: list[Map], rest: tuple, constants: dict[str, Any], **options: Any
+) -> None:
+    """kernel[(programs,)](*maps, *rest, **constants, **options), but what Triton asks of each argument of each launch
+    (some 50 µs for four tensor maps) is asked of a key's first one alone.
+
+    key: all that a compiled kernel depends on beside dtypes and card: its name, whether pointers divide by 16, numbers
+    that are specialised, constants.
+    """
+    key = (*key, maps[0].base.dtype, maps[0].base.device)
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[(programs, 1, 1)](*maps, *rest, *constants.values())
+        return
+    compiled = kernel[(programs,)](*(each.checked() for each in maps), *rest, **constants, **options)
+    if compiled is not None:  # as where launches are only recorded
+        _COMPILED[key] = compiled
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

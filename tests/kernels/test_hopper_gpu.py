@@ -1,0 +1,153 @@
+"""kernels/hopper on a card of compute capability 9.0: every form for every shape, whatever ops' table chooses.
+
+The backward is the Triton kernel's, which goes on from what these kernels leave.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+
+from fastgpt import ops
+from fastgpt.ops import autograd, hopper
+from tests.kernels import attention_checks, test_hopper, test_mlp
+
+pytestmark = pytest.mark.gpu
+HALVES = [torch.bfloat16, torch.float16]
+FORMS = [(64, 128), (64, 192), (128, 128)]
+
+
+@pytest.fixture(autouse=True)
+def _on_hopper():
+    if torch.cuda.get_device_capability() != (9, 0) or not hopper.has_a_known_triton():
+        pytest.skip("needs a card of compute capability 9.0, and a Triton whose Gluon is known")
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Makes a table that serves every shape, attention's by a form of so many queries."""
+
+    def make(block_m=128, hidden=((256, 1024),)):
+        rows = []
+        for dtype in HALVES:
+            for dim in (64, 128):
+                rows.append(hopper.Measured("attention_fwd", dtype, (dim,), range(1, 2**20), 1, "no", block_m))
+            for kernel in ("linear_gelu_fwd", "linear_gelu_bwd"):
+                for gelu in ("tanh", "none"):
+                    row = hopper.Measured(kernel, dtype, (), hopper._ANY, 1, "no", approximate=gelu)
+                    rows += [row._replace(sizes=sizes) for sizes in hidden]
+        monkeypatch.setattr(hopper, "TABLE", tuple(rows))
+        monkeypatch.setattr(hopper, "RAN", hopper.TRITONS)
+
+    return make
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 127, 128, 129, 300, 1000, 1024, 2047, 4096, 8192])
+def test_attention_and_its_gradients(form, time, always):
+    dim, block_m = form
+    always(block_m)
+    for dtype in HALVES:
+        heads = 3 if time <= 1024 else 1
+        q, k, v = test_hopper.packed(2 if time <= 1024 else 1, time, heads, dim, dtype, "cuda")
+        do = torch.randn(q.shape, device="cuda").to(dtype)
+        assert "runs on Hopper's own kernel" in ops.explain(ops.causal_attention, q, k, v)
+        attention_checks.check([q, k, v, do])
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_attention_of_more_items_than_multiprocessors(form, always):
+    dim, block_m = form
+    always(block_m)
+    q, k, v = test_hopper.packed(16, 700, 12, dim, torch.bfloat16, "cuda", more=9)
+    o, lse = test_hopper.attend(q, k, v, block_m, more=9)
+    for batch in (0, 7, 15):
+        there = slice(batch, batch + 1)
+        test_hopper.check_attention(q[there], k[there], v[there], o[there], lse[there])
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("rows", [(1,), (127,), (3, 300), (32, 1024)], ids=str)
+def test_gelu_mlp_and_its_gradients(rows, approximate, always):
+    always(hidden=((256, 1024), (768, 3072)))
+    for dtype in HALVES:
+        for channels, hidden in ((256, 1024), (768, 3072)):
+            if rows != (32, 1024) or dtype == torch.bfloat16:
+                test_mlp.check(test_mlp.operands(rows, channels, hidden, dtype, "cuda"), approximate=approximate)
+
+
+def served(always):
+    """A call of each, and its operands."""
+    always()
+    qkv = torch.randn(3, 300, 3 * 6 * 64, device="cuda").bfloat16().requires_grad_()
+    given = [torch.randn(shape, device="cuda").mul(0.3).bfloat16().requires_grad_() for shape in MLP]
+    return {
+        "attention": (lambda qkv: ops.causal_attention_qkv(qkv, 6), [qkv]),
+        "gelu_mlp": (ops.gelu_mlp, given),
+    }
+
+
+MLP = ((1500, 256), (1024, 256), (1024,), (256, 1024), (256,))
+
+
+@pytest.mark.parametrize("name", ["attention", "gelu_mlp"])
+def test_a_thousand_runs_give_the_same_bits(name, always):
+    call, leaves = served(always)[name]
+    out = call(*leaves)
+    dout = torch.randn_like(out)
+    expected = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    differs = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        out = call(*leaves)
+        for got, first in zip([out.detach(), *torch.autograd.grad(out, leaves, dout)], expected, strict=True):
+            differs += (got != first).any() | got.isnan().any()
+    assert differs.item() == 0
+
+
+@pytest.mark.parametrize("name", ["attention", "gelu_mlp"])
+def test_in_a_cuda_graph_and_on_another_stream(name, always):
+    call, leaves = served(always)[name]
+    with torch.no_grad():
+        expected = call(*leaves)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            other = call(*leaves)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(*leaves)
+        leaves[0].mul_(0.5)
+        graph.replay()
+        assert (
+            torch.equal(captured, call(*leaves))
+            and not torch.equal(captured, expected)
+            and torch.equal(other, expected)
+        )
+
+
+def test_on_a_device_that_is_not_the_current_one(always):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    for call, leaves in served(always).values():
+        there = [leaf.detach().to("cuda:1") for leaf in leaves]
+        assert torch.equal(call(*there).cpu(), call(*leaves).cpu())
+
+
+def test_opcheck(always):
+    served(always)
+    qkv = torch.randn(2, 70, 3 * 128, device="cuda").bfloat16()
+    torch.library.opcheck(autograd.attention_qkv_fwd.op, (qkv, None, None, None, 2, 0.1, 0.0))
+    q, k, v = (t.contiguous() for t in qkv.view(2, 70, 3, 2, 64).permute(2, 0, 3, 1, 4))
+    torch.library.opcheck(autograd.attention_fwd.op, (q, k, v, None, None, None, 0.1, 0.0))
+    x, w_in, b_in, w_out, b_out = (torch.randn(shape, device="cuda").bfloat16() for shape in MLP)
+    torch.library.opcheck(autograd.gelu_mlp_fwd.op, (x, w_in, b_in, w_out, b_out, True, False))
+    _, pre, act = autograd.gelu_mlp_fwd(x, w_in, b_in, w_out, b_out, True, False)
+    torch.library.opcheck(autograd.gelu_mlp_bwd.op, (x, x, w_in, w_out, pre, act, True, [True] * 5))
+
+
+def test_compiled_calls_are_served_too(always):
+    for call, leaves in served(always).values():
+        expected = torch.autograd.grad(call(*leaves).sum(), leaves)
+        got = torch.autograd.grad(torch.compile(call, fullgraph=True)(*leaves).sum(), leaves)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
