@@ -187,14 +187,23 @@ def block(block: Any, swap: Swap, *args, **kwargs):
     return stream.total() if block is stream.last else stream.x  # which is less than the sum: the next block knows
 
 
+def _has_their_loss(module: Any) -> bool:
+    """Whether its loss is transformers' own of causal models. Their property `loss_function` would log, which
+    torch.compile can't take into a graph: what it returns is looked up."""
+    losses = sys.modules["transformers.loss.loss_utils"]
+    if own_type(module).loss_function is not sys.modules["transformers.modeling_utils"].PreTrainedModel.loss_function:
+        return module.loss_function is losses.ForCausalLMLoss
+    theirs = losses.LOSS_MAPPING.get(getattr(module, "loss_type", None), losses.ForCausalLMLoss)
+    return getattr(module, "_loss_function", theirs) is losses.ForCausalLMLoss
+
+
 def language_model(module: Any, swap: Swap, *args, **kwargs):
     """GPT2LMHeadModel's forward; in training, with labels, it returns no logits, and no cache that is not asked for."""
     call = {**dict(zip(swap.names, args, strict=False)), **kwargs}
     labels, head = call.pop("labels", None), module.lm_head
-    losses = sys.modules["transformers.loss.loss_utils"]
     if (
         not (module.training and isinstance(labels, Tensor) and free_linear(head) and head.bias is None)
-        or module.loss_function is not losses.ForCausalLMLoss
+        or not _has_their_loss(module)
         or isinstance(call.get("logits_to_keep", 0), Tensor)
         or call.pop("logits_to_keep", 0) != 0
     ):

@@ -11,11 +11,6 @@ from tests.models import FAMILIES, VOCAB
 
 IDX = torch.randint(0, VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
 LAYERS = {"hugging face": "n_layer", "nanogpt": "n_layer", "book": "n_layers", "book, fast": "n_layers"}
-LABELS = pytest.mark.xfail(
-    strict=True,
-    raises=torch._dynamo.exc.Unsupported,
-    reason="language_model asks for loss_function, whose getter logs: torch.compile breaks the graph there",
-)
 
 
 class Asked(torch.nn.Module):
@@ -35,7 +30,7 @@ class Asked(torch.nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def step_of(name, loss, autocast, compiles, device="cpu", backend="auto"):
+def step_of(name, loss, autocast, compiles, device="cpu", backend="torch"):
     """The loss and the gradients' norm of two steps, from the same weights."""
     model, idx = Asked(name, FAMILIES[name](**{LAYERS[name]: 2}), loss).train().to(device), IDX.to(device)
     accelerate(model, loss=loss, backend=backend)
@@ -56,7 +51,7 @@ def assert_one_graph(*args):
     ("name", "loss"),
     [
         ("hugging face", False),
-        pytest.param("hugging face", True, marks=LABELS),
+        ("hugging face", True),
         ("nanogpt", False),
         ("nanogpt", True),
         ("book", False),
@@ -77,7 +72,7 @@ def test_a_training_step_with_kernels_is_one_graph(name, loss, device):
 def test_a_forward_is_one_graph(name, loss):
     torch._dynamo.reset()
     model = FAMILIES[name](**{LAYERS[name]: 2}).eval()
-    accelerate(model, loss=loss)
+    accelerate(model, loss=loss, backend="torch")
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         for found, expected in zip(logits(compiled(IDX)), logits(model(IDX)), strict=True):
