@@ -32,7 +32,8 @@ def rows(accounts: dict[str, list[Line]], rates: Rates) -> Iterator[list[str]]:
         there = measured.get(name, {})
         told = [
             f"{1e3 * time:.1f}{', one CUDA graph' if 'graph' in what else ''}"
-            + ("" if seconds is None else f" ({100 * (seconds / time - 1):+.0f}%)")
+            + (" with more launches" if name in predict.CHANGED else "")
+            + ("" if seconds is None or name in predict.CHANGED else f" ({100 * (seconds / time - 1):+.0f}%)")
             for what, time in there.items()
         ]
         yield [name, *numbers, "" if seconds is None else f"{1e3 * seconds:.1f}", "; ".join(told)]

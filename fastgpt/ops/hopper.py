@@ -16,9 +16,9 @@ from fastgpt.private import FakeTensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # which knows no Gluon
 TRITONS = ("3.6.0", "3.7.1")  # that `python -m bench compile` compiles these kernels with: Gluon moves between Tritons
-# With which tests/kernels/test_hopper_gpu.py has passed on a card, for the kernels as they are here: none yet. The table's
-# figures are those of the kernels that these were made of, on Triton 3.6.0 (docs/kernels.md). Until a version is entered
-# no call is served, for a kernel that never ran may hang.
+# With which tests/kernels/test_hopper_gpu.py has passed on a card, for these kernels: none yet. The table's figures are
+# those of the prototypes, on Triton 3.6.0 (docs/kernels.md). Until a version is entered no call is served, for a kernel
+# that never ran may hang.
 RAN: tuple[str, ...] = ()
 
 

@@ -30,8 +30,8 @@ REPLACED = ("sdpa", "fastgpt")  # implementations that attention stands in for: 
 # Of a subclass that has a forward of its own, calls with nothing but these are understood.
 _KNOWN = {
     *("past_key_values", "cache_position", "attention_mask", "use_cache", "position_ids", "is_causal"),
-    *("encoder_attention_mask", "fastgpt_key_mask", "fastgpt_stream", "output_hidden_states", "num_items_in_batch"),
-    *SPECIAL,
+    *("encoder_attention_mask", "output_hidden_states", "num_items_in_batch"),
+    *("fastgpt_key_mask", "fastgpt_stream", "fastgpt_forgets", *SPECIAL),
 }
 
 
@@ -80,7 +80,9 @@ def _only_blocks_see(module: Any, call: dict) -> bool:
         return False
     if module.training and getattr(module, "gradient_checkpointing", False):
         return False
-    weight = module.wte.weight
+    swap, weight = module.__dict__.get("fastgpt_swap"), module.wte.weight
+    if swap is None or swap.function is not model:
+        return False
     return len(module.h) > 0 and all(works(each, block, weight) and _is_theirs(each) for each in module.h)
 
 
@@ -124,6 +126,8 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
         return None
     batch, time, _ = x.shape
     past, mask, padding = (call.get(name) for name in ("past_key_values", "attention_mask", "fastgpt_key_mask"))
+    if call.get("fastgpt_forgets"):
+        past = None
     options: dict = dict(
         scale=getattr(attn, "scaling", None),  # older ones' sdpa knew no scale but the default
         dropout_p=attn.attn_dropout.p if attn.training else 0.0,
@@ -211,8 +215,11 @@ def language_model(module: Any, swap: Swap, *args, **kwargs):
     return_dict = call.pop("return_dict", None)
     count, ignored = call.pop("num_items_in_batch", None), call.pop("ignore_index", -100)
     targets = call.pop("shift_labels", None)
-    if call.get("use_cache") is None and call.get("past_key_values") is None:
-        call["use_cache"] = False  # a config's default would keep keys and values of every layer
+    forgets = call.get("use_cache") is None and call.get("past_key_values") is None
+    if forgets and _only_blocks_see(module.transformer, call):
+        # a config's default keeps keys and values of every layer; with use_cache=False transformers would look, and
+        # wait, for packed sequences
+        call["fastgpt_forgets"] = True
     outputs = module.transformer(**call)
     x = outputs.last_hidden_state
     if targets is None:  # token t predicts token t + 1, and the last one nothing
@@ -227,7 +234,8 @@ def language_model(module: Any, swap: Swap, *args, **kwargs):
     )
     if count is not None:
         loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-    kept = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+    gone = ("last_hidden_state", "past_key_values") if forgets else ("last_hidden_state",)
+    kept = {name: value for name, value in outputs.items() if name not in gone}
     result = sys.modules["transformers.models.gpt2.modeling_gpt2"].CausalLMOutputWithCrossAttentions(loss=loss, **kept)
     if return_dict is False or (return_dict is None and not getattr(module.config, "return_dict", True)):
         return result.to_tuple()

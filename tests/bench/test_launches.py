@@ -147,6 +147,9 @@ def test_the_prediction_knows_the_measured_rows_within_15_percent():
     measured = {what: (name, time) for name, there in predict.measured().items() for what, time in there.items()}
     assert len(measured) >= 9
     for what, (name, time) in measured.items():
+        if name in predict.CHANGED:  # of other launches than those that were measured
+            assert predict.seconds(accounts[name], known) < time, what
+            continue
         assert predict.seconds(accounts[name], known) == pytest.approx(time, rel=0.15), what
 
 
