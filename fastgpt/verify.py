@@ -122,9 +122,9 @@ def verify_model(
         with accelerated(twin, attention=False, layer_norm=False, mlp=False) as plain:
             right = _ask(on_reference(plain) if isinstance(plain, GPT) else plain, _computable(ids))
         report = None
+        served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)}"
         if not ops.kernels_run_on(weight.device):  # where accelerate would leave each forward to its class
             options.setdefault("backend", "torch")
-        served = f"{_place(weight.device)}, {ops.backend_in_words(options.get('backend', 'auto'), weight)}"
         write("before … ")
         if isinstance(model, GPT):
             before = _ask(on_reference(model), ids)

@@ -172,12 +172,19 @@ def linear_gelu_backward(dy, w_out, pre, tanh, act=None) -> tuple[torch.Tensor, 
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
     """What gelu_mlp_bwd returns, so it serves as its fake too. A weight's gradient lies in memory as the weight does:
     that of a Conv1D, which is read transposed, would be copied by autograd else."""
-    likes = (None, w_in, w_in[:, 0], w_out, w_out[:, 0])
-    return tuple(
-        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
-        if like is None or not needed
-        else torch.empty_like(like, dtype=x.dtype)
-        for like, needed in zip(likes, needs, strict=True)
+
+    def like(weight, needed):
+        return torch.empty_like(weight, dtype=x.dtype) if needed else empty((0,))
+
+    def empty(shape, needed=True):
+        return torch.empty(shape if needed else (0,), dtype=x.dtype, device=x.device)
+
+    return (
+        empty(x.shape, needs[0]),
+        like(w_in, needs[1]),
+        empty(w_in.shape[:1], needs[2]),
+        like(w_out, needs[3]),
+        empty(w_out.shape[:1], needs[4]),
     )
 
 

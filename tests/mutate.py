@@ -119,7 +119,7 @@ def main(names: list[str]) -> int:
     return int(survivors > 0)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.mutate", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="of mutants; all if none is given")
     parser.add_argument("--random", type=int, metavar="N", help="of mutants drawn by rule: tests/mutate_random.py")
@@ -127,7 +127,11 @@ if __name__ == "__main__":
     parser.add_argument("--at", nargs="+", default=[], metavar="FILE:LINE", help="of them only those")
     parser.add_argument("--seconds", type=float, default=40.0, help="of tests that a mutant drawn by rule meets; 40")
     parser.add_argument("--known", action="store_true", help="only the tests whose lines are known: no run of them")
-    given = parser.parse_args()
+    return parser
+
+
+if __name__ == "__main__":
+    given = parser().parse_args()
     if given.random is not None:
         from tests import mutate_random
 

@@ -139,7 +139,7 @@ def parsed(command: str) -> None:
                 stack.enter_context(mock.patch(f"bench.{module}.main", return_value=0))
             assert bench.main(words[3:]) == 0
     elif words[:3] == ["python", "-m", "tests.mutate"]:
-        assert set(words[3:]) <= {mutant.name for mutant in mutate.MUTANTS}, command
+        assert set(mutate.parser().parse_args(words[3:]).names) <= {mutant.name for mutant in mutate.MUTANTS}, command
     elif words[0] == "pytest":
         for word in words[1:]:
             assert not word.endswith((".py", "/")) or (ROOT / word).exists(), command
