@@ -166,7 +166,8 @@ def gelu_mlp_bwd(
 def linear_gelu_backward(dy, w_out, pre, tanh, act=None) -> tuple[torch.Tensor, torch.Tensor]:
     """dpre (M, F) and partial sums of its columns (programs, F). Writes act (M, F) if there is one."""
     dpre = torch.mm(dy, w_out)
-    return dpre, _gelu_backward(dpre, pre, tanh, pre if act is None else act, act is not None)
+    unread = torch.empty((0,), dtype=pre.dtype, device=pre.device)
+    return dpre, _gelu_backward(dpre, pre, tanh, unread if act is None else act, act is not None)
 
 
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
