@@ -23,8 +23,8 @@ def _go_over_logits(x, weight, targets, row_grads, settings, *outputs):
 class _Rows:
     """What the loss of some rows and its gradient need to know of their logits."""
 
-    def __init__(self, targets: Tensor, vocab: int, settings: loss.LossSettings, dtype: torch.dtype):
-        self.targets, self.vocab, self.settings, self.dtype = targets.long(), vocab, settings, dtype
+    def __init__(self, targets: Tensor, vocab: int, settings: loss.LossSettings):
+        self.targets, self.vocab, self.settings = targets.long(), vocab, settings
         self.place = self.targets.clamp(0, vocab - 1)[:, None]  # never out of bounds
 
     def read(self, z: Tensor) -> None:
@@ -65,7 +65,7 @@ def _pass_over_rows(logits, vocab, targets, row_grads, ignore_index, label_smoot
     step = max(1, _IN_CACHE // (vocab * losses.dtype.itemsize)) if logits.is_cpu else max(1, len(logits))
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        rows, z = _Rows(targets[part], vocab, settings, losses.dtype), logits[part].to(losses.dtype)
+        rows, z = _Rows(targets[part], vocab, settings), logits[part].to(losses.dtype)
         rows.read(z)
         rows.finish(losses[part], None if row_grads is None else row_grads[part])
         if row_grads is not None:
