@@ -12,17 +12,21 @@ from tests.views import KINDS, drawn, spread
 
 
 def the_same(got, expected, views, number):
-    """A matmul of PyTorch's own may add up in another order at other strides; the kernels may not."""
+    """A matmul of PyTorch's own may add up in another order at other strides, and so may a kernel on a GPU, for there its
+    threads hold other elements where they can't be loaded side by side. In the interpreter the kernels may not."""
     kinds = {key: (tuple(view.shape), view.stride()) for key, view in views.items()}
     for place, (a, b) in enumerate(zip(got, expected, strict=True)):
         close = alike(a, b)
-        if not close and {"w_in", "targets"} & set(views):
-            close = torch.allclose(a, b, rtol=1e-5, atol=1e-5) if a.dtype == torch.float32 else _near(a, b)
-        assert close, f"result {place} of draw {number} is another than that of contiguous copies: {kinds}"
+        if not close and (a.is_cuda or {"w_in", "targets"} & set(views)):
+            close = _near(a, b)
+        off = (a.double() - b.double()).abs().max().item()
+        assert close, f"result {place} of draw {number} is off by {off:.3g} from that of contiguous copies: {kinds}"
 
 
 def _near(a, b):
-    return (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
+    if a.dtype != torch.float32:
+        return (a.float() - b.float()).norm() <= 1e-3 * b.float().norm()
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, b.abs().max().item()))
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
