@@ -15,6 +15,7 @@ COMMANDS = {
     "profile": "the kernels of one training step: time, share, floor",
     "loop": "what the trainer's loop adds to a bare step",
     "steps": "whole training steps as people run them: theirs eager, compiled, accelerated, and fastgpt's",
+    "pairs": "two ways to train on a CPU in turns until their ratio is known, with what is promised of it",
     "smoke": "every kernel once at small shapes",
     "sanitize": "the same under NVIDIA's compute-sanitizer",
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",
@@ -27,6 +28,7 @@ MODULES = {
     "sanitize": "gates.sanitize",
     "bytes": "work",
     "roofs": "machine",
+    "pairs": "steps.pairs",
     "gpu-day": "gpu_day",
 }
 

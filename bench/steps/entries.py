@@ -79,7 +79,7 @@ def _theirs(
         raise Unavailable("on a CPU with --compiled alone: compiling whole models takes minutes")
     family = FAMILIES[name]
     source = p.model if vocabulary == p.model.config.vocab_size else _padded(p.model, vocabulary)
-    model = _build(name, family, source, machine).train()
+    model = built(name, family, source, machine).train()
     del source
     if swap is not None:
         fastgpt.accelerate(model, **swap)
@@ -103,7 +103,8 @@ def _padded(model: GPT, vocabulary: int) -> GPT:
     return with_backend(model, "torch", vocab_size=vocabulary)
 
 
-def _build(name: str, family: Family, model: GPT, machine: Machine) -> nn.Module:
+def built(name: str, family: Family, model: GPT, machine: Machine) -> nn.Module:
+    """The family's model at the weights of ours; for nanoGPT without a checkout one of its form."""
     if name != NANOGPT or machine.nanogpt is not None:
         return family.build(model, machine)
     from types import SimpleNamespace

@@ -90,7 +90,7 @@ class Bench:
         if not row.note.startswith("out of memory") or self.baseline is None:
             return row
         self.baseline = None  # both did not fit at once: one after the other
-        self._tidy()
+        self.tidy()
         row, _ = self._tried(entry, None)
         if row.median is None:
             return row
@@ -99,6 +99,13 @@ class Bench:
             row.baseline, row.ratio = after.median, row.median / after.median
             row.note = "fastgpt's step after it, for both did not fit at once"
         return row
+
+    def ready(self, entry: Entry) -> Step:
+        """Its step after the first ones. RuntimeError with the reason where they are not what they should be."""
+        row, step = self._tried(entry, None, timed=False)
+        if step is None:
+            raise RuntimeError(f"{row.status}: {row.note}")
+        return step
 
     def _baseline_works(self) -> bool:
         return any(row.what == BASELINE and row.status == "ok" for row in self.steps.rows)
@@ -109,7 +116,7 @@ class Bench:
         step = None
         try:
             expected = self.expected(entry)
-            self._tidy()
+            self.tidy()
             step = self._prepared(entry, row, expected)
             if step is not None and timed:
                 self._timed(row, step, baseline)
@@ -122,7 +129,7 @@ class Bench:
             row.note = f"{type(error).__name__}: {' '.join(str(error).split()[:60])}"[:400]
         row = StepRow(row.what, row.status, row.note, row.ours)  # without what it had measured until then
         step = None
-        self._tidy()
+        self.tidy()
         return row, step
 
     def _prepared(self, entry: Entry, row: StepRow, expected: Expected) -> Step | None:
@@ -184,7 +191,7 @@ class Bench:
             row.baseline = timings["baseline"].median / burst
             row.ratio = row.median / row.baseline
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
         """No row finds what an earlier one left, in memory or in the compiler's caches."""
         torch._dynamo.reset()
         gc.collect()
