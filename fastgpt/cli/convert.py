@@ -30,7 +30,7 @@ def add_convert(commands: Any) -> None:
     change.add_argument("--n_head", type=int, metavar="N", help="heads, where nothing in SRC says how many")
     change.add_argument("--vocab_size", type=int, metavar="N", help="crop the vocabulary, or pad it with zeros")
     change.add_argument("--gelu", choices=("tanh", "none"), help="the GELU, where it is not the family's own")
-    change.add_argument("--encoding", help="for fastgpt: byte, gpt2, … (default: what the vocabulary's size tells)")
+    change.add_argument("--encoding", help="byte, gpt2, … (default: SRC's, or what its vocabulary's size tells)")
     change.add_argument("--variant", choices=VARIANTS, help="for the book (default: GPTModel)")
     change.add_argument("--overwrite", action="store_true", help="write into a folder that holds something")
 

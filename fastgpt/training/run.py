@@ -301,6 +301,7 @@ class Run:
         """In the folder itself, for whoever generates from it."""
         last = self.rows[-1] if self.rows else {}
         told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": dataclasses.asdict(self.config)}
+        told["data"] = self.corpus.facts()
         save_model(state.assembled(self.model.config, taken.weights), self.folder, self.encoding.name, **told)
 
     def end_early(self, stop: int) -> None:

@@ -8,14 +8,18 @@ from typing import Literal
 from torch import Tensor
 
 from fastgpt.atomic import read_json, replacing
-from fastgpt.data.tokenizer import BY_SIZE, full_name
+from fastgpt.data.tokenizer import BY_SIZE, END_OF_TEXT, Unavailable, full_name, has_end_of_text
+from fastgpt.data.tokenizer import encoding as encoding_of
 from fastgpt.model import GPT
+from fastgpt.weights.card import card
 from fastgpt.weights.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, write_pickle, write_tensors
 from fastgpt.weights.pretrained import FAMILIES, from_pretrained
+from fastgpt.weights.tokenizer_files import TOKENIZER, tokenizer_files
 
 Family = Literal["huggingface", "nanogpt", "book", "fastgpt"]
+GENERATION, CARD = "generation_config.json", "README.md"
 _FILES = {
-    "huggingface": (CONFIG, WEIGHTS),
+    "huggingface": (CONFIG, WEIGHTS, *TOKENIZER, GENERATION, CARD),
     "nanogpt": (CHECKPOINT,),
     "book": (CONFIG, STATE),
     "fastgpt": (CONFIG, WEIGHTS),
@@ -65,25 +69,29 @@ def convert(
 ) -> list[str]:
     """Write the weights at `source`, of any family, into the folder `target` as the family `to` keeps them.
 
-    Hugging Face: config.json and model.safetensors. nanoGPT: ckpt.pt, as its sample.py reads it. The book: model.pth, a
-    state dict for `variant` (GPTModel, GPTModelFast or cache; None is GPTModel), and cfg in config.json. fastgpt: its
-    own folder, which `fastgpt generate` reads with the named encoding. vocab_size crops or pads; gelu overrides what
-    the family implies.
+    Hugging Face: config.json and model.safetensors; what AutoTokenizer reads, where its tokens are sure to equal those
+    of the encoding (byte, gpt2, characters); generation_config.json; and README.md, the hub's page, of what is known.
+    nanoGPT: ckpt.pt, as its sample.py reads it. The book: model.pth, a state dict for `variant` (GPTModel, GPTModelFast
+    or cache; None is GPTModel), and cfg in config.json. fastgpt: its own folder, which `fastgpt generate` reads with
+    the named encoding. vocab_size crops or pads; gelu overrides what the family implies.
     Returns notes on what the new family computes otherwise. An error is raised before anything is written.
     """
     if to not in (*FAMILIES, "fastgpt"):
         raise ValueError(f"to is {to!r}, not one of {', '.join((*FAMILIES, 'fastgpt'))}")
-    for option, value, whose in (("variant", variant, "book"), ("encoding", encoding, "fastgpt")):
-        if value is not None and to != whose:
-            raise ValueError(f"{option} = {value!r} is for {whose} alone, not for {to}")
+    for option, value, whose in (("variant", variant, ("book",)), ("encoding", encoding, ("fastgpt", "huggingface"))):
+        if value is not None and to not in whose:
+            raise ValueError(f"{option} = {value!r} is for {' and '.join(whose)} alone, not for {to}")
     if encoding is not None:
         encoding = full_name(encoding)
     changes = {name: value for name, value in (("vocab_size", vocab_size), ("gelu", gelu)) if value is not None}
     model = from_pretrained(source, n_head=n_head, **changes)
+    beside = Path(source) / CONFIG
+    told = read_json(beside) if beside.is_file() else {}
     if encoding is None:
-        folder = Path(source)
-        said = read_json(folder / CONFIG).get("encoding") if (folder / CONFIG).is_file() else None
+        said = told.get("encoding")
         encoding = said if isinstance(said, str) else BY_SIZE.get(model.config.vocab_size, "unknown")
+    hub = to == "huggingface"
+    files, ends, unsaid = _for_the_hub(model, encoding, told, Path(target).name) if hub else ({}, {}, [])
     folder, own = Path(target), _FILES[to]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
@@ -92,16 +100,52 @@ def convert(
             raise ValueError(f"{folder} holds {there.name} already; overwrite=True, or --overwrite, writes over it")
         if there.name not in own:
             raise ValueError(f"{folder} holds {there.name}, which is none of what would be written, {', '.join(own)}")
-    return write_family(model, folder, to, encoding, variant or "GPTModel")
+    notes = write_family(model, folder, to, encoding, variant or "GPTModel", ends)
+    for name in (*TOKENIZER, GENERATION, CARD) if hub else ():
+        if name in files:
+            with replacing(folder / name) as new:
+                new.write_text(files[name], encoding="utf-8")
+        else:  # another model's
+            (folder / name).unlink(missing_ok=True)
+    return notes + unsaid
 
 
-def write_family(model: GPT, folder: Path, to: Family, encoding: str, variant: str) -> list[str]:
+def _for_the_hub(model: GPT, name: str, told: dict, folder: str) -> tuple[dict[str, str], dict, list[str]]:
+    """What a folder for Hugging Face has beside its weights, by file; the ids that begin and end a text; and notes.
+
+    name: of the encoding, or "unknown". told: the config.json that lies beside the weights.
+    """
+    page = {CARD: card(folder, model.config, sum(p.numel() for p in model.parameters()), name, told)}
+    if name == "unknown":
+        return page, {}, ["no tokenizer's files: nothing says which encoding the model has; --encoding does"]
+    try:
+        encoding = encoding_of(name)
+    except Unavailable as error:
+        return page, {}, [f"no tokenizer's files: {error}"]
+    end = encoding.encode_single_token(END_OF_TEXT) if has_end_of_text(encoding) else None
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), end)
+    page[GENERATION] = _json({**ends, "pad_token_id": end})
+    files = tokenizer_files(encoding, model.config.block_size)
+    if files is None:
+        return page, ends, [f"no tokenizer's files: those of {name} would not be sure to give tiktoken's tokens"]
+    return page | {file: _json(content) for file, content in files.items()}, ends, []
+
+
+def _json(content: dict) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_family(
+    model: GPT, folder: Path, to: Family, encoding: str, variant: str, changes: dict | None = None
+) -> list[str]:
+    """changes: to the settings that the family's config.json would have."""
     if to == "fastgpt":
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, folder, encoding)
         return []
     more = (variant,) if to == "book" else ()
     settings, tensors, notes = FAMILIES[to].write_weights(model.config, model.state_dict(), *more)
+    settings |= changes or {}
     folder.mkdir(parents=True, exist_ok=True)
     if to == "huggingface":
         with replacing(folder / WEIGHTS) as new:

@@ -12,8 +12,8 @@ from tests.views import KINDS, drawn, spread
 
 
 def the_same(got, expected, views, number):
-    """A matmul of PyTorch's own may add up in another order at other strides, and so may a kernel on a GPU, for there its
-    threads hold other elements where they can't be loaded side by side. In the interpreter the kernels may not."""
+    """A matmul of PyTorch's own may add up in another order at other strides, and so may a kernel on a GPU, for there
+    its threads hold other elements where they can't be loaded side by side. In the interpreter the kernels may not."""
     kinds = {key: (tuple(view.shape), view.stride()) for key, view in views.items()}
     for place, (a, b) in enumerate(zip(got, expected, strict=True)):
         close = alike(a, b)

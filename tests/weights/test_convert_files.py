@@ -273,7 +273,7 @@ def test_with_no_network_it_says_what_to_do(monkeypatch):
     [
         (dict(to="fastgpt", encoding="klingon"), "unknown encoding 'klingon'; there are byte, "),
         (dict(to="fastgpt", encoding="gpt"), r"unknown encoding 'gpt' \(did you mean 'gpt2'\?\)"),
-        (dict(to="huggingface", encoding="byte"), "encoding = 'byte' is for fastgpt alone, not for huggingface"),
+        (dict(to="book", encoding="byte"), "encoding = 'byte' is for fastgpt and huggingface alone, not for book"),
         (dict(to="nanogpt", variant="GPTModelFast"), "variant = 'GPTModelFast' is for book alone, not for nanogpt"),
         (dict(to="nanogpt", n_head=2), "n_head is 2, and its settings say 4"),
     ],
