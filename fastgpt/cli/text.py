@@ -12,6 +12,8 @@ import numpy as np
 import tiktoken
 import torch
 
+from fastgpt.atomic import replacing
+from fastgpt.cli.surprise import page
 from fastgpt.data import holds_tokens, read_tokens
 from fastgpt.data.tokenizer import Named, Unavailable, beginning, encoding, end_of_text, has_end_of_text, named
 from fastgpt.data.tokens import meta_beside, meta_of
@@ -57,6 +59,7 @@ def add_eval(commands: Any) -> None:
     read.add_argument("--window", type=int, metavar="N", help="tokens of a pass (default: the context)")
     read.add_argument("--stride", type=int, metavar="N", help="new tokens of a pass (default: half a window)")
     read.add_argument("--batch_size", type=int, default=8, metavar="N", help="passes at once (default: 8)")
+    read.add_argument("--html", metavar="FILE", help="also write a page that colours each token by its surprise")
     read.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
@@ -189,6 +192,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     model, name = named_model(options.checkpoint, options.encoding, options.n_head)
     model = model.to(device_named(options.device))
     tokens = _encoding_of(name, options)
+    if options.html is not None and isinstance(tokens, Named):
+        raise ValueError(f"--html shows text, and the encoding's files can't be had: {tokens.why}")
     ids = read_tokens(options.data, tokens)
     text = not options.data.endswith(".bin")
     if text and (isinstance(tokens, Named) or has_end_of_text(tokens)):  # behind it, so that the first is predicted too
@@ -203,14 +208,17 @@ def _evaluate(options: argparse.Namespace) -> None:
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         progress=True,
     )
-    if options.json:
-        print(json.dumps(found._asdict()))
-        return
     said = f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.3f}"
     if found.bits_per_byte is None:
-        print(f"{said} ({found.tokens:,} tokens)")
+        said += f" ({found.tokens:,} tokens)"
     else:
-        print(f"{said}, {found.bits_per_byte:.4f} bits a byte ({found.tokens:,} tokens, {found.bytes:,} bytes)")
+        said += f", {found.bits_per_byte:.4f} bits a byte ({found.tokens:,} tokens, {found.bytes:,} bytes)"
+    if options.html is not None and isinstance(tokens, tiktoken.Encoding):
+        title = f"{Path(options.data).name}, as {options.checkpoint} reads it"
+        with replacing(Path(options.html)) as new:
+            new.write_text(page(title, f"{said}.", ids[1:].tolist(), found.losses, tokens), encoding="utf-8")
+    numbers = {name: value for name, value in found._asdict().items() if name != "losses"}
+    print(json.dumps(numbers) if options.json else said)
 
 
 def _encoding_of(name: str, options: argparse.Namespace) -> tiktoken.Encoding | Named:

@@ -18,6 +18,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float | None  # where the number of bytes is known
     tokens: int  # that were predicted: all but the first
     bytes: int | None  # of those
+    losses: np.ndarray  # (tokens,) in nats, in their order
 
 
 def evaluate(
@@ -55,18 +56,20 @@ def evaluate(
         raise ValueError(
             f"eval: token {tokens[place]} at offset {place} is outside a vocabulary of {decoder.vocabulary}"
         )
-    total = 0.0
+    losses = np.empty(len(tokens) - 1, dtype=np.float32)
     with tqdm(total=len(tokens) - 1, unit="token", unit_scale=True, disable=None if progress else True) as line:
         for passes in _batches(len(tokens), window, stride, batch_size):
-            total += _loss(decoder, tokens, passes)
-            line.update(sum(end - counted for _, counted, end in passes))
-            if not math.isfinite(total):
+            counted = losses[passes[0][1] - 1 : passes[-1][2] - 1]  # a batch's passes follow each other
+            counted[:] = _losses(decoder, tokens, passes)
+            line.update(len(counted))
+            if not np.isfinite(counted).all():
                 raise ValueError(f"eval: the loss of tokens {passes[0][1]} to {passes[-1][2]} is not finite")
     predicted = len(tokens) - 1
     size = None if count_bytes is None else count_bytes(tokens[1:])
+    total = math.fsum(losses.tolist())
     loss = total / predicted
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, total / math.log(2) / size if size else None, predicted, size)
+    return Evaluation(loss, perplexity, total / math.log(2) / size if size else None, predicted, size, losses)
 
 
 def _batches(count: int, window: int, stride: int, batch_size: int) -> list[list[tuple[int, int, int]]]:
@@ -90,7 +93,8 @@ def _batches(count: int, window: int, stride: int, batch_size: int) -> list[list
 
 
 @torch.no_grad()
-def _loss(decoder: Decoder, tokens: np.ndarray, passes: list[tuple[int, int, int]]) -> float:
+def _losses(decoder: Decoder, tokens: np.ndarray, passes: list[tuple[int, int, int]]) -> np.ndarray:
+    """Of the tokens that count, pass after pass."""
     rows = np.stack([tokens[begin:end] for begin, _, end in passes]).astype(np.int64)
     ids = torch.from_numpy(rows).to(decoder.device)
     counts = [[begin + i + 1 >= counted for i in range(end - begin - 1)] for begin, counted, end in passes]
@@ -98,4 +102,6 @@ def _loss(decoder: Decoder, tokens: np.ndarray, passes: list[tuple[int, int, int
     x = decoder.features(ids[:, :-1])[kept]  # (N, C): no logits of what does not count
     targets = ids[:, 1:][kept]
     parts = zip(x.split(1024), targets.split(1024), strict=True)
-    return math.fsum(F.cross_entropy(decoder.logits(part), aim, reduction="sum").item() for part, aim in parts)
+    return (
+        torch.cat([F.cross_entropy(decoder.logits(part), aim, reduction="none") for part, aim in parts]).cpu().numpy()
+    )

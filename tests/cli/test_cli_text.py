@@ -1,5 +1,6 @@
 """`fastgpt generate` and `fastgpt eval` on models of every kind."""
 
+import html.parser
 import io
 import json
 import math
@@ -11,7 +12,7 @@ import torch
 
 from fastgpt import GPT, GPTConfig, cli
 from fastgpt.cli import text as cli_text
-from fastgpt.data.tokenizer import encoding
+from fastgpt.data.tokenizer import Unavailable, encoding
 from fastgpt.generation.evaluation import evaluate
 from fastgpt.weights import save_model
 
@@ -147,6 +148,44 @@ def test_eval_is_the_plain_sum_over_tokens(capsys, folders, tmp_path, options):
     assert found["loss"] == pytest.approx(total / len(text.encode()), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2), rel=1e-6)
+
+
+def test_eval_draws_each_token_in_the_colour_of_its_surprise(capsys, folders, tmp_path):
+    text = "a <b> & é🙂\nend\n" * 9
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    page, command = tmp_path / "page.html", ("eval", tmp_path / "text.txt", "--checkpoint", folders / "own")
+    code, out, _ = run(capsys, *command, "--html", page)
+    assert code == 0 and out.startswith("loss ")
+    shown = html.parser.HTMLParser(convert_charrefs=True)
+    pieces, inside = [], []
+    shown.handle_starttag = lambda tag, attrs: pieces.append([dict(attrs), ""]) if tag == "i" else None
+    shown.handle_data = lambda data: pieces[-1].__setitem__(1, data) if inside else None
+    shown.feed(page.read_text(encoding="utf-8").split("<pre>")[0])
+    legend = [piece["class"] for piece, _ in pieces]
+    assert legend == [f"s{step}" for step in range(11)]
+    pieces.clear()
+    inside.append(True)
+    shown.feed(page.read_text(encoding="utf-8").split("<pre>")[1].split("</pre>")[0])
+    assert "".join(piece for _, piece in pieces) == text
+    ids = np.array([256, *text.encode()])
+    losses = evaluate(cli_text.load(str(folders / "own"), None)[0], ids).losses
+    assert losses.sum() == pytest.approx(sum(float(attrs["title"].split()[0]) for attrs, _ in pieces), rel=1e-3)
+    emoji = next(attrs for attrs, piece in pieces if piece == "🙂")
+    place = text.encode().index("🙂".encode())
+    own = losses[place : place + 4]
+    assert emoji["title"].endswith(", 4 tokens") and emoji["class"] == f"s{min(10, round(float(own.mean())))}"
+    assert emoji["title"].startswith(f"{own.sum():.2f} nats")
+
+
+def test_a_page_needs_text(capsys, folders, tmp_path, monkeypatch):
+    def unavailable(name):
+        raise Unavailable("no network")
+
+    monkeypatch.setattr(cli_text, "encoding", unavailable)
+    np.zeros(9, dtype=np.uint16).tofile(tmp_path / "val.bin")
+    GPT(GPTConfig(**{**SHAPE, "vocab_size": 50257})).save_pretrained(tmp_path / "m")
+    code, _, err = run(capsys, "eval", tmp_path / "val.bin", "--checkpoint", tmp_path / "m", "--html", tmp_path / "p")
+    assert code == 2 and "--html shows text" in err and not (tmp_path / "p").exists()
 
 
 def test_eval_of_a_token_file(capsys, folders, tmp_path):
