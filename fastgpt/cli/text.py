@@ -1,6 +1,7 @@
 """The commands `fastgpt generate` and `fastgpt eval`: a model writes text, or reads one."""
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
@@ -173,13 +174,19 @@ def _write_json(decoder: Decoder, tokens: tiktoken.Encoding, prompt: str, max_ne
 
 
 def _converse(decoder: Decoder, tokens: tiktoken.Encoding, max_new_tokens: int, how: dict) -> None:
-    """A prompt a line, until the end of the input. Ctrl-C ends a text, not the conversation."""
+    """A prompt a line, until the end of the input. Ctrl-C ends a text, not the conversation. On a terminal a line can
+    be edited, and earlier ones come back by the arrow keys."""
+    with contextlib.suppress(ModuleNotFoundError):  # Windows has none, and its terminal edits by itself
+        import readline  # noqa: F401, input() takes it
     while True:
         try:
             prompt = input("prompt> ")
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:  # a line that is given up
+            print()
+            continue
         try:
             write(decoder, tokens, prompt, max_new_tokens, **how)
         except KeyboardInterrupt:

@@ -183,21 +183,34 @@ def keep_sample(folder: Path, step: int, text: str) -> None:
 
 
 def plot_losses(rows: list[dict], path: Path) -> None:
-    """Losses and the learning rate against steps; nothing where matplotlib is not installed."""
+    """Losses, learning rate, gradient norm and speed against steps, from the beginning; nothing where matplotlib is not
+    installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    axes.plot(steps, [row["train_loss"] for row in rows], marker="o", label="training, mean since the last point")
-    axes.plot(steps, [row["val_loss"] for row in rows], marker="o", label="validation")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    rates = axes.twinx()
-    rates.plot(steps, [row["learning_rate"] for row in rows], color="grey", linestyle=":")
-    rates.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    losses, rates, norms, speeds = figure.subplots(4, sharex=True, height_ratios=(3, 1, 1, 1))
+
+    def draw(axes: Any, name: str, **look: Any) -> list[float]:
+        known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]  # an older run's rows lack some
+        steps, values = zip(*known, strict=True) if known else ((), ())
+        axes.plot(steps, values, marker=".", **look)
+        axes.grid(alpha=0.3)
+        return list(values)
+
+    draw(losses, "train_loss", label="training, mean since the last point")
+    draw(losses, "val_loss", label="validation")
+    losses.set(ylabel="loss (nats a token)", xlim=(0, None))
+    losses.legend()
+    others = {"learning_rate": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens/s"}
+    for axes, (name, label) in zip((rates, norms, speeds), others.items(), strict=True):
+        values = draw(axes, name, color="grey")
+        axes.set(ylabel=label)
+        if name == "grad_norm" and values and max(values) > 10 * min(values) > 0:  # one spike would flatten the rest
+            axes.set(yscale="log")
+        else:
+            axes.set(ylim=(0, 1.1 * max(values, default=0) or 1))
+    speeds.set(xlabel="step")
     with replacing(path) as new:
         figure.savefig(new, format="png", dpi=120)

@@ -4,6 +4,9 @@ import html.parser
 import io
 import json
 import math
+import os
+import select
+import subprocess
 import sys
 
 import numpy as np
@@ -123,6 +126,49 @@ def test_a_conversation(capsys, folders, monkeypatch):
     code, out, err = run(capsys, "generate", "--checkpoint", folders / "own", *options)
     assert code == 0 and out.startswith("ab")
     assert "33 + 20 tokens pass the context of 32" in err and "tokens/s" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
+def test_a_conversation_on_a_terminal(folders):
+    """The arrow key brings the last prompt back, to be edited; Ctrl-C ends a line or a text, Ctrl-D the whole."""
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "fastgpt", "generate", "--interactive", "--checkpoint", str(folders / "own")]
+    command += ["--temperature", "0", "--device", "cpu", "--max_new_tokens"]
+    process = subprocess.Popen(
+        [*command, "1000000"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, close_fds=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    said = ""
+
+    def until(words):
+        nonlocal said
+        while words not in said:
+            assert select.select([ours], [], [], 60)[0], f"no {words!r} came after {said[-200:]!r}"
+            said += os.read(ours, 4096).decode(errors="replace")
+        said = said.split(words, 1)[1]
+
+    try:
+        until("prompt> ")
+        os.write(ours, b"given up\x03")
+        until("prompt> ")
+        os.write(ours, b"ab\n")
+        until("\nab")
+        os.write(ours, b"\x03")  # of a text that would go on for an hour
+        until("prompt> ")
+        os.write(ours, b"\x1b[A" + b"\x01" + b"z\n")  # the line before, and at its beginning a z
+        until("\nzab")
+        os.write(ours, b"\x03")
+        until("prompt> ")
+        os.write(ours, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(ours)
 
 
 @pytest.mark.parametrize("options", [(), ("--stride", "32"), ("--window", "7", "--stride", "3", "--batch_size", "2")])
