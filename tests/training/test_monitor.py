@@ -119,12 +119,16 @@ def test_samples_are_kept_by_step(tmp_path):
     assert (tmp_path / "samples.txt").read_text("utf-8") == "--- step 2\né one\n--- step 4\ntwo\n"
 
 
-def test_the_plot_has_both_losses_and_the_rate(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("norms", "scale"), [((0.5, 0.7), "linear"), ((0.5, 30.0), "log"), ((None, 0.7), "linear")])
+def test_the_plot_has_losses_rate_norm_and_speed_by_steps(tmp_path, monkeypatch, norms, scale):
     from matplotlib.figure import Figure
 
     drawn = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
-    plot_losses([ROW, {**ROW, "step": 4}], Path(tmp_path, "loss.png"))
-    losses, rates = drawn[0].axes
-    assert [list(line.get_ydata()) for line in (*losses.lines, *rates.lines)] == [[1.0, 1.0], [1.5, 1.5], [0.1, 0.1]]
+    rows = [{**ROW, "step": step, "grad_norm": norm} for step, norm in zip((2, 4), norms, strict=True)]
+    plot_losses(rows, Path(tmp_path, "loss.png"))
+    lines = [list(line.get_ydata()) for axes in drawn[0].axes for line in axes.lines]
+    known = [norm for norm in norms if norm is not None]  # a run's that was begun before norms were kept
+    assert lines == [[1.0, 1.0], [1.5, 1.5], [0.1, 0.1], known, [ROW["tokens_per_second"]] * 2]
+    assert drawn[0].axes[0].get_xlim()[0] == 0 and drawn[0].axes[2].get_yscale() == scale
