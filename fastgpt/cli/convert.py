@@ -12,11 +12,14 @@ from fastgpt.weights import convert
 def add_tokenize(commands: Any) -> None:
     read = commands.add_parser("tokenize", help="make files of tokens from text", allow_abbrev=False)
     read.set_defaults(run=_tokenize)
-    read.add_argument("sources", nargs="+", metavar="SRC", help="a text or .jsonl file, or a folder of them")
+    read.add_argument(
+        "sources", nargs="+", metavar="SRC", help="a text, .jsonl, .parquet or .arrow file, or a folder of them"
+    )
     read.add_argument("-o", "--out", required=True, metavar="DIR", help="where train.bin, val.bin and meta.json go")
     read.add_argument("--encoding", default="gpt2", help="byte, gpt2, … (default: gpt2)")
     read.add_argument("--val_share", type=float, default=0.1, metavar="X", help="for validation (default: 0.1)")
-    read.add_argument("--text_field", default="text", metavar="NAME", help="of a .jsonl line (default: text)")
+    column = "of a .jsonl line, or the column of a table (default: text)"
+    read.add_argument("--text_field", default="text", metavar="NAME", help=column)
     read.add_argument("--workers", type=int, metavar="N", help="threads (default: one a CPU)")
     read.add_argument("--overwrite", action="store_true", help="replace tokens that are in --out already")
 

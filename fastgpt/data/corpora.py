@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 
+from fastgpt.data import tables
 from fastgpt.data.texts import TEXT, bad_byte, decoded, files_in, not_text
 from fastgpt.data.tokenizer import END_OF_TEXT, Named, Unavailable, has_end_of_text
 from fastgpt.data.tokens import META, TRAIN, VAL, Shards, Tokens, dtype_of, examine, map_tokens, meta_beside, meta_of
@@ -140,8 +141,8 @@ def _read_documents(path: Path) -> list[str]:
     if path.is_dir():
         files = files_in(path)
         texts = [text for file in files if (text := _utf8(file)) is not None]
-        if lines := [file for file in files if file.suffix == ".jsonl"]:
-            raise ValueError(_json_lines(lines[0]))
+        if packed := [file for file in files if file.suffix in _PACKED]:
+            raise ValueError(_taken_out(packed[0]))
         if not texts:
             raise FileNotFoundError(f"{path} holds no text: none of its {len(files)} files is UTF-8")
         return texts
@@ -149,16 +150,19 @@ def _read_documents(path: Path) -> list[str]:
         raise FileNotFoundError(f"no file or folder {path}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: 0 bytes")
-    if path.suffix == ".jsonl":
-        raise ValueError(_json_lines(path))
+    if path.suffix in _PACKED:
+        raise ValueError(_taken_out(path))
     try:
         return [decoded(path.read_bytes())]
     except UnicodeDecodeError as error:
         raise ValueError(not_text(path, bad_byte(error))) from None
 
 
-def _json_lines(path: Path) -> str:
-    return f"{path} holds JSON, not plain text: `fastgpt tokenize {path} -o DIR` takes its texts out"
+_PACKED = {".jsonl": "JSON", **dict.fromkeys(tables.SUFFIXES, "a table")}
+
+
+def _taken_out(path: Path) -> str:
+    return f"{path} holds {_PACKED[path.suffix]}, not plain text: `fastgpt tokenize {path} -o DIR` takes its texts out"
 
 
 def _utf8(path: Path) -> str | None:

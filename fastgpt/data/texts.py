@@ -5,6 +5,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastgpt.data import tables
+
 TEXT = (".txt", ".md", ".jsonl")  # of a folder's files, those that must be text; others may be
 PIECE = 1 << 20  # characters of text that are encoded at once, and bytes of a file that are read at once
 BOM = "\ufeff"  # what some editors put in front of a file's text; it is none of it
@@ -18,7 +20,9 @@ def files_in(folder: Path) -> list[Path]:
     """A folder's files in order of their names, but for hidden ones, and for folders below it that fastgpt wrote: no
     text stays the same that counts its own tokens, or the runs on it."""
     written = [path.parent for path in folder.rglob("train.*") if path.parent != folder and _is_ours(path.parent)]
-    files = (path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder))
+    files = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)]
+    if any(path.suffix == ".arrow" for path in files):
+        files = [path for path in files if path.name not in tables.BESIDE]
     return sorted(path for path in files if not any(each in path.parents for each in written))
 
 
@@ -41,13 +45,16 @@ def decoded(content: bytes) -> str:
 
 
 def look_through(path: Path, text_field: str) -> None:
-    """UnicodeDecodeError, or ValueError for a line of .jsonl that is no document."""
-    if path.suffix == ".jsonl":
-        for _ in lines(path, text_field):
-            pass
-    else:
-        for _ in chunks(path):
-            pass
+    """UnicodeDecodeError, or ValueError for a line of .jsonl, or a row of a table, that is no document."""
+    for _ in documents(path, text_field) or chunks(path):
+        pass
+
+
+def documents(path: Path, text_field: str) -> Iterator[str] | None:
+    """The texts of a file that holds many; None for one that is a text itself."""
+    if path.suffix in tables.SUFFIXES:
+        return tables.rows(path, text_field)
+    return lines(path, text_field) if path.suffix == ".jsonl" else None
 
 
 def chunks(path: Path) -> Iterator[str]:

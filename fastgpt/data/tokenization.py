@@ -13,8 +13,8 @@ import tiktoken
 from tqdm import tqdm
 
 from fastgpt.atomic import digest, replacing, writable_or_gone
-from fastgpt.data import texts
-from fastgpt.data.texts import TEXT, chunks, files_in, lines, look_through, not_text
+from fastgpt.data import tables, texts
+from fastgpt.data.texts import TEXT, chunks, documents, files_in, look_through, not_text
 from fastgpt.data.tokenizer import end_of_text
 from fastgpt.data.tokens import META, TRAIN, VAL, dtype_of
 
@@ -33,8 +33,9 @@ def tokenize(
 ) -> dict:
     """Write train.bin, val.bin and meta.json of the texts in `sources` into the folder `out`; returns meta.json.
 
-    A source is a file of UTF-8 text (a document), a .jsonl file (a document a line, in `text_field`), or a folder of
-    both, in order of names, where files that are not UTF-8 are passed over but for those named .txt, .md and .jsonl.
+    A source is a file of UTF-8 text (a document), a .jsonl file (a document a line, in `text_field`), a .parquet file
+    or an .arrow one as Hugging Face's `datasets` saves it (a document a row, in the column `text_field`), or a folder
+    of them, in order of names, where files that are not UTF-8 are passed over but for those named .txt, .md and .jsonl.
     The end-of-text token ends every document, and the last `val_share` of the tokens are for validation. Text goes
     through in pieces, however long a file is, cut where no token can cross; `workers` threads encode, None is one a
     CPU. Everything that is wrong with a source is an error (FileNotFoundError, ValueError) before anything is written.
@@ -51,7 +52,8 @@ def tokenize(
     files = _files([Path(source) for source in sources], text_field, folder)
     with writable_or_gone(folder), replacing(folder / TRAIN) as train, replacing(folder / VAL) as val:
         with open(train, "r+b") as whole:
-            documents, count = _write(whole, files, encoding, text_field, workers or os.cpu_count() or 1)
+            written = _write(whole, files, encoding, text_field, workers or os.cpu_count() or 1)
+            count = written.tokens
             kept = count - int(count * val_share)
             width = dtype_of(encoding).itemsize
             whole.seek(kept * width)
@@ -66,8 +68,8 @@ def tokenize(
             "vocab_size": encoding.n_vocab,
             "dtype": "uint16" if width == 2 else "uint32",
             "end_of_text": end_of_text(encoding),
-            "documents": documents,
-            "text_bytes": sum(file.size for file in files),
+            "documents": written.documents,
+            "text_bytes": written.bytes,
             "train": {"tokens": kept, "sha256": digest(train)},
             "val": {"tokens": count - kept, "sha256": digest(val)},
         }
@@ -127,9 +129,8 @@ def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
 
 
 def _pieces(file: _File, text_field: str) -> Iterator[_Piece]:
-    if file.path.suffix == ".jsonl":
-        for text in lines(file.path, text_field):
-            yield _Piece(text, True)
+    if (found := documents(file.path, text_field)) is not None:
+        yield from (_Piece(text, True) for text in found)
         return
     kept = ""
     for text in chunks(file.path):
@@ -165,10 +166,14 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _write(
-    file: IO[bytes], files: list[_File], encoding: tiktoken.Encoding, text_field: str, workers: int
-) -> tuple[int, int]:
-    """Documents and tokens written; no more than a few pieces for each worker are in memory at a time."""
+class _Written(NamedTuple):
+    documents: int
+    tokens: int
+    bytes: int  # of text
+
+
+def _write(file: IO[bytes], files: list[_File], encoding: tiktoken.Encoding, text_field: str, workers: int) -> _Written:
+    """No more than a few pieces for each worker are in memory at a time."""
     end, dtype = end_of_text(encoding), dtype_of(encoding)
 
     def encode(batch: list[_Piece]) -> np.ndarray:
@@ -179,9 +184,11 @@ def _write(
                 ids.append(np.array([end], dtype=np.uint32))
         return np.concatenate(ids).astype(dtype)
 
-    documents = tokens = 0
+    count = tokens = read = 0
     waiting: deque[tuple[Future, int]] = deque()
-    line = tqdm(total=sum(each.size for each in files), unit="B", unit_scale=True, disable=None, desc="tokenize")
+    packed = any(each.path.suffix in tables.SUFFIXES for each in files)  # into fewer bytes than their text has
+    total = None if packed else sum(each.size for each in files)
+    line = tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="tokenize")
     with line, ThreadPoolExecutor(workers) as pool:
 
         def take() -> int:
@@ -192,10 +199,12 @@ def _write(
             return len(ids)
 
         for batch in _batches(piece for each in files for piece in _pieces(each, text_field)):
-            documents += sum(piece.ends for piece in batch)
-            waiting.append((pool.submit(encode, batch), sum(len(piece.text.encode()) for piece in batch)))
+            count += sum(piece.ends for piece in batch)
+            size = sum(len(piece.text.encode()) for piece in batch)
+            read += size
+            waiting.append((pool.submit(encode, batch), size))
             if len(waiting) > 2 * workers:
                 tokens += take()
         while waiting:
             tokens += take()
-    return documents, tokens
+    return _Written(count, tokens, read)
