@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # of a warpgroup; 3.6 named it otherwise
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 @gluon.jit
@@ -29,6 +29,16 @@ def next_slot(stage, phase, STAGES: gl.constexpr):
     stage += 1
     wrap = stage == STAGES
     return gl.where(wrap, 0, stage), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def paired_tiles(item, tiles):
+    """Work item -> plane (batch and head), its first tile, number of tiles: n - 1 - i, and then i."""
+    pairs = (tiles + 1) // 2
+    plane = item // pairs
+    pair = item - plane * pairs
+    tile = tiles - 1 - pair
+    return plane, tile, gl.where(tile == pair, 1, 2)
 
 
 @gluon.jit
