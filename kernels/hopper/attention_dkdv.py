@@ -30,8 +30,10 @@ _CONSUMERS = gl.constexpr(2)
 @gluon.jit
 def _dkdv_producer(load, D: gl.constexpr, STAGES: gl.constexpr):
     """The warp that loads."""
-    q_desc, do_desc, stats_desc, k_desc, v_desc, tensors, numbers = load
-    q_smem, do_smem, stats_smem, k_smem, v_smem, _, _, q_full, do_full, empty, k_full, k_empty = tensors
+    q_desc, do_desc, stats_desc, k_desc, v_desc, of_queries, of_keys, rings, numbers = load
+    q_smem, do_smem, stats_smem = of_queries
+    q_full, do_full, empty = rings
+    k_smem, v_smem, k_full, k_empty = of_keys
     heads, items, tiles, stat_tiles = numbers
     BLOCK_N: gl.constexpr = 64 * _CONSUMERS
     Q_BYTES: gl.constexpr = 64 * D * 2
@@ -68,26 +70,57 @@ def _dkdv_producer(load, D: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _dkdv_consumer(
-    multiply, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr
-):
-    """The warpgroup of keys 64 C to 64 C + 63 of every tile."""
-    dk_desc, dv_desc, tensors, numbers, qk_scale, scale = multiply
-    q_smem, do_smem, stats_smem, k_smem, v_smem, dk_smem, dv_smem, q_full, do_full, empty, k_full, k_empty = tensors
-    heads, items, tiles, stat_tiles = numbers
-    BLOCK_N: gl.constexpr = 64 * _CONSUMERS
+def _dkdv_step(
+    k, v, dk, dv, of_queries, q_full, do_full, stage, phase, qk_scale, keys, queries, first, tile,
+    DTYPE: gl.constexpr, D: gl.constexpr, DIAGONAL: gl.constexpr,
+):  # fmt: skip
+    """A tile of queries into dk and dv, whose last products are still under way; p and ds are their operands."""
+    q_smem, do_smem, stats_smem = of_queries
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])  # of Sᵀ: keys by queries
     g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, g_layout, 2)
-    k_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     s_cols: gl.constexpr = gl.SliceLayout(0, s_layout)
+    none = gl.zeros([64, 64], gl.float32, s_layout)
+    mbarrier.wait(q_full.index(stage), phase)
+    q = q_smem.index(stage).reshape([64, D])
+    do = do_smem.index(stage).reshape([64, D])
+    stats = stats_smem.index(stage)
+    s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+    lse = stats.slice(0, 64).load(s_cols)
+    mbarrier.wait(do_full.index(stage), phase)
+    dp = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=(s,))
+    p32 = gl.exp2(s * qk_scale - gl.expand_dims(lse, 0))
+    if DIAGONAL:
+        seen = gl.expand_dims(keys + first, 1) <= gl.expand_dims(queries + tile * 64, 0)
+        p32 = gl.where(seen, p32, 0.0)
+    p = gl.convert_layout(p32.to(DTYPE), p_layout)
+    dv = warpgroup_mma(p, do, dv, is_async=True)
+    delta = stats.slice(64, 64).load(s_cols)
+    dp = warpgroup_mma_wait(1, deps=(dp,))
+    ds = gl.convert_layout((p32 * (dp - gl.expand_dims(delta, 0))).to(DTYPE), p_layout)
+    dk = warpgroup_mma(ds, q, dk, is_async=True)
+    return dv, dk, p, ds
+
+
+@gluon.jit
+def _dkdv_consumer(multiply, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr):
+    """The warpgroup of keys 64 C to 64 C + 63 of every tile."""
+    dk_desc, dv_desc, of_queries, of_keys, rings, dk_smem, dv_smem, numbers, qk_scale, scale = multiply
+    q_full, do_full, empty = rings
+    k_smem, v_smem, k_full, k_empty = of_keys
+    heads, items, tiles, stat_tiles = numbers
+    BLOCK_N: gl.constexpr = 64 * _CONSUMERS
+    DTYPE: gl.constexpr = dk_desc.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    g_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    k_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     k_mem = k_smem.index(C).reshape([64, D])
     v_mem = v_smem.index(C).reshape([64, D])
     dk_buf = dk_smem.index(C)
     dv_buf = dv_smem.index(C)
     keys = gl.arange(0, 64, gl.SliceLayout(1, s_layout))
-    cols = gl.arange(0, 64, s_cols)
-    none = gl.zeros([64, 64], gl.float32, s_layout)
+    queries = gl.arange(0, 64, gl.SliceLayout(0, s_layout))
 
     stage = 0
     phase = 0
@@ -115,46 +148,19 @@ def _dkdv_consumer(
                 v = v_mem
             dk = gl.zeros([64, D], gl.float32, g_layout)
             dv = gl.zeros([64, D], gl.float32, g_layout)
-            for _ in range(stat_tiles - 1 - mine):
-                mbarrier.wait(q_full.index(stage), phase)
-                q = q_smem.index(stage).reshape([64, D])
-                do = do_smem.index(stage).reshape([64, D])
-                stats = stats_smem.index(stage)
-                s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-                lse = stats.slice(0, 64).load(s_cols)
-                mbarrier.wait(do_full.index(stage), phase)
-                dp = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                p32 = gl.exp2(s * qk_scale - gl.expand_dims(lse, 0))
-                p = gl.convert_layout(p32.to(dv_desc.dtype), p_layout)
-                dv = warpgroup_mma(p, do, dv, is_async=True)
-                delta = stats.slice(64, 64).load(s_cols)
-                dp = warpgroup_mma_wait(1, deps=(dp,))
-                ds = gl.convert_layout((p32 * (dp - gl.expand_dims(delta, 0))).to(dk_desc.dtype), p_layout)
-                dk = warpgroup_mma(ds, q, dk, is_async=True)
+            for back in range(stat_tiles - 1 - mine):
+                dv, dk, p, ds = _dkdv_step(
+                    k, v, dk, dv, of_queries, q_full, do_full, stage, phase, qk_scale,
+                    keys, queries, first, stat_tiles - 1 - back, DTYPE, D, False
+                )  # fmt: skip
                 dv, dk, p, ds = warpgroup_mma_wait(0, deps=(dv, dk, p, ds))
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = next_slot(stage, phase, STAGES)
 
-            # The tile on the diagonal.
-            mbarrier.wait(q_full.index(stage), phase)
-            q = q_smem.index(stage).reshape([64, D])
-            do = do_smem.index(stage).reshape([64, D])
-            stats = stats_smem.index(stage)
-            s = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
-            lse = stats.slice(0, 64).load(s_cols)
-            mbarrier.wait(do_full.index(stage), phase)
-            dp = warpgroup_mma(v, do.permute((1, 0)), none, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            p32 = gl.exp2(s * qk_scale - gl.expand_dims(lse, 0))
-            seen = gl.expand_dims(keys + first, 1) <= gl.expand_dims(cols + mine * 64, 0)
-            p32 = gl.where(seen, p32, 0.0)
-            p = gl.convert_layout(p32.to(dv_desc.dtype), p_layout)
-            dv = warpgroup_mma(p, do, dv, is_async=True)
-            delta = stats.slice(64, 64).load(s_cols)
-            dp = warpgroup_mma_wait(1, deps=(dp,))
-            ds = gl.convert_layout((p32 * (dp - gl.expand_dims(delta, 0))).to(dk_desc.dtype), p_layout)
-            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            dv, dk, p, ds = _dkdv_step(
+                k, v, dk, dv, of_queries, q_full, do_full, stage, phase, qk_scale,
+                keys, queries, first, mine, DTYPE, D, True
+            )  # fmt: skip
             if not KEYS_IN_REGISTERS:
                 barrier()  # all four warps are past their waits for s and dp
                 mbarrier.arrive(k_empty.index(C), count=1)
@@ -169,8 +175,8 @@ def _dkdv_consumer(
                 mbarrier.wait(do_full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = next_slot(stage, phase, STAGES)
-            dv_buf.reshape([64, D]).store(dv.to(dv_desc.dtype))
-            dk_buf.reshape([64, D]).store((dk * scale).to(dk_desc.dtype))
+            dv_buf.reshape([64, D]).store(dv.to(DTYPE))
+            dk_buf.reshape([64, D]).store((dk * scale).to(DTYPE))
             fence_async_shared()
             barrier()
             tma.async_copy_shared_to_global(dv_desc, [batch, first, head, 0], dv_buf)
@@ -204,10 +210,12 @@ def _hopper_attention_dkdv_kernel(
     fence_async_shared()  # the barriers are seen by the copy engine
     barrier()
 
-    tensors = q_smem, do_smem, stats_smem, k_smem, v_smem, dk_smem, dv_smem, q_full, do_full, empty, k_full, k_empty
+    of_queries = q_smem, do_smem, stats_smem
+    of_keys = k_smem, v_smem, k_full, k_empty
+    rings = q_full, do_full, empty
     numbers = heads, items, tiles, stat_tiles
-    load = q_desc, do_desc, stats_desc, k_desc, v_desc, tensors, numbers
-    multiply = dk_desc, dv_desc, tensors, numbers, qk_scale, scale
+    load = q_desc, do_desc, stats_desc, k_desc, v_desc, of_queries, of_keys, rings, numbers
+    multiply = dk_desc, dv_desc, of_queries, of_keys, rings, dk_smem, dv_smem, numbers, qk_scale, scale
     gl.warp_specialize([
         (_dkdv_consumer, (multiply, 0, D, STAGES, KEYS_IN_REGISTERS)),
         (_dkdv_consumer, (multiply, 1, D, STAGES, KEYS_IN_REGISTERS)),

@@ -1,8 +1,8 @@
 """The first kernel of attention's backward for Hopper: dq, and what the second needs of each query.
 
 attention_backward.py has the mathematics and the account. A program has two warpgroups of 64 queries each, which
-multiply, and one warp that loads: q, do and o into one buffer a warpgroup, k and v into a ring of tiles of BLOCK_N keys,
-from key 0 up. So a warpgroup's last tile alone is masked, and stands behind the loop.
+multiply, and one warp that loads: q, do and o into one buffer a warpgroup, k and v into rings of tiles of BLOCK_N
+keys, from key 0 up. So a warpgroup's last tile alone is masked, and stands behind the loop.
 
 Δ = rowsum(do ∘ o) is made in shared memory, under the load of the first k. It goes to `stats` together with lse, in
 tiles of 64 queries: lse of all, then Δ of all. Behind T lse is infinite there, so that P is 0.
