@@ -4,6 +4,7 @@ The launchers here have their twins' names and signatures in kernels/, and are w
 table, on the tensors themselves, and hand the call on. What the table does not hold was not measured, or lost.
 """
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -109,7 +110,6 @@ def _kernels(name: str) -> Any:
 
 # Attention
 
-_ATTENTION = ("attention_fwd", "attention_bwd")
 _LAYOUT = "its operands' heads do not lie side by side in rows at multiples of 16 bytes"
 
 
@@ -323,16 +323,15 @@ def gelu_mlp_bwd(
 def in_words(name: str, operands: tuple, arguments: dict) -> str:
     """What the table says of a call of a public function on a GPU, as the end of a sentence; "" on other cards.
 
-    operands: its tensors as autocast casts them. What is said of a backward is said of a gradient that lies as the
-    result does.
+    operands: its tensors as autocast casts them. A backward's gradient is taken to lie as the result does.
     """
     if name != "gelu_mlp":
         asked = [arguments[label] for label in ("key_mask", "documents", "dropout_p")]
-        if name == "causal_attention":
-            forward, backward = (attention_form(kernel, *operands, *asked) for kernel in _ATTENTION)
-        else:
+        form_of: Callable[..., Form] = attention_form
+        if name == "causal_attention_qkv":
+            form_of = attention_qkv_form
             asked.insert(2, arguments["heads"])
-            forward, backward = (attention_qkv_form(kernel, *operands, *asked) for kernel in _ATTENTION)
+        forward, backward = (form_of(kernel, *operands, *asked) for kernel in ("attention_fwd", "attention_bwd"))
         return _joined(_said("its forward", forward), _said("its backward", backward))
     x, w_in, b_in, w_out, _ = operands
     tanh, x = arguments["approximate"] == "tanh", x.reshape(-1, x.shape[-1])
