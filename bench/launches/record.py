@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from bench.gates import feign
+from bench.gates.record import afresh
 from bench.launches import kernels, operators
 from bench.launches.parts import Sizes, part_of
 from bench.work import Work
@@ -87,7 +88,7 @@ def recorded(sizes: Sizes) -> Iterator[list[Launch]]:
     def note(kernel, *args, grid, warmup, **kwargs):
         recorder.note_kernel(kernel, args, kwargs)
 
-    with mock.patch.object(JITFunction, "run", note), recorder:
+    with mock.patch.object(JITFunction, "run", note), afresh(), recorder:
         yield recorder.found
 
 
