@@ -4,6 +4,7 @@ The launchers here have their twins' names and signatures in kernels/, and are w
 table, on the tensors themselves, and hand the call on. What the table does not hold was not measured, or lost.
 """
 
+import functools
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ def _begins_aligned(t: Tensor) -> bool:
     return begin % 16 == 0
 
 
+@functools.cache
 def _kernels(name: str) -> Any:
     """A module of kernels/hopper, which no other Triton than those of the table may import."""
     return import_module(f"fastgpt.kernels.hopper.{name}")
@@ -332,16 +334,13 @@ def in_words(name: str, operands: tuple, arguments: dict) -> str:
             form_of = attention_qkv_form
             asked.insert(2, arguments["heads"])
         forward, backward = (form_of(kernel, *operands, *asked) for kernel in ("attention_fwd", "attention_bwd"))
-        return _joined(_said("its forward", forward), _said("its backward", backward))
+        return "; ".join(filter(None, (_said("its forward", forward), _said("its backward", backward))))
     x, w_in, b_in, w_out, _ = operands
     tanh, x = arguments["approximate"] == "tanh", x.reshape(-1, x.shape[-1])
     backward = linear_gelu_bwd_form(x, w_out, tanh, arguments["recompute"])
     forward = linear_gelu_form(x, w_in, b_in, tanh)
-    return _joined(_said("its first matmul with the GELU", forward), _said("that of its backward", backward))
-
-
-def _joined(*sentences: str) -> str:
-    return "; ".join(filter(None, sentences))
+    said = _said("its first matmul with the GELU", forward), _said("that of its backward", backward)
+    return "; ".join(filter(None, said))
 
 
 def _said(what: str, form: Form) -> str:

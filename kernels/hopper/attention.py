@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch import cdiv
-from .pipeline import Map, barrier, barriers, launch, multiprocessors, next_slot, paired_tiles
+from .pipeline import Map, Part, barrier, barriers, launch, multiprocessors, next_slot, paired_tiles
 
 
 class Form(NamedTuple):
@@ -275,7 +275,7 @@ def attention_qkv_fwd(
     batch, time, channels = out.shape
     dim = channels // heads
     packed, strides = [3 * time * channels, 3 * channels, dim, 1], [time * channels, channels, dim, 1]
-    parts = [(qkv.narrow(-1, i * channels, channels), packed) for i in range(3)]
+    parts = [(Part(qkv, i * channels), packed) for i in range(3)]
     _forward([*parts, (out, strides)], (batch, heads, time, dim), lse, scale, block_m)
 
 

@@ -29,7 +29,7 @@ from ..launch import cdiv
 from .attention import nested_strides
 from .attention_dkdv import _hopper_attention_dkdv_kernel
 from .attention_dq import _hopper_attention_dq_kernel
-from .pipeline import Map, launch, multiprocessors
+from .pipeline import Map, Part, launch, multiprocessors
 
 
 class Form(NamedTuple):
@@ -82,9 +82,8 @@ def attention_qkv_bwd(
     batch, time, channels = out.shape
     dim = channels // heads
     packed, strides = [3 * time * channels, 3 * channels, dim, 1], [time * channels, channels, dim, 1]
-    q, k, v = ((qkv.narrow(-1, i * channels, channels), packed) for i in range(3))
-    gradients = [(dqkv.narrow(-1, i * channels, channels), packed) for i in range(3)]
-    _backward([(dout, strides), q, k, v, (out, strides), *gradients], (batch, heads, time, dim), lse, scale)
+    q, k, v, dq, dk, dv = ((Part(t, i * channels), packed) for t in (qkv, dqkv) for i in range(3))
+    _backward([(dout, strides), q, k, v, (out, strides), dq, dk, dv], (batch, heads, time, dim), lse, scale)
 
 
 def _backward(operands, shape, lse, scale):

@@ -50,6 +50,21 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return found
 
 
+class Part:
+    """A tensor from one of its elements on, for a Map: a view of it would cost several µs a launch."""
+
+    __slots__ = ("begin", "device", "dtype", "whole")
+
+    def __init__(self, whole: torch.Tensor, begin: int):
+        self.whole, self.begin, self.dtype, self.device = whole, begin, whole.dtype, whole.device
+
+    def data_ptr(self) -> int:
+        return self.whole.data_ptr() + self.begin * self.dtype.itemsize
+
+    def as_strided(self, shape: list[int], strides: list[int]) -> torch.Tensor:
+        return self.whole.as_strided(shape, strides, self.whole.storage_offset() + self.begin)
+
+
 class Map:
     """Of a tensor what Triton makes a tensor map of, for tiles of shape `block`. What lies past `shape` is read as
     zeros and not written. The address and all strides but the last, which is 1, are multiples of 16 bytes."""
@@ -58,12 +73,13 @@ class Map:
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]):
+    def __init__(self, base: torch.Tensor | Part, shape: list[int], strides: list[int], block: tuple[int, ...]):
         self.base, self.shape, self.strides, self.block = base, shape, strides, block
 
     def checked(self) -> TensorDescriptor:
         """Triton's own, which checks what it is given."""
-        return TensorDescriptor(self.base, self.shape, self.strides, list(self.block), self._layout())
+        base = self.base.as_strided(self.shape, self.strides) if isinstance(self.base, Part) else self.base
+        return TensorDescriptor(base, self.shape, self.strides, list(self.block), self._layout())
 
     def _layout(self) -> gl.NVMMASharedLayout:
         return gl.NVMMASharedLayout.get_default_for(list(self.block), _DTYPES[self.base.dtype])
