@@ -59,6 +59,7 @@ class _Recorder(TorchDispatchMode):
 
     def note_kernel(self, kernel: JITFunction, args: tuple, kwargs: dict) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        given = {name: kernels.described(value) for name, value in given.items()}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.numel()}
         name = kernel.__name__.strip("_")
         self.note(name, tuple(tensors.values()), [*tensors.values()], 1, kernels.work_of(name, tensors))
