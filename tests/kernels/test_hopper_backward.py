@@ -25,22 +25,22 @@ from tests.kernels.test_hopper import HALVES, attend, packed
 DIMS = list(attention_backward.FORMS)
 
 
-def forward(q, k, v, scale=None):
-    """What the forward leaves, from float64: o, in memory (B, T, H, D), and lse in base 2."""
+def forward(q, k, v, scale=None, more=0):
+    """What the forward leaves, from float64: o as `gradient` has its, and lse in base 2."""
     wide = [t.double() for t in (q, k, v)]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     hidden = ~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
     lse = (wide[0] @ wide[1].mT * scale).masked_fill(hidden, -math.inf).logsumexp(-1) / math.log(2)
-    o = reference.causal_attention(*wide, scale=scale).to(q.dtype)
-    return o.transpose(1, 2).contiguous().transpose(1, 2), lse.float()
+    return gradient(q, more, reference.causal_attention(*wide, scale=scale)), lse.float()
 
 
-def gradient(q, more=0):
-    """Of o, in memory (B, T, H, D) with `more` rows of NaN behind each sequence."""
+def gradient(q, more=0, values=None):
+    """Of o, in memory (B, T, H, D) with `more` rows of NaN behind each sequence; random if there are no values."""
     batch, heads, time, dim = q.shape
     whole = torch.full((batch, time + more, heads * dim), math.nan, dtype=q.dtype, device=q.device)
-    whole[:, :time] = torch.randn(batch, time, heads * dim).to(whole)
-    return unpack(whole[:, :time], 1, heads)[0]
+    (found,) = unpack(whole[:, :time], 1, heads)
+    found.copy_(torch.randn(q.shape) if values is None else values)
+    return found
 
 
 def differentiate(do, q, k, v, o, lse, scale=None, more=0):
@@ -70,7 +70,7 @@ def test_gradients_at_any_length(dim, time):
     for dtype in HALVES:
         q, k, v = packed(1, time, 3, dim, dtype, more=5)
         do = gradient(q, more=5)
-        o, lse = forward(q, k, v)
+        o, lse = forward(q, k, v, more=5)
         with modelled(seed=time):
             grads = differentiate(do, q, k, v, o, lse, more=5)
         check(do, q, k, v, grads)
