@@ -9,7 +9,9 @@ Sᵀ = k qᵀ and dPᵀ = v doᵀ are formed as such, and Pᵀ and dSᵀ are ope
 dv's runs under the arithmetic of dS. Where KEYS_IN_REGISTERS says so, k and v are operands in registers too, which
 leaves more of shared memory's bandwidth to q and do.
 
-Every turn ends with a wait for all of its products: with one in flight over the loop's end ptxas lets no two overlap.
+Three orders are for ptxas's sake. Every turn ends with a wait for all of its products: with one in flight over the
+loop's end it lets no two overlap. Δ is loaded behind dv's product, and dv and dk are stored behind a wait for theirs:
+with loads or stores of shared memory elsewhere, ptxas 12.8 crashed on some of these forms.
 """
 
 from triton.experimental import gluon

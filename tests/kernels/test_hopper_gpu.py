@@ -101,6 +101,9 @@ def test_gelu_mlp_and_its_gradients(rows, approximate, always):
                 test_mlp.check(test_mlp.operands(rows, channels, hidden, dtype, "cuda"), approximate=approximate)
 
 
+SERVED = ("attention", "attention of wide heads", "gelu_mlp")
+
+
 def served(always):
     """A call of each, and its operands."""
     always()
@@ -108,6 +111,7 @@ def served(always):
     given = [torch.randn(shape, device="cuda").mul(0.3).bfloat16().requires_grad_() for shape in MLP]
     return {
         "attention": (lambda qkv: ops.causal_attention_qkv(qkv, 6), [qkv]),
+        "attention of wide heads": (lambda qkv: ops.causal_attention_qkv(qkv, 3), [qkv]),
         "gelu_mlp": (ops.gelu_mlp, given),
     }
 
@@ -115,7 +119,7 @@ def served(always):
 MLP = ((1500, 256), (1024, 256), (1024,), (256, 1024), (256,))
 
 
-@pytest.mark.parametrize("name", ["attention", "gelu_mlp"])
+@pytest.mark.parametrize("name", SERVED)
 def test_a_thousand_runs_give_the_same_bits(name, always):
     call, leaves = served(always)[name]
     out = call(*leaves)
@@ -129,7 +133,7 @@ def test_a_thousand_runs_give_the_same_bits(name, always):
     assert differs.item() == 0
 
 
-@pytest.mark.parametrize("name", ["attention", "gelu_mlp"])
+@pytest.mark.parametrize("name", SERVED)
 def test_in_a_cuda_graph_and_on_another_stream(name, always):
     call, leaves = served(always)[name]
     dout = torch.randn_like(call(*leaves))
