@@ -7,14 +7,14 @@ for a tile of 128 keys, loads them by the copy engine. That is 7 products where 
 no float32 buffer for dq and no order between programs, and gives the same bits every time. As in the forward, one warp
 of a program loads while two warpgroups multiply, and a work item is the tiles n-1-i and i of a head, of n.
 
-What 64 queries by 128 keys issue, in clocks that they keep the units of a multiprocessor busy; L2 is two warpgroups'
-half each of 32 bytes a clock:
+How many clocks the units of a multiprocessor are busy with 64 queries by 128 keys, from the machine code of the loops;
+L2 is two warpgroups' half each of 32 bytes a clock:
 
-    D    kernel  tensor core  MUFU  issue    L2
-    64   dq              768   512    358   512
-    64   dkdv           1024   512    486   512
-    128  dq             1536   512    490  1024
-    128  dkdv           2048   512    578  1024
+    D    kernel  tensor core  MUFU  issue  shared memory    L2
+    64   dq              768   512    356            512   512
+    64   dkdv           1024   512    490            512   512
+    128  dq             1536   512    488           1280  1024
+    128  dkdv           2048   512    580           1536  1024
 
 The kernels' prototype, of which these are copies without its switches, ran on an H200: docs/kernels.md has the figures,
 and says what has not been measured.
