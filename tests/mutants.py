@@ -92,6 +92,16 @@ ANY_ORDER, ANY_ORDER_FUSED, TAILS = (
     "test_hopper.py::test_linear_gelu_in_every_order_has_the_same_bits",
     "test_hopper.py::test_gelu_and_its_derivative_in_the_tails",
 )
+DQ, DKDV, GRADIENTS = (
+    "kernels/hopper/attention_dq.py",
+    "kernels/hopper/attention_dkdv.py",
+    "kernels/hopper/attention_backward.py",
+)
+ANY_GRADIENT, ANY_ORDER_BACK, SIDEWAYS = (
+    "test_hopper_backward.py::test_gradients_at_any_length",
+    "test_hopper_backward.py::test_gradients_in_every_order_have_the_same_bits",
+    "test_hopper_choice.py::test_a_gradient_that_lies_otherwise_keeps_the_triton_backward",
+)
 ORDERED, KEEPS = "test_order.py::test_a_shipped_kernel_is_in_order", "test_hopper_choice.py::"
 
 MUTANTS = [
@@ -513,10 +523,45 @@ MUTANTS = [
     Mutant("Hopper: an accumulator is not begun anew", FUSED_BACK, "_bwd_multiply", "use_acc=False", "use_acc=True", ANY_ROWS, False),
     Mutant("Hopper: lengths that were not measured", HOPPER_CHOICE, "_lookup", "or time in row.times", "or True", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("Hopper: fewer queries than were measured", HOPPER_CHOICE, "_lookup", "count < rows[0].least", "count < 0", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
-    Mutant("Hopper: what never ran on a card", HOPPER_CHOICE, "_lookup", "triton.__version__ not in RAN", "False", KEEPS + "test_what_never_ran_on_a_card_serves_nothing", False),
+    Mutant("Hopper: what never ran on a card", HOPPER_CHOICE, "_lookup", "triton.__version__ not in RAN[kernel]", "False", KEEPS + "test_what_never_ran_on_a_card_serves_nothing", False),
     Mutant("Hopper: any Triton", HOPPER_CHOICE, "_lookup", "not has_a_known_triton()", "False", KEEPS + "test_another_triton_has_none", False),
     Mutant("Hopper: documents are not seen", HOPPER_CHOICE, "_beyond", "if documents is not None", "if False", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("Hopper: any strides", HOPPER_CHOICE, "_is_nested", "nested and apart and", "", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("Hopper: any address", HOPPER_CHOICE, "_begins_aligned", "begin % 16 == 0", "True", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("Hopper: units that are made again", HOPPER_CHOICE, "linear_gelu_bwd_form", "if recompute:", "if False:", KEEPS + "test_the_mlp", False),
+    # attention's backward for Hopper
+    Mutant("Hopper: a slot of k and v is waited for in the other phase", DQ, "_dq_producer", "mbarrier.wait(empty.index(stage), phase ^ 1)", "mbarrier.wait(empty.index(stage), phase)", ANY_GRADIENT, False),
+    Mutant("Hopper: q, do and o are loaded while they are read", DQ, "_dq_producer", "mbarrier.wait(q_empty.index(c), q_phase ^ 1)", "", ANY_ORDER_BACK, False),
+    Mutant("Hopper: nobody says that q, do and o are read", DQ, "_dq_consumer", "mbarrier.arrive(q_empty.index(C), count=1)", "", ANY_GRADIENT, False),
+    Mutant("Hopper: k and v are said to be read before dq's product is done", DQ, "_dq_consumer", "dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))\nmbarrier.arrive(empty.index(stage), count=1)", "mbarrier.arrive(empty.index(stage), count=1)\n                dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))", ANY_ORDER_BACK, False),
+    Mutant("Hopper: v is multiplied by do before it is there", DQ, "_dq_consumer", "mbarrier.wait(v_full.index(stage), phase)\ndp", "dp", ANY_ORDER_BACK, False),
+    Mutant("Hopper: a query's dq sees the next key", DQ, "_dq_consumer", "<= gl.expand_dims(there, 1)", "<= gl.expand_dims(there + 1, 1)", ANY_GRADIENT, False),
+    Mutant("Hopper: dq is scaled as exponents are", DQ, "_dq_consumer", "(dq * scale)", "(dq * qk_scale)", ANY_GRADIENT, False),
+    Mutant("Hopper: Δ without o", DQ, "_dq_consumer", "o.load(dq_layout).to(gl.float32) * do.load", "do.load(dq_layout).to(gl.float32) * do.load", ANY_GRADIENT, False),
+    Mutant("Hopper: stats are written past their end", DQ, "_dq_consumer", "gl.store(stats + 64, delta, mask=there < stat_tiles * 64)", "gl.store(stats + 64, delta, mask=there <= stat_tiles * 64)", ANY_GRADIENT, False),
+    Mutant("Hopper: lse is read past T", DQ, "_dq_consumer", "mask=there < time, other", "mask=there <= time, other", ANY_GRADIENT, False),
+    Mutant("Hopper: dq is overwritten while it is copied", DQ, "_dq_consumer", "tma.store_wait(0)\nbarrier()", "barrier()", ANY_ORDER_BACK, False),
+    Mutant("Hopper: no fence before dq is copied", DQ, "_dq_consumer", "fence_async_shared()", "", ANY_GRADIENT, False),
+    Mutant("Hopper: a tile of keys that is skipped is not freed", DQ, "_dq_consumer", "mbarrier.wait(v_full.index(stage), phase)\nmbarrier.arrive(empty.index(stage), count=1)", "mbarrier.wait(v_full.index(stage), phase)", ANY_GRADIENT, False),
+    Mutant("Hopper: P waits for the product it should run under", DQ, "_dq_consumer", "mbarrier.wait(k_full.index(n_stage), n_phase)\ndp = warpgroup_mma_wait(0, deps=(dp,))", "dp = warpgroup_mma_wait(0, deps=(dp,))\n                mbarrier.wait(k_full.index(n_stage), n_phase)", ORDERED, False),
+    Mutant("Hopper: one warp frees k and v for four", DQ, "_dq_consumer", "dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))\nbarrier()", "barrier()\n            dq, ds = warpgroup_mma_wait(0, deps=(dq, ds))", ORDERED, False),
+    Mutant("Hopper: a barrier is not told of the stats", DKDV, "_dkdv_producer", "Q_BYTES + STATS_BYTES", "Q_BYTES", ANY_GRADIENT, False),
+    Mutant("Hopper: another head's stats", DKDV, "_dkdv_producer", "[(plane * stat_tiles + i) * 128]", "[i * 128]", ANY_GRADIENT, False),
+    Mutant("Hopper: k and v are loaded while they are multiplied", DKDV, "_dkdv_producer", "mbarrier.wait(k_empty.index(c), k_phase ^ 1)", "", ANY_ORDER_BACK, False),
+    Mutant("Hopper: q and do are loaded while they are multiplied", DKDV, "_dkdv_producer", "mbarrier.wait(empty.index(stage), phase ^ 1)", "", ANY_ORDER_BACK, False),
+    Mutant("Hopper: do is read before it is there", DKDV, "_dkdv_step", "mbarrier.wait(do_full.index(stage), phase)", "", ANY_ORDER_BACK, False),
+    Mutant("Hopper: a key is not seen by its own query", DKDV, "_dkdv_step", "first, 1) <= gl", "first, 1) < gl", ANY_GRADIENT, False),
+    Mutant("Hopper: lse for Δ", DKDV, "_dkdv_step", "stats.slice(64, 64)", "stats.slice(0, 64)", ANY_GRADIENT, False),
+    Mutant("Hopper: dk without its scale", DKDV, "_dkdv_consumer", "(dk * scale)", "dk", ANY_GRADIENT, False),
+    Mutant("Hopper: keys in registers are not freed", DKDV, "_dkdv_consumer", "barrier()\nmbarrier.arrive(k_empty.index(C), count=1)\nk_phase ^= 1\nelse", "barrier()\n                k_phase ^= 1\n            else", ANY_GRADIENT, False),
+    Mutant("Hopper: q and do are said to be read before their products are done", DKDV, "_dkdv_consumer", "dv, dk, p, ds = warpgroup_mma_wait(0, deps=(dv, dk, p, ds))\nmbarrier.arrive(empty.index(stage), count=1)", "mbarrier.arrive(empty.index(stage), count=1)\n                dv, dk, p, ds = warpgroup_mma_wait(0, deps=(dv, dk, p, ds))", ANY_ORDER_BACK, False),
+    Mutant("Hopper: dk and dv are overwritten while they are copied", DKDV, "_dkdv_consumer", "tma.store_wait(0)\ndv", "dv", ANY_ORDER_BACK, False),
+    Mutant("Hopper: one warp frees q and do for four", DKDV, "_dkdv_consumer", "dv, dk, p, ds = warpgroup_mma_wait(0, deps=(dv, dk, p, ds))\nbarrier()", "barrier()\n            dv, dk, p, ds = warpgroup_mma_wait(0, deps=(dv, dk, p, ds))", ORDERED, False),
+    Mutant("Hopper: rows of gradients past T are written", GRADIENTS, "_backward", "of_tensor = [batch, time, heads, dim]", "of_tensor = [batch, time + 1, heads, dim]", ANY_GRADIENT, False),
+    Mutant("Hopper: too few stats", GRADIENTS, "_backward", "cdiv(time, 64)", "time // 64", ANY_GRADIENT, False),
+    Mutant("Hopper: a whole scale is a constant", GRADIENTS, "_backward", "float(scale)", "scale", KEEPS + "test_a_scale_of_one_is_the_scale_of_any_other_call", False),
+    Mutant("Hopper: any gradient", HOPPER_CHOICE, "attention_form", "(q, k, v, *others)", "(q, k, v)", SIDEWAYS, False),
+    Mutant("Hopper: any gradient of the packed", HOPPER_CHOICE, "attention_qkv_form", "(qkv, *others)", "(qkv,)", SIDEWAYS, False),
+    Mutant("Hopper: the backward has run where the forward has", HOPPER_CHOICE, "_lookup", "RAN[kernel]", 'RAN["attention_fwd"]', KEEPS + "test_forward_and_backward_are_served_each_by_itself", False),
+    Mutant("what Gluon compiled is launched with feigned tensors", "bench/gates/record.py", "afresh", "clear=True", "clear=False", "test_record.py::test_what_gluon_compiled_before_is_noted_again_and_not_launched", False),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ kernel it is read, in the order of the code, that
   warpgroup since its last product was waited for, and since it last read or wrote shared memory;
 - threads write shared memory only behind a barrier since one of them waited until the copy engine had read it;
 - the copy engine is sent to store a tile only behind a fence since it was written, and a barrier since that;
-- attention's softmax stands in front of the wait for the product that it shall run under.
+- attention's exponentials stand in front of the wait for the product that they shall run under.
 """
 
 import re
@@ -53,7 +53,8 @@ def _of_warpgroups(ptx: str) -> Iterator[str]:
 
 
 def _of_softmax(listing: str) -> Iterator[str]:
-    """In each loop with products and a softmax: all its exponentials before the wait for everything in flight."""
+    """In each loop with products and exponentials: these before its second wait. The first is for the scores, the other
+    for p v in the forward, for do vᵀ or v doᵀ in the backward."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops = []
@@ -69,8 +70,8 @@ def _of_softmax(listing: str) -> Iterator[str]:
     for loop in inner:
         body = [instructions[i] for i in loop]
         exponentials = [i for i, (name, _) in enumerate(body) if name.startswith("MUFU.EX2")]
-        waits = [i for i, (name, to) in enumerate(body) if name.startswith("WARPGROUP.DEPBAR") and to.endswith("0x0")]
+        waits = [i for i, (name, _) in enumerate(body) if name.startswith("WARPGROUP.DEPBAR")]
         if exponentials and waits and any(name.startswith("HGMMA") for name, _ in body):
-            under = sum(i < waits[-1] for i in exponentials)
+            under = sum(i < waits[:2][-1] for i in exponentials)
             if under < 0.9 * len(exponentials):
-                yield f"{len(exponentials) - under} of {len(exponentials)} exponentials stand behind the wait for p v"
+                yield f"{len(exponentials) - under} of {len(exponentials)} exponentials stand behind the next wait"

@@ -6,6 +6,7 @@ would compile.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -133,6 +134,15 @@ def _seen(value: Any) -> Any:
 
 
 @contextmanager
+def afresh() -> Iterator[None]:
+    """Inside, Gluon's kernels are launched as if none had been before: what their launcher once compiled it launches
+    again past Triton, on a card that is there, whatever tensors it is given."""
+    pipeline = sys.modules.get("fastgpt.kernels.hopper.pipeline")  # which few Tritons can import
+    with mock.patch.dict(pipeline._COMPILED if pipeline else {}, clear=True):
+        yield
+
+
+@contextmanager
 def noted(capability: int, really: bool = False) -> Iterator[list[Launch]]:
     """Inside, each launch is put into the list in place of being made, or with `really` before it is made."""
     found: list[Launch] = []
@@ -146,7 +156,7 @@ def noted(capability: int, really: bool = False) -> Iterator[list[Launch]]:
             found.append(launch)
         return run(kernel, *args, grid=grid, warmup=warmup, **kwargs) if really else None
 
-    with mock.patch.object(JITFunction, "run", note):
+    with mock.patch.object(JITFunction, "run", note), afresh():
         yield found
 
 

@@ -231,6 +231,11 @@ def _hopper_attention(kernels: ModuleType, dim: int, dtype: torch.dtype, block_m
     kernels.attention_fwd(q, k, v, o, torch.empty(8, 6, 1024, device="cuda"), 1.0, block_m)
 
 
+def _hopper_attention_bwd(kernels: ModuleType, dim: int, dtype: torch.dtype) -> None:
+    q, k, v, o, do, dq, dk, dv = torch.empty(8, 8, 1024, 6, dim, dtype=dtype, device="cuda").transpose(2, 3)
+    kernels.attention_bwd(do, q, k, v, o, torch.empty(8, 6, 1024, device="cuda"), dq, dk, dv, 1.0)
+
+
 def _hopper_linear_gelu(kernels: ModuleType, dtype: torch.dtype, tanh: bool) -> None:
     x, pre, act = (torch.empty(32768, columns, dtype=dtype, device="cuda") for columns in (768, 3072, 3072))
     w_in = torch.empty(3072, 768, dtype=dtype, device="cuda")
@@ -320,6 +325,9 @@ def ways() -> dict[str, Way]:
         for dim, block_m in ((64, 128), (64, 192), (128, 128)):
             call = functools.partial(_hopper_attention, dim=dim, dtype=dtype, block_m=block_m)
             add(f"Hopper's attention D {dim}, {block_m} queries, {name}", _on_hopper, call, "attention")
+        for dim in (64, 128):
+            call = functools.partial(_hopper_attention_bwd, dim=dim, dtype=dtype)
+            add(f"Hopper's attention_backward D {dim} {name}", _on_hopper, call, "attention_backward")
         for gelu, tanh in (("tanh", True), ("none", False)):
             for module, run in (
                 ("linear_gelu", _hopper_linear_gelu),

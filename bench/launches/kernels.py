@@ -2,6 +2,7 @@
 one; else each tensor read or written once."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,11 @@ from bench.work import Work
 def work_of(name: str, given: dict[str, Tensor]) -> Work:
     """given: the tensors of a launch, by the names that the kernel gives them."""
     return _WORK.get(name, _once)(given)
+
+
+def described(value: Any) -> Any:
+    """What one of Triton's tensor descriptors describes, as a tensor; anything else as it is."""
+    return value.base.as_strided(value.shape, value.strides) if hasattr(value, "block_shape") else value
 
 
 def _once(given: dict[str, Tensor]) -> Work:
@@ -28,7 +34,14 @@ def _attention(given: dict[str, Tensor], products: int = 5, backward: bool = Tru
         return work.attention_fwd(*q.shape, q.element_size())
     whole = work.attention_bwd(*q.shape, q.element_size())
     moved = ("q_ptr", "k_ptr", "v_ptr", "do_ptr", "o_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "lse_ptr", "delta_ptr")
+    moved += ("stats_ptr",)  # of Hopper's own: lse and Δ
     return Work(whole.flops * products / 5, sum(memory(given[name]) for name in moved if name in given))
+
+
+def _hopper_attention(given: dict[str, Tensor], *which) -> Work:
+    """Of descriptors of (B, T, H, D), by the names that the Triton kernels give them."""
+    given = {name: each.transpose(1, 2) if each.dim() == 4 else each for name, each in given.items()}
+    return _attention({name.replace("_desc", "_ptr"): each for name, each in given.items()}, *which)
 
 
 def _embedding(given: dict[str, Tensor]) -> Work:
@@ -55,5 +68,8 @@ _WORK: dict[str, Callable[[dict[str, Tensor]], Work]] = {
     "cross_entropy_kernel": lambda given: Work(0, 2 * memory(given["logits_ptr"])),
     "embedding_fwd_kernel": _embedding,
     "gelu_bwd_kernel": _activation_gradient,
+    "hopper_attention_fwd_kernel": lambda given: _hopper_attention(given, 5, False),
+    "hopper_attention_dq_kernel": lambda given: _hopper_attention(given, 1),
+    "hopper_attention_dkdv_kernel": lambda given: _hopper_attention(given, 4),
     "join_runs_kernel": _joined,
 }

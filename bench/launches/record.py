@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
 from bench.gates import feign
+from bench.gates.record import afresh
 from bench.launches import kernels, operators
 from bench.launches.parts import Sizes, part_of
 from bench.work import Work
@@ -58,6 +59,7 @@ class _Recorder(TorchDispatchMode):
 
     def note_kernel(self, kernel: JITFunction, args: tuple, kwargs: dict) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        given = {name: kernels.described(value) for name, value in given.items()}
         tensors = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.numel()}
         name = kernel.__name__.strip("_")
         self.note(name, tuple(tensors.values()), [*tensors.values()], 1, kernels.work_of(name, tensors))
@@ -87,7 +89,7 @@ def recorded(sizes: Sizes) -> Iterator[list[Launch]]:
     def note(kernel, *args, grid, warmup, **kwargs):
         recorder.note_kernel(kernel, args, kwargs)
 
-    with mock.patch.object(JITFunction, "run", note), recorder:
+    with mock.patch.object(JITFunction, "run", note), afresh(), recorder:
         yield recorder.found
 
 

@@ -4,6 +4,8 @@ The launchers here have their twins' names and signatures in kernels/, and are w
 table, on the tensors themselves, and hand the call on. What the table does not hold was not measured, or lost.
 """
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -11,19 +13,23 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels import attention, mlp
+from fastgpt.kernels import attention, attention_backward, mlp
 from fastgpt.private import FakeTensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # which knows no Gluon
 TRITONS = ("3.6.0", "3.7.1")  # that `python -m bench compile` compiles these kernels with: Gluon moves between Tritons
-# With which tests/kernels/test_hopper_gpu.py has passed on a card, for these kernels: none yet. The table's figures are
-# those of the prototypes, on Triton 3.6.0 (docs/kernels.md). Until a version is entered no call is served, for a kernel
-# that never ran may hang.
-RAN: tuple[str, ...] = ("3.6.0",)
+# With which of them tests/kernels/test_hopper_gpu.py has passed on a card, by kernel. Until a version is entered, no
+# call is served there, for what never ran may hang. The table's figures are those of the prototypes (docs/kernels.md).
+RAN: dict[str, tuple[str, ...]] = {
+    "attention_fwd": ("3.6.0",),
+    "attention_bwd": (),
+    "linear_gelu_fwd": ("3.6.0",),
+    "linear_gelu_bwd": ("3.6.0",),
+}
 
 
 class Measured(NamedTuple):
-    """A kernel, and calls for which it was faster on an H100: docs/kernels.md has the figures and circumstances."""
+    """A kernel, and calls for which it was faster on an H100 or H200: docs/kernels.md has figures and circumstances."""
 
     kernel: str
     dtype: torch.dtype
@@ -31,7 +37,7 @@ class Measured(NamedTuple):
     times: range  # T of attention
     least: int  # queries over batch and heads, or rows: with fewer, programs are left over when others are done
     gain: str  # times the speed of what else serves such a call
-    block_m: int = 0  # queries of one of attention's programs
+    block_m: int = 0  # queries of a program of attention's forward
     approximate: str = ""  # of the GELU
     capability: tuple[int, int] = (9, 0)
 
@@ -45,6 +51,8 @@ TABLE = (
     Measured("attention_fwd", torch.bfloat16, (64,), range(1024, 4096), 393_216, "1.09 to 1.12", 128),
     Measured("attention_fwd", torch.bfloat16, (64,), range(4096, 4097), 393_216, "1.20", 192),
     Measured("attention_fwd", torch.bfloat16, (128,), range(1024, 4097), 196_608, "1.42 to 1.46", 128),
+    Measured("attention_bwd", torch.bfloat16, (64,), range(1024, 4097), 393_216, "1.27 to 1.34"),
+    Measured("attention_bwd", torch.bfloat16, (128,), range(1024, 4097), 196_608, "1.60 to 1.65"),
     Measured("linear_gelu_fwd", torch.bfloat16, (768, 3072), _ANY, 32_768, "1.25", approximate="tanh"),
     Measured("linear_gelu_bwd", torch.bfloat16, (768, 3072), _ANY, 32_768, "1.41", approximate="tanh"),
 )
@@ -70,7 +78,7 @@ def _lookup(
         return _OTHER_CARD
     if not has_a_known_triton():
         return Form(None, f"Triton is {triton.__version__}, it was compiled with {' and '.join(TRITONS)} alone")
-    if triton.__version__ not in RAN:
+    if triton.__version__ not in RAN[kernel]:
         return Form(None, f"it has not yet run on a card with Triton {triton.__version__}")
     rows = [row for row in rows if row.dtype == dtype and row.sizes == sizes]
     if not rows:
@@ -96,6 +104,7 @@ def _begins_aligned(t: Tensor) -> bool:
     return begin % 16 == 0
 
 
+@functools.cache
 def _kernels(name: str) -> Any:
     """A module of kernels/hopper, which no other Triton than those of the table may import."""
     return import_module(f"fastgpt.kernels.hopper.{name}")
@@ -113,10 +122,12 @@ def _beyond(key_mask: Any, documents: Any, dropout_p: float) -> str:
     return "there is a key mask" if key_mask is not None else "there are documents" if documents is not None else ""
 
 
-def attention_form(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, documents: Any, dropout_p: float) -> Form:
-    """Of q, k, v (B, H, T, D)."""
+def attention_form(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, documents: Any, dropout_p: float, *others: Tensor
+) -> Form:
+    """Of q, k, v (B, H, T, D); others: what the backward reads beside them, do and o."""
     batch, heads, time, dim = q.shape
-    form = _lookup("attention_fwd", q, (dim,), batch * heads * time, time=time)
+    form = _lookup(kernel, q, (dim,), batch * heads * time, time=time)
     if form is _OTHER_CARD:
         return form
     if beyond := _beyond(key_mask, documents, dropout_p):
@@ -125,20 +136,22 @@ def attention_form(q: Tensor, k: Tensor, v: Tensor, key_mask: Any, documents: An
         return Form(None, f"{heads} query heads share {k.shape[1]} key heads")
     if k.shape[2] != time:
         return Form(None, f"{time} queries have {k.shape[2]} keys")
-    if form.row is not None and not all(map(_is_nested, (q, k, v))):
+    if form.row is not None and not all(map(_is_nested, (q, k, v, *others))):
         return Form(None, _LAYOUT)
     return form
 
 
-def attention_qkv_form(qkv: Tensor, key_mask: Any, documents: Any, heads: int, dropout_p: float) -> Form:
-    """Of the packed projection qkv (B, T, 3C)."""
+def attention_qkv_form(
+    kernel: str, qkv: Tensor, key_mask: Any, documents: Any, heads: int, dropout_p: float, *others: Tensor
+) -> Form:
+    """Of the packed projection qkv (B, T, 3C); others: what the backward reads beside it, dout and out."""
     batch, time, packed = qkv.shape
-    form = _lookup("attention_fwd", qkv, (packed // 3 // heads,), batch * heads * time, time=time)
+    form = _lookup(kernel, qkv, (packed // 3 // heads,), batch * heads * time, time=time)
     if form is _OTHER_CARD:
         return form
     if beyond := _beyond(key_mask, documents, dropout_p):
         return Form(None, beyond)
-    if form.row is not None and not (qkv.is_contiguous() and _begins_aligned(qkv)):
+    if form.row is not None and not all(t.is_contiguous() and _begins_aligned(t) for t in (qkv, *others)):
         return Form(None, _LAYOUT)
     return form
 
@@ -165,7 +178,7 @@ def attention_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/attention.py has it."""
     if q.is_cuda and not INTERPRETED:
-        row = attention_form(q, k, v, key_mask, documents, dropout_p).row
+        row = attention_form("attention_fwd", q, k, v, key_mask, documents, dropout_p).row
         if row is not None:
             o, lse = attention.attention_fwd_outputs(q, k, v, seed, key_mask, documents, scale, dropout_p)
             _kernels("attention").attention_fwd(q, k, v, o, lse, scale, row.block_m)
@@ -184,12 +197,57 @@ def attention_qkv_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/attention.py has it."""
     if qkv.is_cuda and not INTERPRETED:
-        row = attention_qkv_form(qkv, key_mask, documents, heads, dropout_p).row
+        row = attention_qkv_form("attention_fwd", qkv, key_mask, documents, heads, dropout_p).row
         if row is not None:
             out, lse = attention.attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p)
             _kernels("attention").attention_qkv_fwd(qkv, out, lse, heads, scale, row.block_m)
             return out, lse
     return attention.attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+
+
+def attention_bwd(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As kernels/attention_backward.py has it."""
+    if q.is_cuda and not INTERPRETED:
+        form = attention_form("attention_bwd", q, k, v, key_mask, documents, dropout_p, do, o)
+        if form.row is not None:
+            dq, dk, dv = attention_backward.attention_bwd_outputs(do, q, k, v, o, lse, None, None, None, scale, 0.0)
+            _kernels("attention_backward").attention_bwd(do, q, k, v, o, lse, dq, dk, dv, scale)
+            return dq, dk, dv
+    return attention_backward.attention_bwd(do, q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p)
+
+
+def attention_qkv_bwd(
+    dout: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+    heads: int,
+    scale: float,
+    dropout_p: float,
+) -> torch.Tensor:
+    """As kernels/attention_backward.py has it."""
+    if qkv.is_cuda and not INTERPRETED:
+        form = attention_qkv_form("attention_bwd", qkv, key_mask, documents, heads, dropout_p, dout, out)
+        if form.row is not None:
+            dqkv = attention_backward.attention_qkv_bwd_outputs(dout, qkv)
+            _kernels("attention_backward").attention_qkv_bwd(dout, qkv, out, lse, dqkv, heads, scale)
+            return dqkv
+    return attention_backward.attention_qkv_bwd(dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p)
 
 
 # The MLP
@@ -267,20 +325,22 @@ def gelu_mlp_bwd(
 def in_words(name: str, operands: tuple, arguments: dict) -> str:
     """What the table says of a call of a public function on a GPU, as the end of a sentence; "" on other cards.
 
-    operands: its tensors as autocast casts them.
+    operands: its tensors as autocast casts them. A backward's gradient is taken to lie as the result does.
     """
     if name != "gelu_mlp":
-        mask, documents, dropout_p = (arguments[label] for label in ("key_mask", "documents", "dropout_p"))
-        if name == "causal_attention":
-            q, k, v = operands
-            return _said("its forward", attention_form(q, k, v, mask, documents, dropout_p))
-        (qkv,) = operands
-        return _said("its forward", attention_qkv_form(qkv, mask, documents, arguments["heads"], dropout_p))
+        asked = [arguments[label] for label in ("key_mask", "documents", "dropout_p")]
+        form_of: Callable[..., Form] = attention_form
+        if name == "causal_attention_qkv":
+            form_of = attention_qkv_form
+            asked.insert(2, arguments["heads"])
+        forward, backward = (form_of(kernel, *operands, *asked) for kernel in ("attention_fwd", "attention_bwd"))
+        return "; ".join(filter(None, (_said("its forward", forward), _said("its backward", backward))))
     x, w_in, b_in, w_out, _ = operands
     tanh, x = arguments["approximate"] == "tanh", x.reshape(-1, x.shape[-1])
-    backward = linear_gelu_bwd_form(x, w_out, tanh, arguments["recompute"])  # of a gradient that lies as x does
-    forward = _said("its first matmul with the GELU", linear_gelu_form(x, w_in, b_in, tanh))
-    return "; ".join(filter(None, (forward, _said("that of its backward", backward))))
+    backward = linear_gelu_bwd_form(x, w_out, tanh, arguments["recompute"])
+    forward = linear_gelu_form(x, w_in, b_in, tanh)
+    said = _said("its first matmul with the GELU", forward), _said("that of its backward", backward)
+    return "; ".join(filter(None, said))
 
 
 def _said(what: str, form: Form) -> str:

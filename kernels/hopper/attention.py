@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..launch import cdiv
-from .pipeline import Map, barrier, barriers, launch, multiprocessors, next_slot
+from .pipeline import Map, Part, barrier, barriers, launch, multiprocessors, next_slot, paired_tiles
 
 
 class Form(NamedTuple):
@@ -67,16 +67,6 @@ _PRODUCER_REGISTERS = 24  # the least there is
 
 
 @gluon.jit
-def _item(item, tiles):
-    """Work item -> plane (batch and head), its first tile of queries, number of tiles: n - 1 - i, and then i."""
-    pairs = (tiles + 1) // 2
-    plane = item // pairs
-    pair = item - plane * pairs
-    tile = tiles - 1 - pair
-    return plane, tile, gl.where(tile == pair, 1, 2)
-
-
-@gluon.jit
 def _load(desc, batch, row, head, bar, buffer, BYTES: gl.constexpr):
     mbarrier.expect(bar, BYTES)
     tma.async_copy_global_to_shared(desc, [batch, row, head, 0], bar, buffer)
@@ -95,7 +85,7 @@ def _producer(load, D: gl.constexpr, BLOCK_N: gl.constexpr, CONSUMERS: gl.conste
     phase = 0  # the consumers' parity
     q_phase = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        plane, tile, count = _item(item, tiles)
+        plane, tile, count = paired_tiles(item, tiles)
         batch = plane // heads
         head = plane - batch * heads
         pair = tiles - 1 - tile
@@ -147,7 +137,7 @@ def _consumer(
     phase = 0
     q_phase = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        plane, tile, count = _item(item, tiles)
+        plane, tile, count = paired_tiles(item, tiles)
         batch = plane // heads
         head = plane - batch * heads
         pair = tiles - 1 - tile
@@ -285,7 +275,7 @@ def attention_qkv_fwd(
     batch, time, channels = out.shape
     dim = channels // heads
     packed, strides = [3 * time * channels, 3 * channels, dim, 1], [time * channels, channels, dim, 1]
-    parts = [(qkv.narrow(-1, i * channels, channels), packed) for i in range(3)]
+    parts = [(Part(qkv, i * channels), packed) for i in range(3)]
     _forward([*parts, (out, strides)], (batch, heads, time, dim), lse, scale, block_m)
 
 

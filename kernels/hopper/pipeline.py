@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # of a warpgroup; 3.6 named it otherwise
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
 @gluon.jit
@@ -32,12 +32,37 @@ def next_slot(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def paired_tiles(item, tiles):
+    """Work item -> plane (batch and head), its first tile, number of tiles: n - 1 - i, and then i."""
+    pairs = (tiles + 1) // 2
+    plane = item // pairs
+    pair = item - plane * pairs
+    tile = tiles - 1 - pair
+    return plane, tile, gl.where(tile == pair, 1, 2)
+
+
+@gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT barriers in shared memory, each done when ARRIVALS have arrived and all announced bytes are there."""
     found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
     return found
+
+
+class Part:
+    """A tensor from one of its elements on, for a Map: a view of it would cost several µs a launch."""
+
+    __slots__ = ("begin", "device", "dtype", "whole")
+
+    def __init__(self, whole: torch.Tensor, begin: int):
+        self.whole, self.begin, self.dtype, self.device = whole, begin, whole.dtype, whole.device
+
+    def data_ptr(self) -> int:
+        return self.whole.data_ptr() + self.begin * self.dtype.itemsize
+
+    def as_strided(self, shape: list[int], strides: list[int]) -> torch.Tensor:
+        return self.whole.as_strided(shape, strides, self.whole.storage_offset() + self.begin)
 
 
 class Map:
@@ -48,12 +73,13 @@ class Map:
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]):
+    def __init__(self, base: torch.Tensor | Part, shape: list[int], strides: list[int], block: tuple[int, ...]):
         self.base, self.shape, self.strides, self.block = base, shape, strides, block
 
     def checked(self) -> TensorDescriptor:
         """Triton's own, which checks what it is given."""
-        return TensorDescriptor(self.base, self.shape, self.strides, list(self.block), self._layout())
+        base = self.base.as_strided(self.shape, self.strides) if isinstance(self.base, Part) else self.base
+        return TensorDescriptor(base, self.shape, self.strides, list(self.block), self._layout())
 
     def _layout(self) -> gl.NVMMASharedLayout:
         return gl.NVMMASharedLayout.get_default_for(list(self.block), _DTYPES[self.base.dtype])

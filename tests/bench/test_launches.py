@@ -45,6 +45,30 @@ def differences(name, layers=2):
     return {key: number for key, number in more.items() if number}
 
 
+def test_hoppers_own_attention_is_accounted_for_as_its_twin(monkeypatch):
+    hopper = pytest.importorskip("fastgpt.ops.hopper")
+    if not hopper.has_a_known_triton():
+        pytest.skip("this Triton's Gluon is not known")
+
+    def call():
+        qkv = torch.empty(32, 1024, 3 * 768, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        out = ops.causal_attention_qkv(qkv, 12)
+        out.backward(torch.empty_like(out))
+
+    found = []
+    for ran in ((), hopper.TRITONS):
+        monkeypatch.setattr(hopper, "RAN", dict.fromkeys(hopper.RAN, ran))
+        found.append(of(call))
+    for kind in ("fwd", "dq", "dkdv"):
+        (twin,), (own,) = (
+            named(found[0], f"attention_{kind}_kernel"),
+            named(found[1], f"hopper_attention_{kind}_kernel"),
+        )
+        assert (own.part, own.phase, own.work.flops) == (twin.part, twin.phase, twin.work.flops)
+        assert own.work.bytes == pytest.approx(twin.work.bytes, rel=0.01)
+    assert len(found[0]) == len(found[1])
+
+
 def skip_other_versions():
     known, here = launches.kept()[0], launches.versions()
     if known != here:

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
+from triton.runtime.jit import JITFunction
+
 from bench.gates import compile as gate
 from bench.gates import feign, record
 from bench.gates.ways import ways
@@ -137,6 +139,36 @@ def test_every_way_launches_something_in_ieee_arithmetic():
     steps = {"linear_kernel", "append_kernel", "greedy_kernel"}
     lookups = {"embedding_fwd_kernel", "run_sums_kernel", "join_runs_kernel"}
     assert kernels >= norms | heads | gelu | lookups | steps | {"cross_entropy_kernel"}
+
+
+@pytest.mark.parametrize("name", [name for name in ways() if name.startswith("Hopper's") and "bfloat16" in name])
+def test_what_gluon_compiled_before_is_noted_again_and_not_launched(name, monkeypatch):
+    """As the test below does it on a card, where the tests before have launched the kernel: Gluon's launcher keeps what
+    it compiled, and would launch it with the feigned card's tensors, which have no memory."""
+    hopper = pytest.importorskip("fastgpt.ops.hopper")
+    if not hopper.has_a_known_triton():
+        pytest.skip("this Triton's Gluon is not known")
+    launched = []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: launched.append(args)
+
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **kwargs: Compiled())
+    way = ways()[name]
+    with feign.card(90):
+        way.run(None)
+        way.run(None)
+    assert launched, "the second time it is launched past Triton"
+    launched.clear()
+    with record.noted(90, really=True) as real, feign.card(90):
+        way.run(None)
+    feigned = record.launches(functools.partial(way.run, None), 90)
+    assert {(each.name, each.key) for each in real} == {(each.name, each.key) for each in feigned} != set()
+    assert not launched
+    with feign.card(90):
+        way.run(None)
+    assert launched, "and so it is again when nothing is noted any more"
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import constexpr
 from triton.runtime.jit import JITFunction
 
-from fastgpt.kernels.hopper import attention, linear_gelu_tiles, pipeline
+from fastgpt.kernels.hopper import attention, attention_backward, linear_gelu_tiles, pipeline
 from fastgpt.kernels.hopper.pipeline import Map
 from tests.kernels.gluon_program import Descriptor, Pointer, Program
 
@@ -52,6 +52,14 @@ def _assembly(text, constraints, args, dtype, is_pure, pack):
         "cvt.rn.f16x2.f32": lambda x: x.to(torch.float16),
     }
     return known[text.split()[0]](args[0])
+
+
+def _load(pointer, mask=None, other=0.0):
+    if mask is None:
+        return pointer.flat[pointer.at(None)]
+    found = torch.full(mask.shape, other, dtype=pointer.flat.dtype)
+    found[mask] = pointer.flat[pointer.at(mask)]
+    return found
 
 
 def _store(pointer, value, mask=None):
@@ -89,7 +97,7 @@ def _names(program):
         expand_dims=lambda x, axis: x.unsqueeze(axis),
         convert_layout=lambda x, layout, assert_trivial=False: x,
         split=lambda x: (x[..., 0], x[..., 1]),
-        load=lambda pointer: pointer.flat[pointer.at(None)],
+        load=_load,
         store=_store,
         inline_asm_elementwise=_assembly,
         allocate_shared_memory=program.allocate,
@@ -162,6 +170,6 @@ def modelled(seed=0, multiprocessors=2):
     with ExitStack() as stack:
         stack.enter_context(mock.patch.dict(pipeline._COMPILED, clear=True))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        for module in (attention, linear_gelu_tiles):
+        for module in (attention, attention_backward, linear_gelu_tiles):
             stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
         yield

@@ -50,7 +50,7 @@ class Tile:
 
 
 class View:
-    """Of a tile, as `index`, `reshape` and `permute` make it."""
+    """Of a tile, as `index`, `reshape`, `permute` and `slice` make it."""
 
     def __init__(self, tile, seen=lambda data: data):
         self.tile, self._seen = tile, seen
@@ -60,6 +60,9 @@ class View:
 
     def permute(self, order):
         return View(self.tile, lambda data: self._seen(data).permute(order))
+
+    def slice(self, begin, count):
+        return View(self.tile, lambda data: self._seen(data)[begin : begin + count])
 
     def values(self):
         return self._seen(self.tile.data)
@@ -98,7 +101,8 @@ class Pointer:
 
     def at(self, mask):
         places = self.places if mask is None else self.places[mask]
-        assert places.min() >= 0 and places.max() < len(self.flat), "an address outside of its tensor"
+        inside = places.numel() == 0 or (places.min() >= 0 and places.max() < len(self.flat))
+        assert inside, "an address outside of its tensor"
         return places
 
 

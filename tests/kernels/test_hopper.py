@@ -17,7 +17,7 @@ if not hopper.has_a_known_triton():
     pytest.skip("this Triton's Gluon is not known", allow_module_level=True)
 
 from fastgpt.kernels.attention import unpack
-from fastgpt.kernels.hopper import attention, linear_gelu, linear_gelu_backward
+from fastgpt.kernels.hopper import attention, linear_gelu, linear_gelu_backward, pipeline
 from fastgpt.testing import assert_accurate
 from tests.kernels.attention_checks import magnitudes
 from tests.kernels.gluon_model import modelled
@@ -99,6 +99,16 @@ def test_packed_attention_has_the_bits_of_the_unpacked():
         attention.attention_qkv_fwd(qkv, out, lse, 3, 0.125, 128)
         o, expected = attend(*unpack(qkv, 3, 3), 128)
     assert torch.equal(out, o.transpose(1, 2).flatten(-2)) and torch.equal(lse, expected)
+
+
+def test_a_part_of_a_projection_lies_where_its_view_does():
+    """The copy engine is told an address: on a card nothing else says that it is the right one."""
+    qkv = torch.randn(3, 7, 3 * 128).to(torch.bfloat16)[1:]
+    for i in range(3):
+        view, part = qkv.narrow(-1, i * 128, 128), pipeline.Part(qkv, i * 128)
+        given = pipeline.Map(part, [2, 7, 2, 64], [7 * 384, 384, 64, 1], (1, 64, 1, 64))
+        assert part.data_ptr() == given.checked().base.data_ptr() == view.data_ptr()
+        assert torch.equal(part.as_strided(view.shape, view.stride()), view)
 
 
 def test_attention_hears_its_scale_and_large_scores():

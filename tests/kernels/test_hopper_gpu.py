@@ -1,7 +1,4 @@
-"""kernels/hopper on a card of compute capability 9.0: every form for every shape, whatever ops' table chooses.
-
-The backward is the Triton kernel's, which goes on from what these kernels leave.
-"""
+"""kernels/hopper on a card of compute capability 9.0: every form for every shape, whatever ops' table chooses."""
 
 import pytest
 import torch
@@ -9,8 +6,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from fastgpt import ops
+from fastgpt.kernels.attention import unpack
 from fastgpt.ops import autograd, hopper
-from tests.kernels import attention_checks, test_hopper, test_mlp
+from tests.kernels import attention_checks, test_hopper, test_hopper_backward, test_mlp
 
 pytestmark = pytest.mark.gpu
 HALVES = [torch.bfloat16, torch.float16]
@@ -31,13 +29,14 @@ def always(monkeypatch):
         rows = []
         for dtype in HALVES:
             for dim in (64, 128):
-                rows.append(hopper.Measured("attention_fwd", dtype, (dim,), range(1, 2**20), 1, "no", block_m))
+                for kernel in ("attention_fwd", "attention_bwd"):
+                    rows.append(hopper.Measured(kernel, dtype, (dim,), range(1, 2**20), 1, "no", block_m))
             for kernel in ("linear_gelu_fwd", "linear_gelu_bwd"):
                 for gelu in ("tanh", "none"):
                     row = hopper.Measured(kernel, dtype, (), hopper._ANY, 1, "no", approximate=gelu)
                     rows += [row._replace(sizes=sizes) for sizes in hidden]
         monkeypatch.setattr(hopper, "TABLE", tuple(rows))
-        monkeypatch.setattr(hopper, "RAN", hopper.TRITONS)
+        monkeypatch.setattr(hopper, "RAN", dict.fromkeys(hopper.RAN, hopper.TRITONS))
 
     return make
 
@@ -45,14 +44,37 @@ def always(monkeypatch):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 127, 128, 129, 300, 1000, 1024, 2047, 4096, 8192])
 def test_attention_and_its_gradients(form, time, always):
+    """And the packed projection's are the same bits."""
     dim, block_m = form
     always(block_m)
     for dtype in HALVES:
-        heads = 3 if time <= 1024 else 1
-        q, k, v = test_hopper.packed(2 if time <= 1024 else 1, time, heads, dim, dtype, "cuda")
-        do = torch.randn(q.shape, device="cuda").to(dtype)
-        assert "runs on Hopper's own kernel" in ops.explain(ops.causal_attention, q, k, v)
-        attention_checks.check([q, k, v, do])
+        batch, heads = (2, 3) if time <= 1024 else (1, 1)
+        qkv = torch.randn(batch, time, 3 * heads * dim).to("cuda", dtype).requires_grad_()
+        q, k, v = unpack(qkv.detach(), 3, heads)
+        do = test_hopper_backward.gradient(q)
+        said = ops.explain(ops.causal_attention, q, k, v)
+        assert all(f"its {which} runs on Hopper's own kernel" in said for which in ("forward", "backward"))
+        o, *grads = attention_checks.check([q, k, v, do])
+        out = ops.causal_attention_qkv(qkv, heads)
+        out.backward(do.transpose(1, 2).flatten(-2))
+        assert torch.equal(out, o.transpose(1, 2).flatten(-2))
+        assert all(torch.equal(a, b) for a, b in zip(unpack(qkv.grad, 3, heads), grads, strict=True))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_gradients_are_the_kernels(dim, always):
+    """To the bit; with a gradient that the copy engine can't read they are the Triton kernel's, near to that."""
+    always()
+    q, k, v = (t.requires_grad_() for t in test_hopper.packed(2, 300, 3, dim, torch.bfloat16, "cuda"))
+    do = test_hopper_backward.gradient(q)
+    with torch.no_grad():
+        expected = test_hopper_backward.differentiate(do, q, k, v, *test_hopper.attend(q, k, v, 128), more=3)
+    out = ops.causal_attention(q, k, v)
+    got = torch.autograd.grad(out, (q, k, v), do, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    others = torch.autograd.grad(out, (q, k, v), do.contiguous())
+    assert not all(torch.equal(a, b) for a, b in zip(others, expected, strict=True))
+    test_hopper_backward.check(do, *(t.detach() for t in (q, k, v)), others)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -61,9 +83,12 @@ def test_attention_of_more_items_than_multiprocessors(form, always):
     always(block_m)
     q, k, v = test_hopper.packed(16, 700, 12, dim, torch.bfloat16, "cuda", more=9)
     o, lse = test_hopper.attend(q, k, v, block_m, more=9)
+    do = test_hopper_backward.gradient(q, more=9)
+    grads = test_hopper_backward.differentiate(do, q, k, v, o, lse, more=9)
     for batch in (0, 7, 15):
         there = slice(batch, batch + 1)
         test_hopper.check_attention(q[there], k[there], v[there], o[there], lse[there])
+        test_hopper_backward.check(do[there], q[there], k[there], v[there], [grad[there] for grad in grads])
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -76,6 +101,9 @@ def test_gelu_mlp_and_its_gradients(rows, approximate, always):
                 test_mlp.check(test_mlp.operands(rows, channels, hidden, dtype, "cuda"), approximate=approximate)
 
 
+SERVED = ("attention", "attention of wide heads", "gelu_mlp")
+
+
 def served(always):
     """A call of each, and its operands."""
     always()
@@ -83,6 +111,7 @@ def served(always):
     given = [torch.randn(shape, device="cuda").mul(0.3).bfloat16().requires_grad_() for shape in MLP]
     return {
         "attention": (lambda qkv: ops.causal_attention_qkv(qkv, 6), [qkv]),
+        "attention of wide heads": (lambda qkv: ops.causal_attention_qkv(qkv, 3), [qkv]),
         "gelu_mlp": (ops.gelu_mlp, given),
     }
 
@@ -90,7 +119,7 @@ def served(always):
 MLP = ((1500, 256), (1024, 256), (1024,), (256, 1024), (256,))
 
 
-@pytest.mark.parametrize("name", ["attention", "gelu_mlp"])
+@pytest.mark.parametrize("name", SERVED)
 def test_a_thousand_runs_give_the_same_bits(name, always):
     call, leaves = served(always)[name]
     out = call(*leaves)
@@ -104,26 +133,32 @@ def test_a_thousand_runs_give_the_same_bits(name, always):
     assert differs.item() == 0
 
 
-@pytest.mark.parametrize("name", ["attention", "gelu_mlp"])
+@pytest.mark.parametrize("name", SERVED)
 def test_in_a_cuda_graph_and_on_another_stream(name, always):
     call, leaves = served(always)[name]
+    dout = torch.randn_like(call(*leaves))
+
+    def run():
+        out = call(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+    def same(some, others):
+        return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+    expected = run()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        other = run()
+    torch.cuda.current_stream().wait_stream(side)
+    assert same(other, expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
     with torch.no_grad():
-        expected = call(*leaves)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            other = call(*leaves)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = call(*leaves)
         leaves[0].mul_(0.5)
-        graph.replay()
-        assert (
-            torch.equal(captured, call(*leaves))
-            and not torch.equal(captured, expected)
-            and torch.equal(other, expected)
-        )
+    graph.replay()
+    assert same(captured, run()) and not same(captured, expected)
 
 
 def test_on_a_device_that_is_not_the_current_one(always):
@@ -138,8 +173,14 @@ def test_opcheck(always):
     served(always)
     qkv = torch.randn(2, 70, 3 * 128, device="cuda").bfloat16()
     torch.library.opcheck(autograd.attention_qkv_fwd.op, (qkv, None, None, None, 2, 0.1, 0.0))
-    q, k, v = (t.contiguous() for t in qkv.view(2, 70, 3, 2, 64).permute(2, 0, 3, 1, 4))
+    out, lse = autograd.attention_qkv_fwd(qkv, None, None, None, 2, 0.1, 0.0)
+    dout = torch.randn_like(out)
+    torch.library.opcheck(autograd.attention_qkv_bwd.op, (dout, qkv, out, lse, None, None, None, 2, 0.1, 0.0))
+    q, k, v = (t.contiguous().transpose(1, 2) for t in qkv.view(2, 70, 3, 2, 64).unbind(2))
     torch.library.opcheck(autograd.attention_fwd.op, (q, k, v, None, None, None, 0.1, 0.0))
+    o, lse = autograd.attention_fwd(q, k, v, None, None, None, 0.1, 0.0)
+    do = torch.randn_like(o)
+    torch.library.opcheck(autograd.attention_bwd.op, (do, q, k, v, o, lse, None, None, None, 0.1, 0.0))
     x, w_in, b_in, w_out, b_out = (torch.randn(shape, device="cuda").bfloat16() for shape in MLP)
     torch.library.opcheck(autograd.gelu_mlp_fwd.op, (x, w_in, b_in, w_out, b_out, True, False))
     _, pre, act = autograd.gelu_mlp_fwd(x, w_in, b_in, w_out, b_out, True, False)

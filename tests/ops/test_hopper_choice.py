@@ -18,7 +18,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def has_run(monkeypatch):
     """As it will be once the kernels have run on a card."""
-    monkeypatch.setattr(hopper, "RAN", hopper.TRITONS)
+    monkeypatch.setattr(hopper, "RAN", dict.fromkeys(hopper.RAN, hopper.TRITONS))
 
 
 def tensor(*shape, dtype=BF16):
@@ -57,6 +57,8 @@ def said_and_launched(call, capability=90):
     return said, {launch.name for launch in record.launches(run, capability)}
 
 
+HOPPERS = {f"hopper_attention_{kind}_kernel" for kind in ("fwd", "dq", "dkdv")}
+TRITONS = {name.removeprefix("hopper_") for name in HOPPERS}
 SERVED = {
     "GPT-2 124M": qkv,
     "heads of 128": lambda: qkv(heads=6),
@@ -71,7 +73,8 @@ SERVED = {
 def test_attention_that_was_measured_is_served(name):
     said, launched = said_and_launched(SERVED[name])
     assert "its forward runs on Hopper's own kernel, measured at 1." in said
-    assert launched == {"hopper_attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+    assert "its backward runs on Hopper's own kernel, measured at 1." in said
+    assert launched == HOPPERS
 
 
 def test_the_form_is_the_one_that_was_measured():
@@ -117,8 +120,61 @@ KEPT = {
 def test_other_attention_keeps_the_triton_kernel(why):
     said, launched = said_and_launched(KEPT[why])
     assert "runs on its Triton kernel on cuda:0; its forward does not take Hopper's own kernel: " in said
-    assert why in said
-    assert "attention_fwd_kernel" in launched and "hopper_attention_fwd_kernel" not in launched
+    assert said.count(why) == 2 and "its backward does not take Hopper's own kernel: " in said
+    assert launched >= TRITONS and not launched & HOPPERS
+
+
+SIDEWAYS = {  # gradients that the copy engine can't read, by what they are of
+    "a sum's, which is expanded": (qkv, lambda out: out.sum().backward()),
+    "a packed result's, in other strides": (qkv, lambda out: out.backward(torch.ones_like(out.mT.contiguous()).mT)),
+    "one sequence after the other in each head": (
+        separate,
+        lambda out: out.backward(torch.ones_like(out, memory_format=torch.contiguous_format)),
+    ),
+    "at an odd address": (
+        qkv,
+        lambda out: out.backward(torch.ones(out.numel() + 1, dtype=out.dtype, device="cuda")[1:].view(out.shape)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIDEWAYS)
+def test_a_gradient_that_lies_otherwise_keeps_the_triton_backward(name):
+    call, differentiate = SIDEWAYS[name]
+
+    def run():
+        function, arguments, _ = call()
+        differentiate(function(*arguments))
+
+    launched = {launch.name for launch in record.launches(run, 90)}
+    assert launched == {"hopper_attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+
+
+def test_forward_and_backward_are_served_each_by_itself(monkeypatch):
+    """As on a card where one of them has run."""
+    monkeypatch.setitem(hopper.RAN, "attention_bwd", ())
+    for call in (qkv, separate):
+        said, launched = said_and_launched(call)
+        assert "its forward runs on Hopper's own kernel" in said
+        assert "its backward does not take Hopper's own kernel: it has not yet run on a card with Triton" in said
+        assert launched == {"hopper_attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel"}
+    monkeypatch.setitem(hopper.RAN, "attention_bwd", hopper.TRITONS)
+    monkeypatch.setitem(hopper.RAN, "attention_fwd", ())
+    assert said_and_launched(qkv)[1] == {"attention_fwd_kernel", *HOPPERS} - {"hopper_attention_fwd_kernel"}
+
+
+def test_a_scale_of_one_is_the_scale_of_any_other_call():
+    """Triton would make a constant of a whole number, and the launches that follow one have its scale."""
+
+    from fastgpt.kernels.hopper import attention_backward
+
+    def run():
+        q, k, v, o, do, dq, dk, dv = torch.empty(8, 2, 70, 3, 64, dtype=BF16, device="cuda").transpose(2, 3)
+        for scale in (1, 0.125):
+            lse = torch.empty(2, 3, 70, device="cuda")
+            attention_backward.attention_bwd(do, q, k, v, o, lse, dq, dk, dv, scale)
+
+    assert len(record.launches(run, 90)) == 2
 
 
 def test_autocasts_dtype_counts():
@@ -168,7 +224,7 @@ def test_another_triton_has_none(monkeypatch):
 
 
 def test_what_never_ran_on_a_card_serves_nothing(monkeypatch):
-    monkeypatch.setattr(hopper, "RAN", ())
+    monkeypatch.setattr(hopper, "RAN", dict.fromkeys(hopper.RAN, ()))
     for call in (qkv, mlp):
         said, launched = said_and_launched(call)
         assert f"it has not yet run on a card with Triton {hopper.triton.__version__}" in said
@@ -181,10 +237,8 @@ def test_every_form_of_the_table_is_compiled_by_the_gate():
 
     names = [name for name in ways.ways() if name.startswith("Hopper's")]
     for row in hopper.TABLE:
-        kind = (
-            "attention" if row.kernel == "attention_fwd" else row.kernel.replace("_fwd", "").replace("bwd", "backward")
-        )
+        kind = row.kernel.replace("_fwd", "").replace("bwd", "backward")
         dtype = str(row.dtype).removeprefix("torch.")
         found = [n for n in names if f"Hopper's {kind} " in n and n.endswith(dtype)]
-        size = f"D {row.sizes[0]}, {row.block_m} queries" if row.block_m else row.approximate
+        size = row.approximate or f"D {row.sizes[0]}" + (f", {row.block_m} queries" if row.block_m else " ")
         assert any(size in name for name in found), row
