@@ -23,8 +23,8 @@ def tokenizer_files(encoding: tiktoken.Encoding, context: int) -> dict[str, dict
         ranks = _ranks(encoding)
         words = {_written(token): rank for token, rank in ranks.items()}
         model = {"type": "BPE", "vocab": words, "merges": list(_merges(ranks)), "ignore_merges": False}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-        splits, decoder = {**level, "use_regex": encoding.name != "byte"}, {**level, "use_regex": True}
+        splits = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        decoder = splits
     else:
         return None
     end = has_end_of_text(encoding)

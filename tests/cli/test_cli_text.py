@@ -15,6 +15,7 @@ import torch
 
 from fastgpt import GPT, GPTConfig, cli
 from fastgpt.cli import text as cli_text
+from fastgpt.cli.surprise import page
 from fastgpt.data.tokenizer import Unavailable, encoding
 from fastgpt.generation.evaluation import evaluate
 from fastgpt.weights import save_model
@@ -199,19 +200,19 @@ def test_eval_is_the_plain_sum_over_tokens(capsys, folders, tmp_path, options):
 def test_eval_draws_each_token_in_the_colour_of_its_surprise(capsys, folders, tmp_path):
     text = "a <b> & é🙂\nend\n" * 9
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
-    page, command = tmp_path / "page.html", ("eval", tmp_path / "text.txt", "--checkpoint", folders / "own")
-    code, out, _ = run(capsys, *command, "--html", page)
+    file, command = tmp_path / "page.html", ("eval", tmp_path / "text.txt", "--checkpoint", folders / "own")
+    code, out, _ = run(capsys, *command, "--html", file)
     assert code == 0 and out.startswith("loss ")
     shown = html.parser.HTMLParser(convert_charrefs=True)
     pieces, inside = [], []
     shown.handle_starttag = lambda tag, attrs: pieces.append([dict(attrs), ""]) if tag == "i" else None
     shown.handle_data = lambda data: pieces[-1].__setitem__(1, data) if inside else None
-    shown.feed(page.read_text(encoding="utf-8").split("<pre>")[0])
+    shown.feed(file.read_text(encoding="utf-8").split("<pre>")[0])
     legend = [piece["class"] for piece, _ in pieces]
     assert legend == [f"s{step}" for step in range(11)]
     pieces.clear()
     inside.append(True)
-    shown.feed(page.read_text(encoding="utf-8").split("<pre>")[1].split("</pre>")[0])
+    shown.feed(file.read_text(encoding="utf-8").split("<pre>")[1].split("</pre>")[0])
     assert "".join(piece for _, piece in pieces) == text
     ids = np.array([256, *text.encode()])
     losses = evaluate(cli_text.load(str(folders / "own"), None)[0], ids).losses
@@ -221,6 +222,19 @@ def test_eval_draws_each_token_in_the_colour_of_its_surprise(capsys, folders, tm
     own = losses[place : place + 4]
     assert emoji["title"].endswith(", 4 tokens") and emoji["class"] == f"s{min(10, round(float(own.mean())))}"
     assert emoji["title"].startswith(f"{own.sum():.2f} nats")
+
+
+def test_a_page_writes_tokens_as_text():
+    gpt2 = encoding("gpt2")
+    ids = gpt2.encode('<script>alert("x")</script> &amp;')
+    written = page("<title>", "<facts>", ids, np.ones(len(ids)), gpt2)
+    shown = html.parser.HTMLParser()
+    tags = []
+    shown.handle_starttag = lambda tag, attrs: tags.append(tag)
+    shown.feed(written)
+    assert {*tags} == {"html", "meta", "title", "style", "h1", "p", "i", "pre"} and "&amp;amp;" in "".join(
+        piece.split(">", 1)[1] for piece in written.split("<pre>")[1].split("</i>")[:-1]
+    )
 
 
 def test_a_page_needs_text(capsys, folders, tmp_path, monkeypatch):
