@@ -44,7 +44,9 @@ def adamw(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Of all groups, in place where it is a tensor that a CUDA graph reads."""
+    """Of all groups, in place where it is a tensor that a CUDA graph reads; as float32, which that tensor is, so that
+    with a graph and without one the weights are the same to the bit."""
+    learning_rate = torch.tensor(learning_rate, dtype=torch.float32, device="cpu").item()
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate)
@@ -92,9 +94,10 @@ class TrainingStep:
 
     idx, targets: (B, T), or (N, B, T) for N batches one after another whose mean loss is followed. autocast: the dtype
     of matmuls, None for the weights' own. max_norm: of all gradients together, None leaves them; the norm is then NaN.
-    graph: after two calls that run as usual, the third one captures the step in a CUDA graph, which it and all later
-    ones replay: the host then launches once a step. Shapes must stay, the optimizer comes from adamw(graph=True), and
-    ValueError says what stands in the way. The loss that is returned is overwritten by the next replay.
+    graph: after two calls that run as usual, the third one captures the step, all N batches of it, in a CUDA graph,
+    which it and all later ones replay: the host then launches once a step. Shapes must stay, the optimizer comes from
+    adamw(graph=True), and ValueError says what stands in the way. The loss that is returned is overwritten by the next
+    replay.
     """
 
     def __init__(
@@ -114,22 +117,24 @@ class TrainingStep:
         self.device, self.graph = device, graph
         self._calls = 0
         self._captured: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, Tensor]
+        self._inputs: Any = None  # idx and targets
         self._outputs: tuple[Tensor, Tensor]
 
     def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not self.graph:
             return self._step(idx, targets)
-        if self._calls < 2:
-            self._calls += 1
-            return warmed(self.device, lambda: self._step(idx, targets))
-        if self._captured is None:
-            self._capture(idx, targets)
+        if self._inputs is None:  # where the graph reads them; the first steps too, which compile for how these lie
+            self._inputs = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (idx, targets))
         for static, given in zip(self._inputs, (idx, targets), strict=True):
             if static.shape != given.shape:
-                shapes = f"{tuple(given.shape)}, the graph was captured for {tuple(static.shape)}"
+                shapes = f"{tuple(given.shape)}, the graph is for {tuple(static.shape)}"
                 raise ValueError(f"TrainingStep: a batch of shape {shapes}")
             static.copy_(given)
+        if self._calls < 2:
+            self._calls += 1
+            return warmed(self.device, lambda: self._step(*self._inputs))
+        if self._captured is None:
+            self._capture()
         assert self._captured is not None
         self._captured.replay()
         return self._outputs
@@ -164,7 +169,6 @@ class TrainingStep:
         self.optimizer.step()
         return total, torch.full((), torch.nan, dtype=torch.float32, device=self.device)
 
-    def _capture(self, idx: Tensor, targets: Tensor) -> None:
-        self._inputs = idx.clone(), targets.clone()
+    def _capture(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own memory is to hold the gradients
         self._captured, self._outputs = captured(self.device, lambda: self._step(*self._inputs))

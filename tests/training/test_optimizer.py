@@ -183,7 +183,7 @@ def test_a_step_is_captured_once_and_replayed(monkeypatch):
         assert [t.item() for t in step(*each)] == [t.item() for t in expected(*each)]
     assert log == ["waits"] * 4 + ["capture"] + ["replay"] * 3
     assert all(torch.equal(a, b) for a, b in zip(captured.parameters(), plain.parameters(), strict=True))
-    with pytest.raises(ValueError, match=r"a batch of shape \(1, 8\), the graph was captured for \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"a batch of shape \(1, 8\), the graph is for \(2, 8\)"):
         step(*batch(1, 8))
 
 
@@ -200,7 +200,7 @@ def test_a_graph_trains_as_the_plain_step_does(dropout):
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     same = [step(*batches[0])[0].item() for _ in range(3)]
     assert len(set(same)) == 3  # the weights move, and each replay draws its own mask
-    with pytest.raises(ValueError, match=r"a batch of shape \(1, 8\), the graph was captured for \(2, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"a batch of shape \(1, 8\), the graph is for \(2, 2, 8\)"):
         step(*batch(1, 8, device="cuda"))
 
 
