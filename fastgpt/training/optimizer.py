@@ -33,14 +33,17 @@ def adamw(
     """PyTorch's fused AdamW: matrices decay, biases and norms do not. graph: to be captured in a CUDA graph, which
     reads the learning rate from the device."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    rate: Any = learning_rate
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas, fused=True, capturable=graph)
     if graph:
         rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
-    return torch.optim.AdamW([g for g in groups if g["params"]], rate, betas, fused=True, capturable=graph)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
