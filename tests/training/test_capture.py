@@ -1,6 +1,7 @@
 """When the steps of a run are one CUDA graph, what is said where they are not, and that none of them needs the host."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -166,6 +167,33 @@ def replayed(monkeypatch):
         return step
 
     return of
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("end", [None, 7])
+def test_a_graph_finds_float16s_scale_as_the_plain_step_does(monkeypatch, end):
+    """From a scale at which the first replays overflow, and change nothing."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**40, enabled=enabled))
+    idx, targets = torch.randint(257, (2, 3, 2, 16), device="cuda")
+    results = []
+    for graph in (False, True):
+        torch.manual_seed(3)
+        model = GPT(SHAPE).cuda().train()
+        step = Step(model, adamw(model, 1e-2, graph=graph), CARD, 1.0, torch.float16, graph, end)
+        found = [(loss.item(), norm.item(), step.scaler.get_scale()) for loss, norm in _steps(step, idx, targets, 60)]
+        results.append((found, [p.detach().clone() for p in model.parameters()]))
+    (plain, weights), (graphed, weights_graphed) = results
+    assert repr(plain) == repr(graphed), "NaN, the norm of what overflowed, included"
+    assert all(map(torch.equal, weights, weights_graphed))
+    overflowed = [not math.isfinite(norm) for _, norm, _ in plain]
+    assert overflowed[4] and not overflowed[-1]
+    assert plain[4][0] == plain[0][0] > plain[-1][0] and plain[-1][2] < 2.0**40
+
+
+def _steps(step, idx, targets, count):
+    for _ in range(count):
+        yield step(idx, targets)  # read before the next replay writes over it
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
