@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastgpt.cuda_graph import captured, warmed
 from fastgpt.private import multiply_
@@ -71,8 +70,8 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | N
             "clipped_step: the optimizer is not fused, and only that one scales gradients as it reads them"
         )
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).float()
-    if isinstance(norm, DTensor):  # of gradients that are sharded over processes
+    norm: Any = torch.nn.utils.get_total_norm(gradients).float()
+    if hasattr(norm, "full_tensor"):  # a DTensor, of gradients that are sharded over processes
         norm = norm.full_tensor()
     if gradients and gradients[0].device.type not in SCALING:
         if not norm.isfinite() or (skip is not None and skip != 0):
