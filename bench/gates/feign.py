@@ -260,6 +260,13 @@ class _Capture(_Nothing):
         _captures.pop()
 
 
+def _random_state(*_) -> torch.Tensor:
+    """Of the card's generator, which a capture does not tell, and is not told."""
+    if _captures:
+        raise RuntimeError("the generator's state needs the host, which a capture can't wait for")
+    return torch.zeros(16, dtype=torch.uint8)
+
+
 def _needs_the_host(func: Any, args: tuple, to: torch.device | None) -> bool:
     """Whether the operator reads from the card, or copies from the host to it what is no number of the call's own."""
     aten = torch.ops.aten
@@ -299,6 +306,9 @@ def card(capability: int) -> Iterator[Card]:
         "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: properties.name,
         "manual_seed_all": lambda seed: None,
+        "_initialized": True,
+        "get_rng_state": _random_state,
+        "set_rng_state": _random_state,
         "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
         "mem_get_info": lambda *_: (_MEMORY, _MEMORY),

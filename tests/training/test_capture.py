@@ -8,6 +8,8 @@ import torch
 
 from bench.gates import feign
 from fastgpt import GPT, GPTConfig
+from fastgpt.data.tokenizer import encoding
+from fastgpt.training import fit, monitor
 from fastgpt.training.capture import out_of_memory_told, why_no_graph
 from fastgpt.training.distributed import World
 from fastgpt.training.optimizer import adamw, set_learning_rate
@@ -80,10 +82,15 @@ def test_out_of_memory_says_what_would_need_less():
 # On a card that isn't there, where what needs the host is an error while a graph is captured, as on a card.
 
 
-def step_on_a_card(monkeypatch, autocast=None, end=None, skips=False, **changes):
-    """Of two batches, and what it is given; no Triton kernel is launched."""
+@pytest.fixture
+def unlaunched(monkeypatch):
+    """No Triton kernel is launched."""
     launcher = pytest.importorskip("triton.runtime.jit", reason="Triton is not to be had on this platform")
     monkeypatch.setattr(launcher.JITFunction, "run", lambda *args, **kwargs: None)
+
+
+def step_on_a_card(autocast=None, end=None, skips=False, **changes):
+    """Of two batches, and what it is given."""
     with torch.device("cuda"):
         model = GPT(dataclasses.replace(SHAPE, **changes)).train()
     idx = torch.zeros(2, 4, 16, dtype=torch.int64, device="cuda")
@@ -100,9 +107,9 @@ def step_on_a_card(monkeypatch, autocast=None, end=None, skips=False, **changes)
     ],
     ids=["bfloat16, documents, dropout", "float16", "float16, PyTorch's functions", "float32"],
 )
-def test_no_captured_step_needs_the_host(monkeypatch, how):
+def test_no_captured_step_needs_the_host(unlaunched, how):
     with feign.card(90):
-        step, idx = step_on_a_card(monkeypatch, **how)
+        step, idx = step_on_a_card(**how)
         for number in range(4):
             set_learning_rate(step.optimizer, 0.1 * number)
             step(idx, idx)
@@ -117,12 +124,13 @@ def test_no_captured_step_needs_the_host(monkeypatch, how):
         lambda loss: bool(loss.isfinite()),
         lambda loss: torch.zeros(()).to("cuda"),
         lambda loss: torch.tensor(1.0, device="cuda"),
+        lambda loss: torch.utils.checkpoint.checkpoint(torch.square, loss, use_reentrant=False),
     ],
-    ids=["item", "cpu", "bool", "to", "tensor"],
+    ids=["item", "cpu", "bool", "to", "tensor", "checkpoint"],
 )
-def test_a_captured_step_that_needs_the_host_is_an_error(monkeypatch, asks):
+def test_a_captured_step_that_needs_the_host_is_an_error(unlaunched, asks):
     with feign.card(90):
-        step, idx = step_on_a_card(monkeypatch)
+        step, idx = step_on_a_card()
         update = step.update
         step.update = lambda total: (asks(total), update(total))[1]
         step(idx, idx)
@@ -130,6 +138,49 @@ def test_a_captured_step_that_needs_the_host_is_an_error(monkeypatch, asks):
         with pytest.raises(RuntimeError, match="which a capture can't wait for"):
             step(idx, idx)
         asks(torch.zeros((), device="cuda"))  # and afterwards it may be asked
+
+
+RUN = TrainConfig(device="cuda", max_iters=5, batch_size=2, eval_interval=4, eval_iters=1, sample_tokens=0)
+RUNS = {
+    "alone": (dict(), dict(), "one CUDA graph a step"),
+    "all together": (
+        dict(dropout=0.1, activation_checkpointing="mlp"),
+        dict(gradient_accumulation_steps=3, document_mask=True, dtype="float16", skip_nonfinite=2),
+        "one CUDA graph a step",
+    ),
+    "false": (dict(), dict(cuda_graph=False), "no CUDA graph: cuda_graph = false"),
+    "block": (dict(activation_checkpointing="block"), dict(), "no CUDA graph: activation_checkpointing = 'block'"),
+}
+
+
+@pytest.fixture
+def train(unlaunched, tmp_path, monkeypatch, capsys):
+    """What a run on a card says, in the folder `out`."""
+    monkeypatch.setattr(monitor, "plot_losses", lambda rows, path: None)
+    text = tmp_path / "fox.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+
+    def train(model=None, resume=False, **changes):
+        with feign.card(90):
+            shape, config = dataclasses.replace(SHAPE, **(model or {})), dataclasses.replace(RUN, **changes)
+            fit(shape, config, encoding("byte"), text, tmp_path / "out", resume=resume)
+        return capsys.readouterr().out
+
+    return train
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_takes_a_graph_by_itself_and_says_so(train, name):
+    """Evaluated and saved between replays, of which none needs the host."""
+    model, changes, said = RUNS[name]
+    assert said in train(model, **changes)
+
+
+def test_a_run_from_before_there_was_a_choice_goes_on_as_a_graph(train):
+    """Its weights are the same with a graph and without one: nothing is told to differ."""
+    assert "no CUDA graph" in train(cuda_graph=False, max_iters=3)
+    said = train(resume=True)
+    assert "resuming from" in said and "one CUDA graph a step" in said and "not to the bit" not in said
 
 
 # A graph that is none: what is captured runs at each replay, and not before.
