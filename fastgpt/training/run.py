@@ -166,7 +166,8 @@ class Run:
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step; its loss, the norm of its gradients, and this process's own loss, all on the device."""
         set_learning_rate(self.optimizer, self.config.learning_rate_at(self.steps_done))
-        self.model.train()
+        if not self.model.training:  # after an evaluation: to ask every module of 124M takes 0.3 ms
+            self.model.train()
         loss, norm = self.step_on(*self.batches(self.seen))
         self.steps_done += 1
         self.seen += self.windows
