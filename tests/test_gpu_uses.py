@@ -170,13 +170,14 @@ SAID = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", SAID)
-def test_a_cuda_graph_is_chosen_by_itself_and_said(way, tmp_path, texts, capsys, monkeypatch):
+def test_a_cuda_graph_is_chosen_by_itself_and_said(way, tmp_path, texts, capsys, monkeypatch, recwarn):
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), replay(self))[1])
     how, said = SAID[way]
     trained(tmp_path / "out", texts, "cuda", sample_tokens=0, **how)
     assert said in capsys.readouterr().out
     assert len(replays) == (STEPS.max_iters - 2 if way == "auto" else 0)
+    assert not [each for each in recwarn if "capturable" in str(each.message)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,6 +11,7 @@ no optimizer but PyTorch's own.
 """
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -134,7 +135,9 @@ class TrainingStep:
             static.copy_(given)
         if self._calls < 2:
             self._calls += 1
-            return warmed(self.device, lambda: self._step(*self._inputs))
+            with warnings.catch_warnings():  # that an optimizer for a graph runs without one: it is about to
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
+                return warmed(self.device, lambda: self._step(*self._inputs))
         if self._captured is None:
             self._capture()
         assert self._captured is not None

@@ -108,7 +108,7 @@ class Run:
         where = "the CPU" if self.device.type == "cpu" else self.device
         batches = self.windows // self.world.size // self.batch
         graph = "one CUDA graph a step\n" if self.why_no_graph is None else f"no CUDA graph: {self.why_no_graph}\n"
-        graph = "" if self.device.type == "cpu" else graph  # where nobody looks for one
+        graph = graph if self.device.type == "cuda" else ""  # where nobody looks for one
         shares = f" in {batches} x {self.world.size} batches" if batches * self.world.size > 1 else ""
         return (
             f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "

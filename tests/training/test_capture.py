@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import pytest
 import torch
@@ -218,6 +219,22 @@ def replayed(monkeypatch):
         return step
 
     return of
+
+
+def test_the_first_steps_warn_of_nothing(replayed, monkeypatch):
+    """PyTorch warns where an optimizer that was made for a graph runs without one."""
+    model = GPT(SHAPE)
+    step = replayed(Step(model, adamw(model, 1e-3, graph=True), World(0, 1, torch.device("cpu")), 1.0))
+    words = "This instance was constructed with capturable=True, but step() is running without a graph"
+    update = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (warnings.warn(words, stacklevel=2), update(self))[1])
+    idx = torch.zeros(1, 2, 16, dtype=torch.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(idx, idx)
+        step(idx, idx)
+        with pytest.raises(UserWarning, match="capturable"):
+            step.optimizer.step()
 
 
 @pytest.mark.gpu

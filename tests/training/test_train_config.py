@@ -53,6 +53,7 @@ def test_learning_rate_at(fields, step, rate):
         ("grad_clip", -1.0, "-1.0, not a finite number of at least 0"),
         ("beta1", 1.0, r"1.0, not in \[0, 1\)"),
         ("beta2", -0.1, r"-0.1, not in \[0, 1\)"),
+        ("cuda_graph", 1, "1, not 'auto', True or False"),
         ("seed", -1, r"-1, not in \[0, 2\*\*63\)"),
         ("seed", 2**63, r"9223372036854775808, not in \[0, 2\*\*63\)"),
     ],
