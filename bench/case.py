@@ -46,6 +46,7 @@ class Case:
     peak: bool = True  # whether its peak memory is measured, which on a CPU takes longer than many small calls
     rounded: Callable[[Any], tuple] | None = None  # the naive reference in the operands' dtype, by whose error to judge
     eager: str = EAGER  # without it, the variant by whose error the others are; or else fastgpt's is PyTorch's own
+    setting: str = ""  # whose it is: the dtype of weights, autocast; "": all in the machine's dtype
 
     @property
     def name(self) -> str:

@@ -84,7 +84,8 @@ def generation(
     op = ("prefill" if new == 1 else "generate") + (f", {dtype}".replace("torch.", "") if dtype else "")
     memory = work.parameters(shape) * (machine.dtype.itemsize + max(8, machine.dtype.itemsize * len(variants)))
     options = dict(capture=False, memory=memory, peak=machine.kind != "cpu" or new == 1)
-    return [Case(op, numbers, tier, floor, problem, variants, exact, **options)]
+    setting = f"all in {dtype}".replace("torch.", "") if dtype else ""
+    return [Case(op, numbers, tier, floor, problem, variants, exact, setting=setting, **options)]
 
 
 def _ours(model: GPT, ids: Tensor, new: int) -> Subject:

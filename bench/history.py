@@ -6,6 +6,9 @@ more than LEAST and what the same version timed twice differed by in both, or wh
 
 python -m bench history               the committed runs of each device, and their plot; 1 if a newest one fell back
 python -m bench history out/bench     a run that was not kept, against the newest committed one of its device
+
+Tables of training steps (`python -m bench steps`) are followed beside them: of each row that runs fastgpt's functions,
+the time of what people would run without them over the row's.
 """
 
 import argparse
@@ -16,8 +19,13 @@ from typing import NamedTuple
 from bench.case import SUBJECT
 from bench.measure import AGAIN, Folder, Row
 from bench.report import RESULTS, Report, runs, slug
+from bench.steps.rows import FILE as STEPS_FILE
+from bench.steps.rows import Steps
 
 LEAST = 0.1  # of the ratio before: the Xeon's first two runs differ by up to 8%, where nothing was changed
+
+
+STEPS = ", training steps"  # after a device's name: its tables
 
 
 class Change(NamedTuple):
@@ -50,6 +58,26 @@ def changes(before: Report, now: Report) -> list[Change]:
             allowed = LEAST + _wobble(old) + _wobble(new)
             found.append(Change(case, _standing(old, both), _standing(new, both), allowed))
     return found
+
+
+def followed(steps: Steps) -> Report:
+    """A table of training steps as a report: a case for each row of fastgpt's, with all rows without it as rivals."""
+    settings = steps.settings
+    shape = dict(B=settings["batch"], T=settings["time"])
+    rows = []
+    for ours in (row for row in steps.rows if row.ours):
+        dtypes = f"{settings['weights']} weights, autocast {settings['autocast']}"
+        case = f"{ours.what}, {settings['model']}, B {shape['B']} T {shape['T']}, {dtypes}"
+        for row in (ours, *(row for row in steps.rows if not row.ours)):
+            name = SUBJECT if row is ours else row.what
+            rows.append(Row(case, "training step", shape, dtypes, name, row.status, row.note, row.median))
+    return Report(steps.machine, rows)
+
+
+def _followed_runs(device: Path) -> list[tuple[str, Report]]:
+    """The committed tables of training steps in a device's folder, the oldest first."""
+    found = [(file.parent.name, Steps.load(file)) for file in device.glob(f"*/{STEPS_FILE}")]
+    return [(name, followed(steps)) for name, steps in sorted(found, key=lambda one: one[1].machine["measured"])]
 
 
 def _timed(row: Row | None) -> bool:
@@ -132,10 +160,12 @@ def main(options: argparse.Namespace) -> int:
     """0 if nothing fell back."""
     devices = sorted(path for path in options.results.iterdir() if path.is_dir())
     past = {path.name: [(file.parent.name, report) for file, report in runs(path)] for path in devices}
+    past |= {path.name + STEPS: _followed_runs(path) for path in devices}
     past = {device: each for device, each in past.items() if each}
     if options.folder is not None:
-        report = Report.of(Folder(options.folder))
-        device = slug(report.machine)
+        steps = (options.folder / STEPS_FILE).exists()
+        report = followed(Steps.load(options.folder / STEPS_FILE)) if steps else Report.of(Folder(options.folder))
+        device = slug(report.machine) + (STEPS if steps else "")
         if device not in past:
             raise ValueError(f"history: no run of {report.machine['device']} is in {options.results}")
         past = {device: [*past[device], (str(options.folder), report)]}

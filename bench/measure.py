@@ -46,6 +46,7 @@ class Row:
     floor: float | None = None
     bound: str = ""  # "flops" or "bytes": what the floor is made of
     share: float | None = None  # floor / median: of the roofs measured in the same run
+    setting: str = ""  # whose it is: the dtype of weights, autocast; "" in what was measured before this was told
 
     @property
     def label(self) -> str:
@@ -91,6 +92,7 @@ def _measure(case, machine, roofs):
         bytes=case.work.bytes,
         floor=case.work.floor(*rates),
         bound=case.work.bound(*rates),
+        setting=_setting(case, machine),
     )
     there = machine.memory_bytes
     if there is not None and case.memory > there:
@@ -172,10 +174,13 @@ def _enter(row: Row, timing: Timing) -> None:
 
 def failed(case: Case, machine: Machine, reason: str) -> list[Row]:
     """Rows of a case that could not be measured at all."""
-    return [
-        Row(case.name, case.op, case.shape, str(machine.dtype).removeprefix("torch."), name, "FAILED", reason[:300])
-        for name in case.variants
-    ]
+    facts = case.name, case.op, case.shape, str(machine.dtype).removeprefix("torch.")
+    setting = _setting(case, machine)
+    return [Row(*facts, name, "FAILED", reason[:300], setting=setting) for name in case.variants]
+
+
+def _setting(case: Case, machine: Machine) -> str:
+    return case.setting or f"all in {machine.dtype}".replace("torch.", "")
 
 
 def noise(rows: list[Row]) -> float | None:

@@ -17,6 +17,7 @@ from fastgpt.testing import on_reference
 
 PADDED = f"{COMPILED}, vocabulary padded"
 GRAPH = ", one CUDA graph"  # a whole step captured, so that the host's part of it does not count
+AUTOCAST = "float32 weights, autocast {}, as `fastgpt train{}`"
 LARGE = (SUBJECT, COMPILED, HUGGING_FACE)  # what larger models are compared with: each variant holds all its weights
 # a model's gradients that are compared
 _CHECKED = (
@@ -246,6 +247,9 @@ def train_step(
     e = machine.dtype.itemsize
     floor = step_work(shape, B, T, e)
     op = "training step"
+    setting = AUTOCAST.format("bfloat16", " --dtype bfloat16") if autocast else ""
+    if machine.kind == "cpu" and not autocast:
+        setting = "float32 weights, no autocast, as `fastgpt train`"
     if autocast:
         op, variants = (
             "training step, bfloat16",
@@ -255,7 +259,7 @@ def train_step(
     numbers = dict(B=B, T=T, L=shape.n_layer, C=shape.n_embd)
     needs = step_memory(shape, B, T, e, len(variants))  # and what each graph keeps
     needs += sum(name.endswith(GRAPH) for name in variants) * work.kept_activations(shape, B * T, e)
-    return [Case(op, numbers, tier, floor, problem, variants, exact, capture=False, memory=needs)]
+    return [Case(op, numbers, tier, floor, problem, variants, exact, capture=False, memory=needs, setting=setting)]
 
 
 def step_memory(shape: GPTConfig, B: int, T: int, e: int, variants: int) -> int:

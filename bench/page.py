@@ -118,16 +118,16 @@ def _all_rows(report) -> list[str]:
     ops: dict[str, list[tuple[str, dict[str, Row]]]] = {}
     for case, variants in report.by_case().items():
         ops.setdefault(next(iter(variants.values())).op, []).append((case, variants))
-    head = ("case", "variant", "median", "quartiles", "of its floor", "peak memory", "first call")
+    head = ("case", "setting", "variant", "median", "quartiles", "of its floor", "peak memory", "first call")
     folds = []
     for op, cases in ops.items():
         rows = [_row(case, row) for case, variants in cases for row in variants.values()]
-        folds.append(f"<details><summary>{escape(op)}</summary>{_table(head, rows, left=(1,))}</details>")
+        folds.append(f"<details><summary>{escape(op)}</summary>{_table(head, rows, left=(1, 2))}</details>")
     return folds
 
 
 def _row(case: str, row: Row) -> tuple[str, ...]:
-    names = escape(case), f"<b>{escape(row.variant)}</b>" if row.ours else escape(row.variant)
+    names = escape(case), escape(row.setting), f"<b>{escape(row.variant)}</b>" if row.ours else escape(row.variant)
     if row.median is None:
         return *names, escape(row.status), f"<span class=left>{escape(row.note)}</span>", "", "", ""
     quartiles = f"{duration(row.low)} to {duration(row.high)}"

@@ -82,18 +82,21 @@ class Report:
         """All rows: what each took, of its floor, and against fastgpt."""
         lines = ["# Benchmarks", "", self.conditions(), "", *self._losses(), ""]
         lines += [f"![{name.removesuffix('.png')}]({name})\n" for name in drawn]
-        lines += ["| case | variant | median | quartiles | of its floor | against fastgpt | peak memory | first call |"]
-        lines += ["|---|---|--:|--:|--:|--:|--:|--:|"]
+        settings = any(row.setting for row in self.rows)  # older runs have none
+        head = "| case | setting | variant |" if settings else "| case | variant |"
+        lines += [f"{head} median | quartiles | of its floor | against fastgpt | peak memory | first call |"]
+        lines += [f"{'|---' * (2 + settings)}|--:|--:|--:|--:|--:|--:|"]
         for case, variants in self.by_case().items():
             ours = variants.get(SUBJECT)
             for row in variants.values():
+                named = f"{case} | {row.setting}" if settings else case
                 if row.median is None:
-                    lines.append(f"| {case} | {row.variant} | {row.status} | {_cell(row.note)} | | | | |")
+                    lines.append(f"| {named} | {row.variant} | {row.status} | {_cell(row.note)} | | | | |")
                     continue
                 ratio = f"{row.median / ours.median:.2f}" if ours and ours.median else ""
                 quartiles = f"{duration(row.low)} to {duration(row.high)}"
                 numbers = f"{duration(row.median)} | {quartiles} | {row.share:.0%} | {ratio} | {size(row.peak_bytes)}"
-                lines.append(f"| {case} | {row.variant} | {numbers} | {duration(row.first_call)} |")
+                lines.append(f"| {named} | {row.variant} | {numbers} | {duration(row.first_call)} |")
         facts = (f"- {name}: {value}" for name, value in self.machine.items() if value is not None)
         return "\n".join([*lines, "", "## Machine", "", *facts, ""])
 

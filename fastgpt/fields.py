@@ -20,8 +20,9 @@ def check_fields(config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         said = f"{type(config).__name__}: {field.name} is {value!r}"
         if typing.get_origin(hint) is Literal:
-            if value not in typing.get_args(hint):
-                raise ValueError(f"{said}, not {_either(map(repr, typing.get_args(hint)))}")
+            allowed = typing.get_args(hint)
+            if not any(value == each and type(value) is type(each) for each in allowed):  # 1 is no True
+                raise ValueError(f"{said}, not {_either(map(repr, allowed))}")
             continue
         kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         accepted = (*kinds, int) if float in kinds else kinds

@@ -47,6 +47,7 @@ RUNS = "test_embedding.py::test_runs_of_one_token"
 FALLBACK, FALLBACK_MLP = "test_pytorch.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
+CAPTURED = "test_capture.py::"
 WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/training/checkpoint.py"
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap/__init__.py", "fastgpt/weights/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/book.py"
@@ -377,6 +378,10 @@ MUTANTS = [
     Mutant("a Decoder keeps tensors that were replaced", READ, "Sources.changed", "if any(_address(getattr(module, name, None)) != address", "if any(False and address", KEPT + "test_a_decoder_of_weights_that_were_replaced", False),
     Mutant("evaluation of what was before", "fastgpt/generation/evaluation.py", "evaluate", "    decoder.check_unchanged()\n", "", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
     Mutant("a capture on PyTorch's own stream", "fastgpt/cuda_graph.py", "captured", "stream=_stream(device)", "stream=None", BATCHED + "test_a_step_is_captured_once_and_replayed", False),
+    Mutant("a learning rate in float64 without a graph", "fastgpt/training/optimizer.py", "set_learning_rate", '    learning_rate = torch.tensor(learning_rate, dtype=torch.float32, device="cpu").item()\n', "", CAPTURED + "test_replays_are_the_steps_to_the_bit", False),
+    Mutant("a graph of the first batches", "fastgpt/training/optimizer.py", "TrainingStep.__call__", "            static.copy_(given)\n", "            static.copy_(given) if self._calls == 0 else None\n", CAPTURED + "test_replays_are_the_steps_to_the_bit", False),
+    Mutant("a graph past a hook", "fastgpt/training/capture.py", "_obstacle", "if private.has_hooks(vars(module)):", "if False:", CAPTURED + "test_a_hook_would_run_at_the_capture_alone", False),
+    Mutant("a graph of several processes", "fastgpt/training/capture.py", "_obstacle", "if world.size > 1:", "if False:", CAPTURED + "test_what_stands_in_the_way_is_named_or_an_error_where_it_was_asked_for", False),
     Mutant("no dropout in a trial", "fastgpt/swap/trial.py", "", "_DROPOUT = 0.25", "_DROPOUT = 0.0", FORMS + "test_dropout_in_another_place", False),
     Mutant("no large numbers in a trial", "fastgpt/swap/trial.py", "_inputs", "x[1, 4] *= 30", "x[1, 4] *= 1", FORMS + "test_attention_with_bounds", False),
     Mutant("one trial for layers with other buffers", "fastgpt/swap/trial.py", "key", "return (shapes, buffers, parts,", "return (shapes, parts,", FORMS + "test_layers_that_differ_are_each_tried", False),

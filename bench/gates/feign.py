@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastgpt import cuda_graph
+
 
 class Card(NamedTuple):
     """What kernels' choices ask of a card; memory in bytes."""
@@ -40,6 +42,9 @@ CARDS = {
 DEVICE, _META = torch.device("cuda", 0), torch.device("meta")
 _MEMORY = 80 * 2**30
 _KEY = torch._C.DispatchKey
+
+
+_captures: list[object] = []  # the graph that is being captured
 
 
 def is_feigned(tensor: torch.Tensor) -> bool:
@@ -65,6 +70,12 @@ class _Mode(TorchDispatchMode):
         to = kwargs.get("device")
         if not any(map(is_feigned, tensors)) and (to is None or to.type not in ("cuda", "meta")):
             return func(*args, **kwargs)
+        if _captures and _needs_the_host(func, args, to):
+            raise RuntimeError(f"{func} needs the host, which a capture can't wait for")
+        if func is torch.ops.aten._fused_adamw_.tensor_lr:  # which has no meta function
+            return None
+        if func in _HALVES_INTO_FLOAT:
+            return _product(func, *args, **kwargs)
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
             dtype = tensors[0].dtype
             return False if dtype == torch.bool or len(tensors) > 1 else 0.0 if dtype.is_floating_point else 0
@@ -80,6 +91,21 @@ class _Mode(TorchDispatchMode):
             given = {id(value) for value in tensors}
             result = func._op_dk(_kernel(func.name()), *args, **kwargs)
         return tree_map(lambda value: value if id(value) in given else _feigned(value), result)
+
+
+_HALVES_INTO_FLOAT = (torch.ops.aten.addmm.dtype, torch.ops.aten.addmm.dtype_out)
+
+
+def _product(func, total, a, b, out_dtype, *, beta=1, alpha=1, out=None):
+    """Of halves, added to `total` in float32, as CUDA alone has it: what PyTorch 2.11 asks for its shape fails."""
+    shape = torch.ops.aten.mm.default._op_dk(_KEY.Meta, a, b).shape  # which asks whether they fit
+    if torch.broadcast_shapes(total.shape, shape) != shape:
+        raise RuntimeError(f"addmm: {tuple(total.shape)} does not expand to {tuple(shape)}")
+    if out is None:
+        return _feigned(torch.empty(shape, dtype=out_dtype, device=_META))
+    if out.shape != shape or out.dtype != out_dtype:
+        raise RuntimeError(f"addmm: out is {out.dtype} of {tuple(out.shape)}, not {out_dtype} of {tuple(shape)}")
+    return out
 
 
 @functools.cache
@@ -183,6 +209,8 @@ class _Asks(TorchFunctionMode):
             func, args = torch.Tensor.to, (args[0], DEVICE)
         args = [_META if _is_cuda(value) else value for value in args]
         kwargs = {name: _META if _is_cuda(value) else value for name, value in kwargs.items()}
+        if func is torch.tensor and _captures and kwargs.get("device") is _META:
+            raise RuntimeError("torch.tensor copies from the host, which a capture can't wait for")
         result = func(*args, **kwargs)
         return _feigned(result) if func in (torch.tensor, torch.as_tensor) else result  # they reach no mode
 
@@ -221,6 +249,35 @@ class _Nothing:
         return lambda *args, **kwargs: None
 
 
+class _Capture(_Nothing):
+    """In place of torch.cuda.graph: inside, what needs the host is an error as on a card."""
+
+    def __enter__(self):
+        _captures.append(self)
+        return self
+
+    def __exit__(self, *error):
+        _captures.pop()
+
+
+def _random_state(*_) -> torch.Tensor:
+    """Of the card's generator, which a capture does not tell, and is not told."""
+    if _captures:
+        raise RuntimeError("the generator's state needs the host, which a capture can't wait for")
+    return torch.zeros(16, dtype=torch.uint8)
+
+
+def _needs_the_host(func: Any, args: tuple, to: torch.device | None) -> bool:
+    """Whether the operator reads from the card, or copies from the host to it what is no number of the call's own."""
+    aten = torch.ops.aten
+    if func in (aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default):
+        return is_feigned(args[0])
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    if func is aten.copy_.default:
+        return is_feigned(args[0]) != is_feigned(args[1])
+    return to is not None and any(is_feigned(tensor) != (to.type in ("cuda", "meta")) for tensor in tensors)
+
+
 @contextlib.contextmanager
 def card(capability: int) -> Iterator[Card]:
     """Inside, device "cuda" is a card of this compute capability (90 is 9.0), whether or not there is a GPU."""
@@ -249,19 +306,24 @@ def card(capability: int) -> Iterator[Card]:
         "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: properties.name,
         "manual_seed_all": lambda seed: None,
+        "_initialized": True,
+        "get_rng_state": _random_state,
+        "set_rng_state": _random_state,
         "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
         "mem_get_info": lambda *_: (_MEMORY, _MEMORY),
         "synchronize": lambda *_: None,
         "current_stream": _Nothing,
-        "is_current_stream_capturing": lambda: False,
-        **dict.fromkeys(("device", "stream", "graph", "CUDAGraph", "Stream", "Event"), _Nothing),
+        "is_current_stream_capturing": lambda: bool(_captures),
+        **dict.fromkeys(("device", "stream", "CUDAGraph", "Stream", "Event"), _Nothing),
+        "graph": _Capture,
     }
     with contextlib.ExitStack() as stack:
         for name, value in in_python.items():
             stack.enter_context(mock.patch.object(torch.Tensor, name, value))
         for name, value in module.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(cuda_graph, "_stream", _Nothing))  # which keeps what it made
         stack.enter_context(_below_python(capability))
         stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         stack.enter_context(_Mode())

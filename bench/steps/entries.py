@@ -35,15 +35,26 @@ class Entry(NamedTuple):
     what: str
     build: Callable[[Problem, Machine], Step]
     vocabulary: int
+    whose: str  # who trains so
     gelu: str = "tanh"
     ours: bool = True
+
+
+_LOOPS = {  # whose loop it is, and what it is called with where it compiles
+    NANOGPT: ("nanoGPT's train.py --compile=False", "nanoGPT's train.py"),
+    HUGGING_FACE: ("Hugging Face's Trainer", "Hugging Face's Trainer with torch_compile"),
+    BOOK: ("the book's loop, with autocast and a fused AdamW", "the same, compiled"),
+}
 
 
 def entries(shape: GPTConfig) -> list[Entry]:
     """All rows, in the order in which they are measured; the first is what the others are compared with."""
     V = shape.vocab_size
     padded = -(-V // 64) * 64  # nanoGPT's train.py trains 50304 for GPT-2's 50257
-    found = [Entry(BASELINE, _own, V), Entry(GRAPH, functools.partial(_own, graph=True), V)]
+    found = [
+        Entry(BASELINE, _own, V, "fastgpt train --cuda_graph false"),
+        Entry(GRAPH, functools.partial(_own, graph=True), V, "fastgpt train on one GPU"),
+    ]
     for name in (NANOGPT, HUGGING_FACE, BOOK):
         ways = {
             f"{name}, eager": {},
@@ -58,7 +69,8 @@ def entries(shape: GPTConfig) -> list[Entry]:
         gelu = FAMILIES[name].changes.get("gelu", "tanh")
         for what, how in ways.items():
             build = functools.partial(_theirs, name, vocabulary, **how)
-            found.append(Entry(what, build, vocabulary, gelu, "swap" in how))
+            whose = _LOOPS[name][bool(how.get("compiles"))]
+            found.append(Entry(what, build, vocabulary, whose, gelu, "swap" in how))
     return found
 
 

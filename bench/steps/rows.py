@@ -29,6 +29,7 @@ class StepRow:
     expected_loss: float | None = None  # the reference's at the same weights
     first_call: float | None = None  # seconds until the first step was done, compilation included
     ended: bool = True  # False while it is measured: the process was then stopped in the middle of it
+    setting: str = ""  # whose it is: the dtype of weights, autocast, and who trains so; "" before this was told
 
 
 @dataclasses.dataclass
@@ -77,17 +78,21 @@ class Steps:
 
     def table(self) -> str:
         lines = ["| a training step | ms | tokens/s | GiB at its peak | time / fastgpt's |", "|---|--:|--:|--:|--:|"]
+        settings = any(row.setting for row in self.rows)
+        if settings:
+            lines = [f"{head} {cell} |" for head, cell in zip(lines, ("setting", "---"), strict=True)]
         for row in self.rows:
+            whose = f" {row.setting} |" if settings else ""
             if row.median is None:
                 note = row.note.replace("|", "\\|").replace("\n", " ")
-                lines.append(f"| {row.what} | {row.status}: {note} | | | |")
+                lines.append(f"| {row.what} | {row.status}: {note} | | | |{whose}")
                 continue
             peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**30:.1f}"
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
             tokens = f"{float(f'{row.tokens_per_second:.3g}'):,.0f}"
             said = f" ({row.note})" if row.note else ""
             milliseconds = f"{1e3 * row.median:.1f}" if row.median >= 0.01 else f"{1e3 * row.median:.3g}"
-            lines.append(f"| {row.what}{said} | {milliseconds} | {tokens} | {peak} | {ratio} |")
+            lines.append(f"| {row.what}{said} | {milliseconds} | {tokens} | {peak} | {ratio} |{whose}")
         return "\n".join(lines)
 
     def markdown(self) -> str:

@@ -36,6 +36,12 @@ DEFAULTS = {
 }
 
 
+def setting(autocast: torch.dtype | None, whose: str) -> str:
+    """Whose way to train it is, in words."""
+    matmuls = "no autocast" if autocast is None else f"autocast {autocast}".replace("torch.", "")
+    return f"float32 weights, {matmuls}, as {whose}"
+
+
 class Bench:
     """One run: the problem, the references, the baseline that stays ready, and the rows so far."""
 
@@ -75,6 +81,8 @@ class Bench:
                 raise RuntimeError(row.note)
 
     def keep(self, row: StepRow) -> None:
+        entry = next(entry for entry in self.entries if entry.what == row.what)
+        row.setting = setting(self.problem.autocast, entry.whose)
         self.steps.put(row)
         order = [entry.what for entry in self.entries]
         self.steps.rows.sort(key=lambda row: order.index(row.what))

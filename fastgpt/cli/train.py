@@ -65,7 +65,7 @@ _TRAINING = {
     "device": "cpu, cuda, …; auto is the GPU if there is one",
     "dtype": "of matmuls; auto is bfloat16 on a GPU that has it",
     "compile": "by torch.compile",
-    "cuda_graph": "the whole step as one CUDA graph, on one GPU",
+    "cuda_graph": "the whole step as one CUDA graph; auto is on one GPU, where it can be",
     "fsdp": "shard weights and moments over the processes",
     "tensorboard": "write its events beside metrics.csv",
 }
@@ -100,13 +100,15 @@ def _add_fields(parser: argparse.ArgumentParser, title: str, config: type, words
         if isinstance(hint, types.UnionType):  # int | None
             hint = typing.get_args(hint)[0]
         choices = typing.get_args(hint) or None  # Literal
-        kind = _boolean if hint is bool else hint if choices is None else str
+        kind: Any = _boolean if hint is bool else hint
+        if choices is not None:
+            kind = _auto_or_boolean if True in choices else str
         group.add_argument(
             f"--{field.name}",
             type=kind,
             choices=choices,
             default=argparse.SUPPRESS,
-            metavar=None if choices else kind.__name__.strip("_").upper(),
+            metavar=_spelt(choices) if choices else kind.__name__.strip("_").upper(),
             help=_help(field, words[field.name]),
         )
 
@@ -125,6 +127,17 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
     return text.lower() == "true"
+
+
+def _auto_or_boolean(text: str) -> str | bool:
+    if text.lower() not in ("auto", "true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, true or false")
+    return "auto" if text.lower() == "auto" else _boolean(text)
+
+
+def _spelt(choices: tuple) -> str:
+    """As they are typed: true is True."""
+    return f"{{{','.join(str(each).lower() if isinstance(each, bool) else each for each in choices)}}}"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from fastgpt.atomic import remove_unfinished, replacing, writable_folder
 from fastgpt.data.tokenizer import Named, end_of_text
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training import monitor, state
+from fastgpt.training.capture import out_of_memory_told, why_no_graph
 from fastgpt.training.checkpoint import LOCK, Checkpoint, Checkpoints, locked
 from fastgpt.training.distributed import World, join, leave
 from fastgpt.training.plan import Plan, plan_run, pretrained
@@ -96,7 +97,8 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
                 if isinstance(encoding, Named) and config.sample_tokens:
                     print(f"samples are left out, and all else goes on: {encoding.why}", flush=True)
             try:
-                run.loop()
+                with out_of_memory_told(run.step_on.graph):
+                    run.loop()
             finally:
                 if run.monitor is not None:
                     run.monitor.close()
@@ -141,10 +143,7 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
     windows = config.windows(model_config.block_size)
     if windows % world.size:
         raise ValueError(f"{windows} windows a step do not divide among {world.size} processes")
-    if config.cuda_graph and (world.device.type != "cuda" or world.size > 1):
-        raise ValueError(f"cuda_graph needs one NVIDIA GPU, not {world.size} x {world.device.type}")
-    if config.cuda_graph and autocast_dtype(config, world.device) == torch.float16:
-        raise ValueError("cuda_graph and float16 do not go together: the host decides about each step's scale")
+    why_no_graph(model_config, config, world)
     if config.fsdp and world.size == 1:
         raise ValueError("fsdp needs several processes: torchrun --nproc_per_node N -m fastgpt train …")
     if config.fsdp and autocast_dtype(config, world.device) == torch.float16:

@@ -11,11 +11,11 @@ no optimizer but PyTorch's own.
 """
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fastgpt.cuda_graph import captured, warmed
 from fastgpt.private import multiply_
@@ -33,18 +33,23 @@ def adamw(
     """PyTorch's fused AdamW: matrices decay, biases and norms do not. graph: to be captured in a CUDA graph, which
     reads the learning rate from the device."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    rate: Any = learning_rate
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas, fused=True, capturable=graph)
     if graph:
         rate = torch.tensor(learning_rate, dtype=torch.float32, device=parameters[0].device)
-    return torch.optim.AdamW([g for g in groups if g["params"]], rate, betas, fused=True, capturable=graph)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Of all groups, in place where it is a tensor that a CUDA graph reads."""
+    """Of all groups, in place where it is a tensor that a CUDA graph reads; as float32, which that tensor is, so that
+    with a graph and without one the weights are the same to the bit."""
+    learning_rate = torch.tensor(learning_rate, dtype=torch.float32, device="cpu").item()
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate)
@@ -66,8 +71,8 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | N
             "clipped_step: the optimizer is not fused, and only that one scales gradients as it reads them"
         )
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients).float()
-    if isinstance(norm, DTensor):  # of gradients that are sharded over processes
+    norm: Any = torch.nn.utils.get_total_norm(gradients).float()
+    if hasattr(norm, "full_tensor"):  # a DTensor, of gradients that are sharded over processes
         norm = norm.full_tensor()
     if gradients and gradients[0].device.type not in SCALING:
         if not norm.isfinite() or (skip is not None and skip != 0):
@@ -92,9 +97,10 @@ class TrainingStep:
 
     idx, targets: (B, T), or (N, B, T) for N batches one after another whose mean loss is followed. autocast: the dtype
     of matmuls, None for the weights' own. max_norm: of all gradients together, None leaves them; the norm is then NaN.
-    graph: after two calls that run as usual, the third one captures the step in a CUDA graph, which it and all later
-    ones replay: the host then launches once a step. Shapes must stay, the optimizer comes from adamw(graph=True), and
-    ValueError says what stands in the way. The loss that is returned is overwritten by the next replay.
+    graph: after two calls that run as usual, the third one captures the step, all N batches of it, in a CUDA graph,
+    which it and all later ones replay: the host then launches once a step. Shapes must stay, the optimizer comes from
+    adamw(graph=True), and ValueError says what stands in the way. The loss that is returned is overwritten by the next
+    replay.
     """
 
     def __init__(
@@ -114,22 +120,26 @@ class TrainingStep:
         self.device, self.graph = device, graph
         self._calls = 0
         self._captured: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, Tensor]
+        self._inputs: Any = None  # idx and targets
         self._outputs: tuple[Tensor, Tensor]
 
     def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if not self.graph:
             return self._step(idx, targets)
-        if self._calls < 2:
-            self._calls += 1
-            return warmed(self.device, lambda: self._step(idx, targets))
-        if self._captured is None:
-            self._capture(idx, targets)
+        if self._inputs is None:  # where the graph reads them; the first steps too, which compile for how these lie
+            self._inputs = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (idx, targets))
         for static, given in zip(self._inputs, (idx, targets), strict=True):
             if static.shape != given.shape:
-                shapes = f"{tuple(given.shape)}, the graph was captured for {tuple(static.shape)}"
+                shapes = f"{tuple(given.shape)}, the graph is for {tuple(static.shape)}"
                 raise ValueError(f"TrainingStep: a batch of shape {shapes}")
             static.copy_(given)
+        if self._calls < 2:
+            self._calls += 1
+            with warnings.catch_warnings():  # that an optimizer for a graph runs without one: it is about to
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)
+                return warmed(self.device, lambda: self._step(*self._inputs))
+        if self._captured is None:
+            self._capture()
         assert self._captured is not None
         self._captured.replay()
         return self._outputs
@@ -164,7 +174,6 @@ class TrainingStep:
         self.optimizer.step()
         return total, torch.full((), torch.nan, dtype=torch.float32, device=self.device)
 
-    def _capture(self, idx: Tensor, targets: Tensor) -> None:
-        self._inputs = idx.clone(), targets.clone()
+    def _capture(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # the graph's own memory is to hold the gradients
         self._captured, self._outputs = captured(self.device, lambda: self._step(*self._inputs))

@@ -18,6 +18,7 @@ from fastgpt import data, ops
 from fastgpt.data.tokenizer import Named, end_of_text
 from fastgpt.model import GPT
 from fastgpt.training import monitor, state
+from fastgpt.training.capture import why_no_graph
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, set_learning_rate
@@ -30,7 +31,7 @@ CHECKPOINTS = "checkpoints"
 # Settings that change no bit of what the steps compute, or that a longer run is asked for by.
 SHOWN = (
     *("init_from", "max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "tensorboard"),
-    *("sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device"),
+    *("sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device", "cuda_graph"),
 )
 OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
 
@@ -61,17 +62,11 @@ class Run:
             warnings.warn("torch 2.13 may compile dropout wrongly (pytorch issue 198333)", stacklevel=2)
         self.forward = _distributed(model, config, world)  # what a step calls; the model itself is for all else
         betas = (config.beta1, config.beta2)
-        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, betas, config.cuda_graph)
-        self.step_on = Step(
-            self.forward,
-            self.optimizer,
-            world,
-            config.grad_clip,
-            autocast,
-            config.cuda_graph,
-            self.end,
-            skips=config.skip_nonfinite > 0,
-        )
+        self.why_no_graph = why_no_graph(model.config, config, world, model)
+        graph = self.why_no_graph is None
+        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, betas, graph)
+        how = autocast, graph, self.end, config.skip_nonfinite > 0
+        self.step_on = Step(self.forward, self.optimizer, world, config.grad_clip, *how)
         torch.manual_seed(_rank_seed(config.seed, world.rank, 0))  # of dropout
         self.steps_done = 0
         self.seen = 0  # windows of the training tokens, which is the position in the data
@@ -112,10 +107,12 @@ class Run:
         serves = ops.backend_in_words(self.model.config.backend, self.model.wte.weight)
         where = "the CPU" if self.device.type == "cpu" else self.device
         batches = self.windows // self.world.size // self.batch
+        graph = "one CUDA graph a step\n" if self.why_no_graph is None else f"no CUDA graph: {self.why_no_graph}\n"
+        graph = graph if self.device.type == "cuda" else ""  # where nobody looks for one
         shares = f" in {batches} x {self.world.size} batches" if batches * self.world.size > 1 else ""
         return (
             f"{self.model.num_parameters():,} parameters, {self.config.max_iters} steps of "
-            f"{self.windows} x {block} tokens{shares} on {where}, {serves}\n"
+            f"{self.windows} x {block} tokens{shares} on {where}, {serves}\n{graph}"
             f"{self.corpus.name}: {len(train):,} tokens to train on, {len(val):,} to validate"
         )
 
@@ -169,7 +166,8 @@ class Run:
     def step(self) -> tuple[Tensor, Tensor, Tensor]:
         """One optimizer step; its loss, the norm of its gradients, and this process's own loss, all on the device."""
         set_learning_rate(self.optimizer, self.config.learning_rate_at(self.steps_done))
-        self.model.train()
+        if not self.model.training:  # after an evaluation: to ask every module of 124M takes 0.3 ms
+            self.model.train()
         loss, norm = self.step_on(*self.batches(self.seen))
         self.steps_done += 1
         self.seen += self.windows

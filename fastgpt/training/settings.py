@@ -57,7 +57,7 @@ class TrainConfig:
     device: str = "auto"  # "auto" is the GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matmuls
     compile: bool = False  # by torch.compile
-    cuda_graph: bool = False  # the whole step as one CUDA graph, on one GPU
+    cuda_graph: Literal["auto", True, False] = "auto"  # the whole step as one CUDA graph; "auto" is where it can be
     fsdp: bool = False  # shard weights and moments over the processes, instead of a copy in each
     tensorboard: bool = False
 

@@ -11,6 +11,7 @@ from bench.case import COMPILED, SUBJECT
 from bench.history import changes
 from bench.measure import AGAIN, Folder
 from bench.report import Report, slug
+from bench.steps.rows import StepRow, Steps
 from tests.bench.test_bench_report import MACHINE, row
 
 CASES = ("attention fwd T 64", "attention fwd T 128")
@@ -83,6 +84,28 @@ def test_the_command_on_a_run_that_was_not_kept(kept, tmp_path, capsys):
     folder.start({**MACHINE, "device": "Another"}, resume=True)
     assert main(["history", str(folder.path), "--results", str(kept)]) == 2
     assert "no run of Another" in capsys.readouterr().err
+
+
+def table(ours=1.0, setting="", measured="2026-01-02"):
+    """Of training steps: fastgpt's, a swapped model's that takes `ours` seconds, and what both are compared with."""
+    named = [("fastgpt.GPT", True, 1.0), ("nanoGPT, eager", False, 2.0), ("nanoGPT, accelerate", True, ours)]
+    rows = [StepRow(what, "ok", "", mine, median=median, setting=setting) for what, mine, median in named]
+    settings = dict(model="a GPT", batch=2, time=8, weights="float32", autocast="bfloat16")
+    return Steps({**MACHINE, "measured": measured}, settings, rows)
+
+
+def test_a_row_of_training_steps_that_fell_back(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Steps, "markdown", lambda self: "")
+    device = tmp_path / "results" / slug(MACHINE)
+    table().write(device / "2026-01-02-fffffff")
+    table(1.05, "whose it is", "2026-01-03").write(device / "2026-01-03-aaaaaaa")
+    assert main(["history", "--results", str(tmp_path / "results")]) == 0
+    assert "2 cases compared: 0 fell back" in capsys.readouterr().out
+    table(1.5, "whose it is", "2026-01-04").write(tmp_path / "out")
+    assert main(["history", str(tmp_path / "out"), "--results", str(tmp_path / "results")]) == 1
+    fell = "FELL BACK  nanoGPT, accelerate, a GPT, B 2 T 8, float32 weights, autocast bfloat16: rivals took 1.90 times"
+    out = capsys.readouterr().out
+    assert fell in out and "2 cases compared: 1 fell back" in out
 
 
 def test_the_plot_marks_what_fell_back(kept):

@@ -263,6 +263,18 @@ def test_a_case_beyond_the_machines_memory_is_not_begun(machine):
         assert re.fullmatch(r"it takes about 1073741824 GiB, this machine has \d+", row.note)
 
 
+def test_each_row_says_whose_setting_it_is(machine):
+    rows, _ = rows_of(machine)
+    assert {row.setting for row in rows.values()} == {"all in float32"}
+    cpu = dataclasses.replace(machine, kind="cpu")
+    settings = {}
+    for autocast in (False, True):
+        (case,) = models.train_step(cpu, 1, 8, dict(vocab_size=64, block_size=8), tier=0, autocast=autocast)
+        settings[autocast] = {row.setting for row in measure.failed(case, cpu, "it is not run")}
+    assert settings[False] == {"float32 weights, no autocast, as `fastgpt train`"}
+    assert settings[True] == {"float32 weights, autocast bfloat16, as `fastgpt train --dtype bfloat16`"}
+
+
 def test_the_memory_of_a_training_step_is_what_pytorch_gives_out():
     """Beyond its inputs' own, at a shape where weights and activations both count."""
     machine = Machine("cpu", "cpu", torch.float32, HostClock(2**10), "inductor", 0.0, (2, 2))

@@ -80,6 +80,16 @@ def test_all_that_it_writes(tmp_path):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG") and f"({plot})" in text
 
 
+def test_each_row_says_whose_setting_it_is(tmp_path):
+    whole = report.Report(MACHINE, [dataclasses.replace(ROWS[0], setting="all in float32"), *ROWS[1:]])
+    whole.write(tmp_path)
+    lines = (tmp_path / "report.md").read_text().replace("\\|", "").splitlines()
+    assert any(line.startswith("| attention fwd T 64 | all in float32 | fastgpt | 2 ms |") for line in lines)
+    table = [line.count("|") for line in lines if line.startswith(("| case | setting", "|---|---|---|", "| attention"))]
+    assert set(table[-10:]) == {10}, "as many cells as the head has"
+    assert "<td>all in float32</td>" in re.sub(r" class=\w+", "", (tmp_path / "report.html").read_text())
+
+
 class Page(HTMLParser):
     """What a browser would ask for, and which tags are still open at the end."""
 

@@ -1,6 +1,7 @@
 """What is recorded as launched: with the card, its autocast and its allocator feigned, and against real launches."""
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -107,6 +108,32 @@ def test_a_feigned_card_knows_shapes_and_strides_and_tells_the_host_zeros():
         buffer = torch.zeros(4, 5, device="cuda")
         torch.mm(x, torch.ones(3, 5, device="cuda"), out=buffer[:2])
         assert buffer.is_cuda and buffer[:2].mul_(2)._base is buffer
+
+
+def test_a_feigned_card_adds_products_of_halves_in_float32():
+    """By itself: PyTorch 2.11 asks a decomposition, which takes out_dtype for a factor."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def as_in_2_11(total, a, b, beta=1, alpha=1, *, out_dtype=None, out=None):
+        return beta * total
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are overridden
+        for overload in ("dtype", "dtype_out"):
+            library.impl(f"addmm.{overload}", as_in_2_11, "Meta")
+    try:
+        with feign.card(90):
+            a, b = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for shape in ((4, 8), (8, 6)))
+            total = torch.zeros(4, 6, device="cuda")
+            assert torch.addmm(total, a, b, out_dtype=torch.float32, out=total) is total
+            made = torch.addmm(total, a, b, out_dtype=torch.float32)
+            assert made.is_cuda and made.dtype == torch.float32 and made.shape == (4, 6)
+            with pytest.raises(RuntimeError, match=r"out is torch.bfloat16 of \(4, 6\), not torch.float32 of \(4, 6\)"):
+                torch.addmm(total, a, b, out_dtype=torch.float32, out=total.bfloat16())
+            with pytest.raises(RuntimeError):
+                torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    finally:
+        library._destroy()
 
 
 def test_families_launch_the_head_where_their_loss_is_asked_for():

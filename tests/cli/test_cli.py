@@ -44,6 +44,8 @@ def test_train_then_generate(text, tmp_path):
         ("train --block_size 0", "block_size is 0, not a whole number of at least 1"),
         ("train --n_head 3", "n_embd = 128 does not divide into n_head = 3 heads"),
         ("train --bias maybe", "argument --bias: 'maybe' is not true or false"),
+        ("train --cuda_graph on", "argument --cuda_graph: 'on' is not auto, true or false"),
+        ("train --cuda_graph TRUE --device cpu", "cuda_graph is true, and a CUDA graph can't be: the device is cpu"),
         ("train --gelu relu", "argument --gelu: invalid choice: 'relu'"),
         ("train --max_iters many", "argument --max_iters: invalid int value: 'many'"),
         ("train --learning_rate nan", "learning_rate is nan, not a finite number"),

@@ -142,7 +142,7 @@ def test_document_mask_reaches_the_steps(train, monkeypatch):
     ("changes", "message"),
     [
         (dict(total_batch_size=60), "60 tokens are no whole number of windows of 16"),
-        (dict(cuda_graph=True), "cuda_graph needs one NVIDIA GPU, not 1 x cpu"),
+        (dict(cuda_graph=True), "cuda_graph is true, and a CUDA graph can't be: the device is cpu"),
         (dict(fsdp=True), "fsdp needs several processes: torchrun"),
         (dict(init_from="nowhere"), "there is no file or folder nowhere"),
     ],
