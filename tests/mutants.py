@@ -320,7 +320,7 @@ MUTANTS = [
     Mutant("every proposal taken", SPECULATIVE, "Speculation._taken", "(chance * q < p)", "(chance * q < p + 9)", SAMPLED + "test_a_draft_gives_the_models_distribution", False),
     Mutant("a rejected proposal drawn anew from p", SPECULATIVE, "Speculation.round", "left = (rest - guess).clamp(min=0)", "left = rest", SAMPLED + "test_a_draft_gives_the_models_distribution", False),
     Mutant("tokens after a rejection kept", SPECULATIVE, "Speculation._taken", ".cumprod(dim=1)", "", SAMPLED + "test_a_draft_changes_no_greedy_token", False),
-    Mutant("tokens counted twice in eval", "fastgpt/generation/evaluation.py", "_losses", "begin + i + 1 >= counted", "begin + i + 1 >= 0", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
+    Mutant("eval leaves the first token out", "fastgpt/generation/evaluation.py", "evaluate", "math.fsum(losses.tolist())", "math.fsum(losses.tolist()[1:])", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     Mutant("an eval window that forgets a token", "fastgpt/generation/evaluation.py", "_batches", "begin = max(0, end - window - 1)", "begin = max(0, end - window)", "test_cli_text.py::test_eval_is_the_plain_sum_over_tokens", False),
     # the choice
     Mutant("explain forgets that a backward writes over the hidden units", "fastgpt/ops/pytorch.py", "mlp_form", 'return "differentiated in place" if eager_cpu else "plain"', 'return "plain"', "test_explain.py::test_explain_tells_the_form_of_the_mlp", False),
