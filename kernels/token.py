@@ -19,7 +19,7 @@ reset. The number is itself in memory. All programs read it, then write words th
 after it has had words of all others, and the next launch on the stream finds it raised. Two layers' words alternate. To
 write over a layer's words two layers later is safe, for whoever writes has waited for all words of a phase in between,
 to which every program came only after it had read the layer's. That every program has rows of every matrix is what
-makes it so, and `obstacle` refuses shapes where one would have none.
+makes it so, and `tiles` refuses shapes where one would have none.
 
 No wait can hang, for the launch is cooperative: CUDA refuses it unless all programs run at once, which needs no more
 programs than multiprocessors. Words of another cache are other memory, so two calls may take turns on a stream.
@@ -173,7 +173,7 @@ class Shape(NamedTuple):
     programs: int  # multiprocessors
 
 
-def _tiles(shape: Shape, warps: int = 8, head_rows: int = 16, keys: int = 128) -> Tiles | str:
+def tiles(shape: Shape, warps: int = 8, head_rows: int = 16, keys: int = 128) -> Tiles | str:
     """Tiles for a shape, or why there are none: every program needs rows of every matrix, and a split of its own.
 
     With 8 warps, 255 registers and splits of 128 keys a prototype took 169 µs for a token of GPT-2 124M in a CUDA graph
@@ -183,7 +183,8 @@ def _tiles(shape: Shape, warps: int = 8, head_rows: int = 16, keys: int = 128) -
     if channels % heads or channels // heads & (channels // heads - 1) or channels // heads < 16:
         return f"{channels} channels in {heads} heads: a head's are no power of two from 16 on"
     if min(channels, hidden // 2, vocabulary) < programs or hidden % 2:
-        return f"of {channels} channels, {hidden} hidden units or {vocabulary} outputs not each of {programs} programs would have some"
+        few = f"{channels} channels, {hidden} hidden units and {vocabulary} outputs"
+        return f"{few} do not give each of {programs} programs some"
     block = min(256, channels & -channels)  # the largest power of two that divides it
     if block < channels // heads or hidden % block or programs < heads:
         return f"no pieces fit {channels} channels in {heads} heads, and {hidden} hidden units"
@@ -197,10 +198,8 @@ def _tiles(shape: Shape, warps: int = 8, head_rows: int = 16, keys: int = 128) -
     block_of_proj = next(size for size in (4 * block, 2 * block, block) if hidden % size == 0 and size <= warps * block)
     rows_of_proj = warps * block // block_of_proj
 
-    def tiles(rows: int, of_a_tile: int) -> int:
-        return cdiv(cdiv(rows, programs), of_a_tile)
-
-    counts = tiles(3 * channels, warps), tiles(channels, rows_of_out), tiles(hidden // 2, warps), tiles(channels, rows_of_proj)
+    shared = (3 * channels, warps), (channels, rows_of_out), (hidden // 2, warps), (channels, rows_of_proj)
+    counts = (cdiv(cdiv(rows, programs), of_a_tile) for rows, of_a_tile in shared)
     return Tiles(block, warps, head_rows, keys, splits, rows_of_out, rows_of_proj, block_of_proj, padded, *counts, warps)
 
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
-from fastgpt.ops import hopper, loss
+from fastgpt.ops import hopper, loss, token
 from fastgpt.private import dispatch_modes, is_batch, transformed
 
 INTERPRETED = triton.knobs.runtime.interpret  # what the kernels were decorated with, a line above

@@ -1,0 +1,112 @@
+"""kernels/token.py in the interpreter, its programs by turns in random orders: logits and cache against float64."""
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.generation.decoder import Decoder
+from fastgpt.ops import token
+from fastgpt.sanitizer import SanitizerError, sanitized
+from fastgpt.testing import assert_accurate, on_reference
+
+pytestmark = pytest.mark.interpreter
+
+
+class Case(NamedTuple):
+    """A model, and how many programs write its tokens."""
+
+    programs: int
+    prompt: int  # tokens in the cache
+    new: int
+    n_layer: int = 2
+    n_embd: int = 128
+    n_head: int = 2
+    changes: dict = {}  # noqa: RUF012
+    tiles: dict = {}  # noqa: RUF012
+    slots: int = 64
+
+
+SMALL = dict(warps=16, keys=16)  # 16 keys a split, of a context of 64
+CASES = {
+    "one head, from the first token on": Case(3, 0, 3, n_embd=64, n_head=1, tiles=SMALL),
+    "rows that do not divide": Case(5, 9, 2, tiles=SMALL),
+    "from one split of keys to two": Case(8, 15, 3, tiles=SMALL),
+    "to the last slot": Case(8, 47, 2, tiles=SMALL, slots=49),
+    "three heads, a head of its own": Case(13, 21, 2, 3, 192, 3, dict(tie=False, bias=False), dict(keys=16)),
+    "exact GELU, narrow MLP": Case(6, 20, 2, 1, changes=dict(gelu="none", n_inner=384), tiles=SMALL),
+}
+
+
+def gpt(case):
+    shape = dict(n_layer=case.n_layer, n_embd=case.n_embd, n_head=case.n_head)
+    model = GPT(GPTConfig(**{**dict(vocab_size=97, block_size=64, **shape), **case.changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+            else:
+                parameter.normal_(mean=float(name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight"))), std=0.3)
+    return model.bfloat16().eval()
+
+
+def ids_of(count):
+    return torch.tensor([[(7 * i * i + 3) % 97 for i in range(count)]])
+
+
+def naive(model, count, dtype):
+    """The naive reference on so many tokens: logits (T, V), and keys and values (2, L, H, T, D)."""
+    model = on_reference(model.to(dtype))
+    packed = []
+    for block in model.h:
+        block.attn.c_attn.register_forward_hook(lambda module, args, qkv: packed.append(qkv[0]))
+    with torch.no_grad():
+        logits = model(ids_of(count))[0]
+    qkv = torch.stack(packed).view(len(packed), count, 3, model.config.n_head, -1)
+    return logits[0] if logits.dim() == 3 else logits, qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+
+
+@pytest.fixture
+def one_launch(monkeypatch):
+    """A decoder whose tokens come from one launch, and a cache with the prompt in it."""
+
+    def make(case, model):
+        row = token.Measured(case.n_embd, case.programs, None, model.config.block_size, case.tiles)
+        monkeypatch.setattr(token, "TABLE", (row,))
+        decoder = Decoder(model)
+        assert decoder.one_launch == ""
+        cache = decoder.cache(1, case.slots)
+        if case.prompt:
+            cache.whole[:, :, 0, :, : case.prompt] = naive(copy.deepcopy(model), case.prompt, torch.bfloat16)[1]
+        return decoder, cache
+
+    return make
+
+
+def decoded(decoder, cache, case, seed=0):
+    """(new, V): the logits of each new token."""
+    ids, logits = ids_of(case.prompt + case.new), []
+    for length in range(case.prompt + 1, case.prompt + case.new + 1):
+        with sanitized(order=seed, in_turns=True, behind=decoder._whole_token._model.tensors):
+            logits.append(decoder.decode(ids[:, length - 1 : length], torch.tensor([length]), cache)[0, 0])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_cache(name, one_launch):
+    case = CASES[name]
+    model = gpt(case)
+    decoder, cache = one_launch(case, model)
+    logits, count = decoded(decoder, cache, case), case.prompt + case.new
+    same, same_cache = naive(copy.deepcopy(model), count, torch.bfloat16)
+    exact, exact_cache = naive(model, count, torch.float64)
+    new = slice(case.prompt, count)
+    assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
+    assert_accurate(logits.bfloat16(), exact[new], same[new], logit_max=4.0, name="logits")
+    kept = cache.whole[:, :, 0]
+    assert_accurate(kept[..., new, :], exact_cache[..., new, :], same_cache[..., new, :], name="cache")
+    assert not kept[..., count:, :].any()
