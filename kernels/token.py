@@ -1,5 +1,5 @@
-"""A whole token of a GPT in one launch: from the id of one sequence's newest token and a cache of keys and values to the
-logits of the next, all layers and the head by P programs that stay, one a multiprocessor.
+"""A whole token of a GPT in one launch: from the id of one sequence's newest token and a cache of keys and values to
+the logits of the next, all layers and the head by P programs that stay, one a multiprocessor.
 
     x = wte[id] + wpe[place]
     each layer:  A  q, k, v = norm_1(x) wᵀ + b; k and v into the cache     3C words
@@ -95,12 +95,14 @@ def _token_kernel(
     f_first, f_last = pid * (F // 2) // P * 2, (pid + 1) * (F // 2) // P * 2
     head, split = pid % H, pid // H
 
-    w_qkv = tiles_of(address(table_ptr, 0, _QKV, tl.int32), qkv_first, qkv_last, 1, C, T_QKV, TR, BK)
-    gain, shift = vector(address(table_ptr, 0, _NORM_1, NORM), CH, BK), vector(address(table_ptr, 0, _NORM_1 + 1, NORM), CH, BK)
-    bias = of_rows(address(table_ptr, 0, _QKV + 1, HALF), qkv_first, qkv_last, 1, T_QKV, TR)
-    number = counted(words_ptr + 2 * W, ASM)
-    place = tl.load(lengths_ptr).to(tl.int32) - 1
-    x = embedded(wte_ptr, wpe_ptr, tl.load(ids_ptr), tl.minimum(place, slots - 1), C, CH, BK)
+    token, length, number = tl.load(ids_ptr), tl.load(lengths_ptr), counted(words_ptr + 2 * W, ASM)
+    qkv_ptr, bias_ptr = address(table_ptr, 0, _QKV, tl.int32), address(table_ptr, 0, _QKV + 1, HALF)
+    norm_ptr, shift_ptr_0 = address(table_ptr, 0, _NORM_1, NORM), address(table_ptr, 0, _NORM_1 + 1, NORM)
+    w_qkv = tiles_of(qkv_ptr, qkv_first, qkv_last, 1, C, T_QKV, TR, BK)
+    gain, shift = vector(norm_ptr, CH, BK), vector(shift_ptr_0, CH, BK)
+    bias = of_rows(bias_ptr, qkv_first, qkv_last, 1, T_QKV, TR)
+    place = length.to(tl.int32) - 1
+    x = embedded(wte_ptr, wpe_ptr, token, tl.minimum(place, slots - 1), C, CH, BK)
     splits = tl.minimum(tl.maximum(tl.cdiv(place, KEYS), 1), SMAX)
     mine = split < splits
     k, v = kept(pairs_ptr, 0, head, split, place, slots, mine, L, H, D, KEYS)
@@ -118,9 +120,11 @@ def _token_kernel(
         odd = tiles_of(fc_ptr, f_first + 1, f_last, 2, C, T_FC, TR, BK)
         gain = vector(address(table_ptr, layer, _NORM_2, NORM), CH, BK)
         shift = vector(address(table_ptr, layer, _NORM_2 + 1, NORM), CH, BK)
-        b_even, b_odd = of_rows(b_fc_ptr, f_first, f_last, 2, T_FC, TR), of_rows(b_fc_ptr, f_first + 1, f_last, 2, T_FC, TR)
+        b_even = of_rows(b_fc_ptr, f_first, f_last, 2, T_FC, TR)
+        b_odd = of_rows(b_fc_ptr, f_first + 1, f_last, 2, T_FC, TR)
         if mine:
-            phase_b(k, v, words, words + O, words + LSE, tag, head, split, place, slots, qk_scale, C, H, KEYS, ASM, WARPS)
+            phase_b(k, v, words, words + O, words + LSE, tag, head, split, place, slots, qk_scale,
+                    C, H, KEYS, ASM, WARPS)  # fmt: skip
         w_proj = tiles_of(address(table_ptr, layer, _PROJ, tl.int32), c_first, c_last, 1, F, T_PROJ, TRE, BKE)
         b_proj = of_rows(address(table_ptr, layer, _PROJ + 1, HALF), c_first, c_last, 1, T_PROJ, TRE)
         if splits == 1:
@@ -139,7 +143,8 @@ def _token_kernel(
         phase_c_or_e(w_proj, hidden(words + HID, tag, F, BKE, ASM, WARPS), b_proj, words + PROJ, tag, pid,
                      P, C, TRE, T_PROJ, F // BKE, ASM)  # fmt: skip
         x = added(x, words + PROJ, tag, CH, BK, ASM, WARPS)
-    write_logits(x, vector(gain_ptr, CH, BK), vector(shift_ptr, CH, BK), head_ptr, logits_ptr, pid, eps, P, C, V, BK, HR, ASM)
+    gain, shift = vector(gain_ptr, CH, BK), vector(shift_ptr, CH, BK)
+    write_logits(x, gain, shift, head_ptr, logits_ptr, pid, eps, P, C, V, BK, HR, ASM)
     one = tl.arange(0, 1)
     put(words_ptr + 2 * W + one, number + 1 + one, (one + pid) == 0, ASM)  # all have read it: their words are here
 
@@ -200,7 +205,8 @@ def tiles(shape: Shape, warps: int = 8, head_rows: int = 16, keys: int = 128) ->
 
     shared = (3 * channels, warps), (channels, rows_of_out), (hidden // 2, warps), (channels, rows_of_proj)
     counts = (cdiv(cdiv(rows, programs), of_a_tile) for rows, of_a_tile in shared)
-    return Tiles(block, warps, head_rows, keys, splits, rows_of_out, rows_of_proj, block_of_proj, padded, *counts, warps)
+    shares = rows_of_out, rows_of_proj, block_of_proj, padded
+    return Tiles(block, warps, head_rows, keys, splits, *shares, *counts, warps)
 
 
 class Layer(NamedTuple):
@@ -238,7 +244,8 @@ class Model:
         for layer in layers:
             pairs = [part for pair in layer for part in pair]
             self.tensors += [part for part in pairs if part is not None]
-            rows.append([(zeros if part is None else part).data_ptr() for part in pairs] + [0] * (ROW.value - len(pairs)))
+            addresses = [(zeros if part is None else part).data_ptr() for part in pairs]
+            rows.append(addresses + [0] * (ROW.value - len(addresses)))
         self._table = torch.tensor(rows, dtype=torch.int64, device=head.device)
         gain, shift = norm
         self._last = gain, zeros.to(gain.dtype) if shift is None else shift
@@ -250,12 +257,14 @@ class Model:
 
     def words(self) -> torch.Tensor:
         """For one cache: what its tokens' programs tell each other. Zeros, and nothing for others to write to."""
-        layers, channels, heads, hidden, *_ = self.shape
+        _, channels, heads, hidden, *_ = self.shape
         splits = self.tiles.SMAX * channels // 2 + cdiv(self.tiles.SMAX * heads, 16) * 16
         count = 3 * channels + splits + channels + hidden // 2 + channels
         return torch.zeros(2 * count + 1, dtype=torch.int64, device=self._head.device)
 
-    def logits(self, ids: torch.Tensor, lengths: torch.Tensor, cache: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, ids: torch.Tensor, lengths: torch.Tensor, cache: torch.Tensor, words: torch.Tensor
+    ) -> torch.Tensor:
         """The token ids (1, 1), whose key and value go into the cache (2, L, 1, H, slots, D) at lengths (1,) - 1, with
         this token counted in -> float32 (1, 1, V). words: as made for this cache."""
         logits = torch.empty(1, 1, self.shape.vocabulary, dtype=torch.float32, device=cache.device)

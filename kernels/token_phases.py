@@ -69,10 +69,7 @@ def tiles_of(w_ptr, first, last, STEP: tl.constexpr, K: tl.constexpr, TILES: tl.
                 there = there & (cols < K // 2)[None, :]
             places = rows[:, None] * (K // 2) + cols[None, :]
             w = tl.load(w_ptr + places, there, 0, eviction_policy="evict_first")
-            if t == 0 and c == 0:
-                ws = (w,)
-            else:
-                ws = ws + (w,)
+            ws = (w,) if t == 0 and c == 0 else ws + (w,)  # noqa: F821
     return ws
 
 
@@ -82,10 +79,7 @@ def of_rows(ptr, first, last, STEP: tl.constexpr, TILES: tl.constexpr, TR: tl.co
     for t in tl.static_range(TILES):
         rows = first + (t * TR + tl.arange(0, TR)) * STEP
         b = tl.load(ptr + rows, rows < last, 0.0)
-        if t == 0:
-            got = (b,)
-        else:
-            got = got + (b,)
+        got = (b,) if t == 0 else got + (b,)  # noqa: F821
     return got
 
 
@@ -170,10 +164,7 @@ def embedded(wte_ptr, wpe_ptr, token, place, C: tl.constexpr, CH: tl.constexpr, 
     for c in tl.static_range(CH):
         cols = c * BK + tl.arange(0, BK)
         x = tl.load(wte_ptr + token * C + cols).to(tl.float32) + tl.load(wpe_ptr + place * C + cols).to(tl.float32)
-        if c == 0:
-            got = (_rounded(x),)
-        else:
-            got = got + (_rounded(x),)
+        got = (_rounded(x),) if c == 0 else got + (_rounded(x),)  # noqa: F821
     return got
 
 

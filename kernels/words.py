@@ -21,7 +21,7 @@ TRIES = tl.constexpr(1 << 22)
 
 @triton.constexpr_function
 def _spin(loads, outs, tag):
-    """PTX: `loads` into t0…, again until the upper halves of all equal operand `tag`; the lower halves are the outputs."""
+    """PTX: `loads` into t0…, again until all upper halves equal operand `tag`; the lower halves are the outputs."""
     lines = [*loads, *(f"mov.b64 {{${n}, f{n}}}, t{n};" for n in range(outs)), f"setp.ne.b32 p, f0, ${tag};"]
     lines += [f"setp.ne.or.b32 p, f{n}, ${tag}, p;" for n in range(1, outs)]
     lines += ["@!p bra DONE;", "add.u32 n, n, 1;", f"setp.gt.u32 q, n, {TRIES.value};", "@q trap;", "bra WAIT;"]

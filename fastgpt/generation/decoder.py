@@ -112,9 +112,7 @@ class Decoder:
         if not self._fused or self.calls or head is None:
             return "it is made for models of which no part must be called"
         tables = gpt.wte.weight, gpt.wpe.weight
-        return self.steps.whole_token(
-            self._layers, gpt.ln_f.form, tables, head, gpt.config.n_head, self._stream_dtype
-        )
+        return self.steps.whole_token(self._layers, gpt.ln_f.form, tables, head, gpt.config.n_head, self._stream_dtype)
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:

@@ -98,7 +98,7 @@ class OnKernels(OnPyTorch):
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
         self._add_norm = autograd.add_layer_norm
-        self._whole_token = autograd.token.whole_token
+        self._whole_token = autograd.whole_token
         self._widest: int = autograd.few_rows.MAX_NORMED
 
     def embedding(

@@ -22,7 +22,7 @@ and these raise SanitizerError, at the launch that does them:
   grids     An empty one, which CUDA refuses: the launcher must return before. One past CUDA's limits.
 
 `sanitized(order=seed)` runs the programs in a shuffled order, so that results which depend on it differ. With
-`in_turns=True` they run a little of each by turns, drawn anew at every atomic operation, so that a launch whose programs
+`in_turns=True` a little of each runs by turns, drawn anew at every atomic operation, so that a launch whose programs
 wait for each other comes to an end; one in which all wait for ever raises.
 
 A pointer that a kernel makes of a number is held to those tensors that `sanitized(behind=tensors)` names.
@@ -63,7 +63,8 @@ def sanitized(*, order: int | None = None, in_turns: bool = False, behind: Seque
     """Launches inside run in the sanitizing interpreter and raise SanitizerError for what the module's text lists.
 
     order: a seed to shuffle each launch's programs by, and what they do in turns. behind: tensors whose addresses
-    kernels find in memory. Blocks may be nested: the innermost one's settings count. RuntimeError where kernels are compiled (Triton reads TRITON_INTERPRET when they are defined) or Triton is too different.
+    kernels find in memory. Blocks may be nested: the innermost one's settings count. RuntimeError where kernels are
+    compiled (Triton reads TRITON_INTERPRET when they are defined) or Triton is too different.
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("sanitized: kernels are compiled here, not interpreted; set TRITON_INTERPRET=1 before all")
@@ -97,7 +98,7 @@ def _install(undo: contextlib.ExitStack) -> None:
 class _Executor(interpreter.GridExecutor):
     def __call__(self, *args, **kwargs):
         named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        block, fn = _blocks[-1], self.fn
+        block, fn = _blocks[-1], self.fn  # type: ignore[has-type]
         launch = Launch(fn.__name__, named, block.order, block.behind)
         running.append(launch)
         finding = None

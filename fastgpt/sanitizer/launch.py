@@ -60,9 +60,9 @@ class Launch:
 
     def tagged(self, addresses: np.ndarray) -> np.ndarray:
         """Pointers made of numbers: each with the tag of the tensor behind them that it lies in, where there is one."""
-        tagged = addresses.copy()
+        tagged, plain = addresses.copy(), (addresses & _ADDRESS_BITS).astype(np.int64)
         for number, view in enumerate(self.views[: self.behind]):
-            inside = view.holds((addresses & _ADDRESS_BITS).astype(np.int64), 1) & (tagged >> np.uint64(_TAG_SHIFT) == 0)
+            inside = view.holds(plain, 1) & (tagged >> np.uint64(_TAG_SHIFT) == 0)
             tagged[inside] |= np.uint64((number + 1) << _TAG_SHIFT)
         return tagged
 

@@ -37,7 +37,7 @@ CASES = {
     "rows that do not divide": Case(5, 9, 2, tiles=SMALL),
     "from one split of keys to two": Case(8, 15, 3, tiles=SMALL),
     "to the last slot": Case(8, 47, 2, tiles=SMALL, slots=49),
-    "three heads, a head of its own": Case(13, 21, 2, 3, 192, 3, dict(tie=False, bias=False), dict(keys=16)),
+    "three heads, a head of its own": Case(13, 21, 1, 2, 192, 3, dict(tie=False, bias=False), dict(keys=16)),
     "exact GELU, narrow MLP": Case(6, 20, 2, 1, changes=dict(gelu="none", n_inner=384), tiles=SMALL),
 }
 
