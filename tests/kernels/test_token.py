@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from fastgpt import GPT, GPTConfig
 from fastgpt.generation.decoder import Decoder
 from fastgpt.ops import token
-from fastgpt.sanitizer import SanitizerError, sanitized
+from fastgpt.sanitizer import sanitized
 from fastgpt.testing import assert_accurate, on_reference
 
 pytestmark = pytest.mark.interpreter
@@ -44,7 +44,11 @@ CASES = {
 
 def gpt(case):
     shape = dict(n_layer=case.n_layer, n_embd=case.n_embd, n_head=case.n_head)
-    model = GPT(GPTConfig(**{**dict(vocab_size=97, block_size=64, **shape), **case.changes}))
+    return varied(GPT(GPTConfig(**{**dict(vocab_size=97, block_size=64, **shape), **case.changes})))
+
+
+def varied(model):
+    """Of the model with weights for which every one counts, in bfloat16."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
@@ -58,15 +62,15 @@ def ids_of(count):
     return torch.tensor([[(7 * i * i + 3) % 97 for i in range(count)]])
 
 
-def naive(model, count, dtype):
-    """The naive reference on so many tokens: logits (T, V), and keys and values (2, L, H, T, D)."""
-    model = on_reference(model.to(dtype))
+def naive(model, ids, dtype):
+    """The naive reference on ids (1, T): logits (T, V), and keys and values (2, L, H, T, D)."""
+    model = on_reference(copy.deepcopy(model).to(dtype))
     packed = []
     for block in model.h:
         block.attn.c_attn.register_forward_hook(lambda module, args, qkv: packed.append(qkv[0]))
     with torch.no_grad():
-        logits = model(ids_of(count))[0]
-    qkv = torch.stack(packed).view(len(packed), count, 3, model.config.n_head, -1)
+        logits = model(ids)[0]
+    qkv = torch.stack(packed).view(len(packed), ids.shape[1], 3, model.config.n_head, -1)
     return logits[0] if logits.dim() == 3 else logits, qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
 
 
@@ -81,7 +85,7 @@ def one_launch(monkeypatch):
         assert decoder.one_launch == ""
         cache = decoder.cache(1, case.slots)
         if case.prompt:
-            cache.whole[:, :, 0, :, : case.prompt] = naive(copy.deepcopy(model), case.prompt, torch.bfloat16)[1]
+            cache.whole[:, :, 0, :, : case.prompt] = naive(model, ids_of(case.prompt), torch.bfloat16)[1]
         return decoder, cache
 
     return make
@@ -102,8 +106,8 @@ def test_logits_and_cache(name, one_launch):
     model = gpt(case)
     decoder, cache = one_launch(case, model)
     logits, count = decoded(decoder, cache, case), case.prompt + case.new
-    same, same_cache = naive(copy.deepcopy(model), count, torch.bfloat16)
-    exact, exact_cache = naive(model, count, torch.float64)
+    same, same_cache = naive(model, ids_of(count), torch.bfloat16)
+    exact, exact_cache = naive(model, ids_of(count), torch.float64)
     new = slice(case.prompt, count)
     assert logits.dtype == torch.float32 and torch.equal(logits, logits.bfloat16().float())
     assert_accurate(logits.bfloat16(), exact[new], same[new], logit_max=4.0, name="logits")
