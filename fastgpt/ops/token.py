@@ -22,13 +22,15 @@ class Measured(NamedTuple):
     """GPTs of which it was faster on a card, or compiles without much spilling: docs/generation.md has the figures."""
 
     channels: int
+    heads: int
+    hidden: int
     programs: int = 132  # multiprocessors of an H100 SXM and of an H200
     capability: int | None = 90  # 9.0; None is Triton's interpreter
     context: int = 1024  # at most: longer ones have longer splits of keys, which take more registers
     tiles: dict[str, int] = {}  # noqa: RUF012
 
 
-TABLE = (Measured(768),)
+TABLE = (Measured(768, 12, 3072),)
 
 
 class Logits:
@@ -66,12 +68,13 @@ def whole_token(
         return f"it has not yet run on a card with Triton {triton.__version__}"
     if there is not None and there != row.programs:
         return f"it was not measured on {there} multiprocessors"
-    context = len(tables[1])
+    context, hidden = len(tables[1]), layers[0][5].weight.shape[0]
+    if (heads, hidden) != (row.heads, row.hidden):
+        return f"it was not measured for {heads} heads and {hidden} hidden units"
     if context > row.context:
         return f"a context of {context} is longer than the {row.context} it was measured with"
     if (why := _unlike(layers, norm, tables, head, stream)) is not None:
         return why
-    hidden = layers[0][5].weight.shape[0]
     shape = token.Shape(len(layers), weight.shape[1], heads, hidden, weight.shape[0], context, row.programs)
     tiles = token.tiles(shape, **row.tiles)
     if isinstance(tiles, str):

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from fastgpt import GPT, GPTConfig
 from fastgpt.generation.decoder import Decoder
 from fastgpt.ops import token
-from fastgpt.sanitizer import sanitized
+from fastgpt.sanitizer import SanitizerError, sanitized
 from fastgpt.testing import assert_accurate, on_reference
 
 pytestmark = pytest.mark.interpreter
@@ -35,8 +35,8 @@ SMALL = dict(warps=16, keys=16)  # 16 keys a split, of a context of 64
 CASES = {
     "one head, from the first token on": Case(3, 0, 3, n_embd=64, n_head=1, tiles=SMALL),
     "rows that do not divide": Case(5, 9, 2, tiles=SMALL),
-    "from one split of keys to two": Case(8, 15, 3, tiles=SMALL),
-    "to the last slot": Case(8, 47, 2, tiles=SMALL, slots=49),
+    "from one split of keys to two": Case(8, 16, 2, tiles=SMALL),
+    "from three splits to four, and to the last slot": Case(8, 48, 2, tiles=SMALL, slots=50),
     "three heads, a head of its own": Case(13, 21, 1, 2, 192, 3, dict(tie=False, bias=False), dict(keys=16)),
     "exact GELU, narrow MLP": Case(6, 20, 2, 1, changes=dict(gelu="none", n_inner=384), tiles=SMALL),
 }
@@ -79,7 +79,9 @@ def one_launch(monkeypatch):
     """A decoder whose tokens come from one launch, and a cache with the prompt in it."""
 
     def make(case, model):
-        row = token.Measured(case.n_embd, case.programs, None, model.config.block_size, case.tiles)
+        hidden = model.h[0].mlp.c_fc.weight.shape[0]
+        sizes = case.n_embd, case.n_head, hidden, case.programs
+        row = token.Measured(*sizes, None, model.config.block_size, case.tiles)
         monkeypatch.setattr(token, "TABLE", (row,))
         decoder = Decoder(model)
         assert decoder.one_launch == ""
@@ -100,7 +102,10 @@ def decoded(decoder, cache, case, seed=0):
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("from one split of keys to two", "rows that do not divide")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
 def test_logits_and_cache(name, one_launch):
     case = CASES[name]
     model = gpt(case)
@@ -114,3 +119,75 @@ def test_logits_and_cache(name, one_launch):
     kept = cache.whole[:, :, 0]
     assert_accurate(kept[..., new, :], exact_cache[..., new, :], same_cache[..., new, :], name="cache")
     assert not kept[..., count:, :].any()
+
+
+ONE = CASES["one head, from the first token on"]
+
+
+def test_the_order_of_programs_changes_no_bit(one_launch):
+    model, case = gpt(ONE), ONE._replace(prompt=20, new=2)  # two splits of keys, two programs that have them
+    found = []
+    for seed in range(3):
+        decoder, cache = one_launch(case, model)
+        found.append((decoded(decoder, cache, case, seed), cache.whole))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("number", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2**30 - 1, 2**31 - 1))])
+def test_words_of_other_tokens_are_not_taken_for_this_ones(number, one_launch):
+    """In a cache that has had so many tokens, of other numbers; their tags are 32 bits of 2 number + layer + 1."""
+    model = gpt(ONE)
+    decoder, cache = one_launch(ONE, model)
+    expected = decoded(decoder, cache, ONE)
+    cache.words[-1] = number
+    decoded(decoder, cache, ONE._replace(prompt=30))
+    cache.whole.zero_()
+    assert torch.equal(decoded(decoder, cache, ONE), expected)
+    assert cache.words[-1] == number + 6
+
+
+def test_caches_that_take_turns_do_not_hear_each_other(one_launch):
+    decoder, cache = one_launch(ONE, gpt(ONE))
+    other = decoder.cache(1, ONE.slots)
+    expected, again = (decoded(decoder, decoder.cache(1, ONE.slots), ONE._replace(prompt=p, new=2 - p)) for p in (0, 1))
+    for first in range(2):
+        one = ONE._replace(new=1, prompt=first)
+        assert torch.equal(decoded(decoder, cache, one)[0], expected[first])
+        if first:
+            assert torch.equal(decoded(decoder, other, one)[0], again[0])
+
+
+def test_a_program_that_is_not_there_is_missed(one_launch):
+    """All others wait for its words: on a card they would trap."""
+    decoder, cache = one_launch(ONE, gpt(ONE))
+    model = decoder._whole_token._model
+    model.shape = model.shape._replace(programs=ONE.programs - 1)  # of the grid alone
+    with pytest.raises(SanitizerError, match="wait for what none of them writes"):
+        decoded(decoder, cache, ONE._replace(new=1))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_in_the_logits(number, one_launch):
+    model, case = gpt(ONE), ONE._replace(new=1)
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.bias[3] = number
+    logits = decoded(*one_launch(case, model), case)
+    assert not logits.isfinite().any()
+
+
+def test_a_weight_that_changes_is_followed(one_launch):
+    model, case = gpt(ONE), ONE._replace(new=1)
+    decoder, cache = one_launch(case, model)
+    before = decoded(decoder, cache, case)
+    with torch.no_grad():
+        model.h[1].attn.c_proj.weight.mul_(0.5)
+    after = decoded(decoder, cache, case)
+    assert not torch.equal(before, after) and torch.equal(after, decoded(*one_launch(case, model), case))
+
+
+def test_a_token_past_the_slots_is_dropped_as_elsewhere(one_launch):
+    """Its key and value, that is: it sees those that are there."""
+    case = ONE._replace(prompt=6, new=1, slots=6)
+    decoder, cache = one_launch(case, gpt(case))
+    before = cache.whole.clone()
+    assert decoded(decoder, cache, case).isfinite().all() and torch.equal(cache.whole, before)

@@ -87,7 +87,7 @@ def test_logits_and_cache(decoder, model):
 
 
 def test_a_head_of_its_own_no_biases_the_exact_gelu_and_float32_norms():
-    shape = dict(vocab_size=50304, n_layer=3, tie=False, bias=False, gelu="none", n_inner=2048)
+    shape = dict(vocab_size=50304, n_layer=3, tie=False, bias=False, gelu="none")
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = varied(GPT(GPTConfig(**shape)))
