@@ -139,7 +139,7 @@ def normed(x, gain, shift, eps, C: tl.constexpr, CH: tl.constexpr):
         squares += x[c] * x[c]
     total, squares = tl.reduce((total, squares), 0, _add_two)
     mean = total / C
-    scale = 1.0 / tl.sqrt(tl.maximum(squares / C - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL) + eps)
+    scale = 1.0 / tl.sqrt(tl.maximum(squares / C - mean * mean, 0.0) + eps)
     y = (_rounded((x[0] - mean) * scale * gain[0].to(tl.float32) + shift[0].to(tl.float32)),)
     for c in tl.static_range(1, CH):
         y = y + (_rounded((x[c] - mean) * scale * gain[c].to(tl.float32) + shift[c].to(tl.float32)),)

@@ -76,6 +76,12 @@ WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "tes
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
+TOKEN, PHASES, WORDS = "kernels/token.py", "kernels/token_phases.py", "kernels/words.py"
+TOKENS, AWAITED = (
+    "test_token.py::test_logits_and_cache",
+    "test_token.py::test_words_of_other_tokens_are_not_taken_for_this_ones",
+)
+TOKEN_CHOICE, TOKEN_KEEPS = "fastgpt/ops/token.py", "test_token_choice.py::"
 RING, TENSOR_ATTENTION, HOPPER_CHOICE = (
     "kernels/hopper/pipeline.py",
     "kernels/hopper/attention.py",
@@ -519,4 +525,22 @@ MUTANTS = [
     Mutant("Hopper: any strides", HOPPER_CHOICE, "_is_nested", "nested and apart and", "", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("Hopper: any address", HOPPER_CHOICE, "_begins_aligned", "begin % 16 == 0", "True", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("Hopper: units that are made again", HOPPER_CHOICE, "linear_gelu_bwd_form", "if recompute:", "if False:", KEEPS + "test_the_mlp", False),
+    Mutant("token: tags of a layer alone", TOKEN, "_token_kernel", "number * L + (layer + 1)", "number * 0 + (layer + 1)", AWAITED),
+    Mutant("token: its number is not raised", TOKEN, "_token_kernel", "number + 1 + one", "number + one", AWAITED),
+    Mutant("token: odd hidden units twice", TOKEN, "_token_kernel", "even = tiles_of(fc_ptr, f_first,", "even = tiles_of(fc_ptr, f_first + 1,", TOKENS),
+    Mutant("token: the next layer's norm is this one's", TOKEN, "_token_kernel", "address(table_ptr, after, _NORM_1, NORM)", "address(table_ptr, layer, _NORM_1, NORM)", TOKENS),
+    Mutant("token: the newest key is in no split", PHASES, "phase_b", "tl.where(split == 0, tl.sum(q * k_new", "tl.where(split < 0, tl.sum(q * k_new", TOKENS),
+    Mutant("token: the newest key is in every split", PHASES, "phase_b", "tl.where(split == 0, tl.sum(q * k_new", "tl.where(split >= 0, tl.sum(q * k_new", TOKENS),
+    Mutant("token: a slot is read that is being written", PHASES, "kept", "seen = (keys < place)", "seen = (keys <= place)", TOKENS),
+    Mutant("token: splits merged without their maximum", PHASES, "merged", "tl.float32, bitcast=True) - most), 0.0)", "tl.float32, bitcast=True) * 0.0), 0.0)", TOKENS),
+    Mutant("token: keys and values change places", PHASES, "phase_a", "(part - 1) * L", "(2 - part) * L", TOKENS),
+    Mutant("token: stored past the slots", PHASES, "phase_a", "& (part > 0) & (place < slots)", "& (part > 0)", "test_token.py::test_a_token_past_the_slots_is_dropped_as_elsewhere"),
+    Mutant("token: the stream is dropped", PHASES, "added", "_rounded(x[0] + branch[0])", "_rounded(branch[0])", TOKENS),
+    Mutant("token: one word is waited for", WORDS, "await_words", "others += ((_look(ptrs + n * STRIDE)", "others += ((_look(ptrs)", "test_token.py::test_the_order_of_programs_changes_no_bit"),
+    Mutant("token: what never ran on a card", TOKEN_CHOICE, "whole_token", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
+    Mutant("token: any stream", TOKEN_CHOICE, "_unlike", "stream != torch.bfloat16", "False", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
+    Mutant("token: any scale", TOKEN_CHOICE, "_unlike", "{(layer[2], layer[6]) for layer in layers}", "{(0, layer[6]) for layer in layers}", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
+    Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),
+    Mutant("turns: no seed", "fastgpt/sanitizer/turns.py", "Turns", "random.Random(seed)", "random.Random(0)", "test_sanitizer_turns.py::test_the_seed_draws_whose_turn_it_is"),
+    Mutant("turns: behind is everything", "fastgpt/sanitizer/launch.py", "Launch.tagged", "view.holds(plain, 1) &", "", "test_sanitizer_turns.py::test_a_pointer_made_of_a_number_is_held_to_the_tensors_behind_it"),
 ]  # fmt: skip
