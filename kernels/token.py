@@ -60,7 +60,7 @@ _INTERPRETED = triton.knobs.runtime.interpret
 _NORM_1, _QKV, _OUT, _NORM_2, _FC, _PROJ = (tl.constexpr(2 * place) for place in range(6))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"], do_not_specialize_on_alignment=["ids_ptr", "lengths_ptr"])
 def _token_kernel(
     ids_ptr,  # (1,), the newest token's
     lengths_ptr,  # (1,), with that token counted in

@@ -159,6 +159,23 @@ def test_a_longer_cache_than_the_context_and_several_rows_take_many_launches():
         assert decoder.cache(1, 65).words is None and decoder.cache(2, 64).words is None
 
 
+def test_no_prompt_or_cache_compiles_it_anew():
+    """Whatever its slots are, and wherever ids and lengths lie in memory: they may be views."""
+    keys = set()
+    for slots in (1, 17, 48, 1024):
+        for offset in (0, 1):
+
+            def decode(slots=slots, offset=offset):
+                decoder = decoder_of(gpt)
+                numbers = torch.ones(3, dtype=torch.int64, device="cuda")
+                ids, lengths = numbers[offset : offset + 1][None], numbers[offset : offset + 1]
+                decoder.decode(ids, lengths, decoder.cache(1, slots))
+
+            (launch,) = record.launches(decode, 90)
+            keys.add(launch.key)
+    assert len(keys) == 1
+
+
 def test_the_gate_compiles_each_row_of_the_table():
     from bench.gates import ways
 
