@@ -541,6 +541,6 @@ MUTANTS = [
     Mutant("token: any stream", TOKEN_CHOICE, "_unlike", "stream != torch.bfloat16", "False", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: any scale", TOKEN_CHOICE, "_unlike", "{(layer[2], layer[6]) for layer in layers}", "{(0, layer[6]) for layer in layers}", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),
-    Mutant("turns: no seed", "fastgpt/sanitizer/turns.py", "Turns", "random.Random(seed)", "random.Random(0)", "test_sanitizer_turns.py::test_the_seed_draws_whose_turn_it_is"),
+    Mutant("turns: always the first one's", "fastgpt/sanitizer/turns.py", "Turns", "self._random.choice(self._alive)", "self._alive[0]", "test_sanitizer_turns.py::test_those_that_wait_for_later_ones_come_to_an_end"),
     Mutant("turns: behind is everything", "fastgpt/sanitizer/launch.py", "Launch.tagged", "view.holds(plain, 1) &", "", "test_sanitizer_turns.py::test_a_pointer_made_of_a_number_is_held_to_the_tensors_behind_it"),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ class Turns:
 
     def __init__(self, seed: int | None, programs: int, enter: Callable[[int], None], fail: Callable[[str], None]):
         """enter(i): what is to be done before program i goes on. fail(message): raises."""
-        self._random, self._enter, self._fail = random.Random(seed), enter, fail
+        self._random, self._enter, self._fail = random.Random(seed or 0), enter, fail
         self._may_go_on = [threading.Semaphore(0) for _ in range(programs)]
         self._alive, self._current, self._looks = list(range(programs)), -1, 0
         self._error: BaseException | None = None
