@@ -1,5 +1,6 @@
 """kernels/token.py in the interpreter, its programs by turns in random orders: logits and cache against float64."""
 
+import contextlib
 import copy
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from fastgpt.generation.decoder import Decoder
 from fastgpt.ops import token
 from fastgpt.sanitizer import SanitizerError, sanitized
 from fastgpt.testing import assert_accurate, on_reference
+from tests.kernels import ptx
 
 pytestmark = pytest.mark.interpreter
 
@@ -132,6 +134,17 @@ def test_the_order_of_programs_changes_no_bit(one_launch):
         decoder, cache = one_launch(case, model)
         found.append((decoded(decoder, cache, case, seed), cache.whole))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_the_ptx_of_a_card_gives_the_plain_forms_bits(one_launch):
+    model, case = gpt(ONE), ONE._replace(prompt=20, new=2)
+    found = []
+    for asm in (False, True):
+        decoder, cache = one_launch(case, model)
+        decoder._whole_token._model._constants["ASM"] = asm
+        with ptx.interpreted() if asm else contextlib.nullcontext():
+            found.append((decoded(decoder, cache, case), cache.whole[..., :22, :]))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("number", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2**30 - 1, 2**31 - 1))])
