@@ -537,6 +537,8 @@ MUTANTS = [
     Mutant("token: stored past the slots", PHASES, "phase_a", "& (part > 0) & (place < slots)", "& (part > 0)", "test_token.py::test_a_token_past_the_slots_is_dropped_as_elsewhere"),
     Mutant("token: the stream is dropped", PHASES, "added", "_rounded(x[0] + branch[0])", "_rounded(branch[0])", TOKENS),
     Mutant("token: one word is waited for", WORDS, "await_words", "others += ((_look(ptrs + n * STRIDE)", "others += ((_look(ptrs)", "test_token.py::test_the_order_of_programs_changes_no_bit"),
+    Mutant("words: the last alone is waited for", WORDS, "_spin", 'f"setp.ne.or.b32 p, f{n}, ${tag}, p;"', 'f"setp.ne.b32 p, f{n}, ${tag};"', "test_words.py::test_words_arrive_in_any_order"),
+    Mutant("words: a split that is not there is waited for", WORDS, "_ptx_of_splits", 'f"@q {load}"', 'load', "test_words.py::test_splits_that_are_not_there_are_the_first"),
     Mutant("token: what never ran on a card", TOKEN_CHOICE, "whole_token", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
     Mutant("token: any stream", TOKEN_CHOICE, "_unlike", "stream != torch.bfloat16", "False", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: any scale", TOKEN_CHOICE, "_unlike", "{(layer[2], layer[6]) for layer in layers}", "{(0, layer[6]) for layer in layers}", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),

@@ -4,6 +4,7 @@ As in hopper.py: what the table does not hold was not measured, and a kernel ser
 tests have not passed on a card.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,9 +44,7 @@ class Logits:
     def __call__(self, ids: Tensor, lengths: Tensor, cache: Tensor, words: Tensor) -> Tensor:
         """ids (1, 1), whose key and value go into the cache (2, L, 1, H, slots, D); lengths (1,), with it counted in;
         words: this cache's. -> float32 (1, 1, V)."""
-        if not cache.is_cuda or cache.device.index == torch.cuda.current_device():
-            return self._model.logits(ids, lengths, cache, words)
-        with torch.cuda.device(cache.device):
+        with torch.cuda.device(cache.device) if cache.is_cuda else contextlib.nullcontext():
             return self._model.logits(ids, lengths, cache, words)
 
 

@@ -132,7 +132,7 @@ def test_the_order_of_programs_changes_no_bit(one_launch):
     found = []
     for seed in range(3):
         decoder, cache = one_launch(case, model)
-        found.append((decoded(decoder, cache, case, seed), cache.whole))
+        found.append((decoded(decoder, cache, case, seed), cache.whole[..., :22, :]))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
