@@ -196,8 +196,6 @@ def tiles(shape: Shape, warps: int = 8, head_rows: int = 16, keys: int = 128) ->
     per_head = min(8, programs // heads)
     keys = max(keys, next_power_of_2(cdiv(context, per_head)))
     splits = next_power_of_2(cdiv(context, keys))
-    if cdiv(context, keys) * heads > programs:
-        return f"{context} slots in {heads} heads need more than {programs} programs"
     padded = next_power_of_2(heads)
     rows_of_out = max(1, warps * block // (padded * (channels // heads)))
     block_of_proj = next(size for size in (4 * block, 2 * block, block) if hidden % size == 0 and size <= warps * block)

@@ -60,6 +60,22 @@ def test_the_seed_draws_whose_turn_it_is():
 
 
 @triton.jit
+def _locked_kernel(lock_ptr, order_ptr, count_ptr):
+    """Each takes the lock, counts, and gives it back."""
+    while tl.atomic_cas(lock_ptr, 0, 1) == 1:
+        pass
+    tl.store(order_ptr + tl.program_id(0), tl.atomic_add(count_ptr, 1))
+    tl.atomic_xchg(lock_ptr, 0)
+
+
+def test_those_that_wait_for_a_lock():
+    lock, count, order = (torch.zeros(n, dtype=torch.int32) for n in (1, 1, 4))
+    with sanitized(order=3, in_turns=True):
+        _locked_kernel[(4,)](lock, order, count)
+    assert sorted(order.tolist()) == [0, 1, 2, 3] and lock.item() == 0
+
+
+@triton.jit
 def _racing_kernel(x_ptr, flag_ptr):
     tl.atomic_add(flag_ptr, 1)
     tl.store(x_ptr, tl.program_id(0))

@@ -61,6 +61,8 @@ def whole_token(
     row = next((row for row in TABLE if row.capability == card and row.channels == weight.shape[1]), None)
     if row is None:
         return f"it was not measured for {weight.shape[1]} channels on this device"
+    if card is not None and INTERPRETED:
+        return "Triton's interpreter runs programs one after another, and these wait for each other"
     if card is not None and triton.__version__ not in TRITONS:
         return f"Triton is {triton.__version__}, it was compiled with {' and '.join(TRITONS)} alone"
     if card is not None and triton.__version__ not in RAN:

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from bench.gates import feign, record
 from fastgpt import GPT, GPTConfig, generate
 from fastgpt.generation.decoder import Decoder
+from fastgpt.kernels import token as kernels
 from fastgpt.ops import token
 from tests import models
 
@@ -118,10 +119,35 @@ def test_on_other_cards_and_tritons_none_is_served(monkeypatch):
             patch.setattr(token, "TABLE", (token.Measured(768, 12, 3072, programs=114),))
             assert "not measured on 132 multiprocessors" in decoder_of(gpt).one_launch
         with monkeypatch.context() as patch:
+            patch.setattr(token, "INTERPRETED", True)
+            assert "runs programs one after another" in decoder_of(gpt).one_launch
+        with monkeypatch.context() as patch:
             patch.setattr(token, "RAN", ())
             assert f"has not yet run on a card with Triton {token.triton.__version__}" in decoder_of(gpt).one_launch
         monkeypatch.setattr(token.triton, "__version__", "3.8.0")
         assert "Triton is 3.8.0, it was compiled with 3.6.0 and 3.7.1 alone" in decoder_of(gpt).one_launch
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (dict(heads=7), "768 channels in 7 heads"),
+        (dict(heads=96), "768 channels in 96 heads: a head's are no power of two from 16 on"),
+        (dict(channels=128, heads=2), "128 channels, 3072 hidden units and 50257 outputs do not give each of 132"),
+        (dict(hidden=260), "do not give each of 132 programs some"),
+        (dict(hidden=3000), "no pieces fit 768 channels in 12 heads, and 3000 hidden units"),
+        (dict(channels=2048, heads=128, programs=127), "no pieces fit 2048 channels in 128 heads"),
+        (dict(context=4096, channels=1536, heads=48, programs=100), ""),
+    ],
+)
+def test_shapes_that_have_no_tiles(changes, why):
+    """As the table has none of them, no decoder asks."""
+    shape = dict(layers=1, channels=768, heads=12, hidden=3072, vocabulary=50257, context=1024, programs=132)
+    found = kernels.tiles(kernels.Shape(**{**shape, **changes}))
+    if not why:
+        assert found.KEYS * found.SMAX >= 4096 and found.SMAX * 48 <= 100
+    else:
+        assert why in found
 
 
 def launched(model, rows=1, **how):
