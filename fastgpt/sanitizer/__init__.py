@@ -28,8 +28,9 @@ wait for each other comes to an end; one in which all wait for ever raises.
 A pointer that a kernel makes of a number is held to those tensors that `sanitized(behind=tensors)` names.
 
 What a kernel forgets to write needs nothing here: under torch.use_deterministic_algorithms(True), which the tests turn
-on, torch.empty and its kin hand out NaN. Everything above holds on Triton 3.6.0, 3.7.1 and 3.9.0, where it was tried;
-where a newer one lacks a method that is overridden here, `sanitized` raises. Like Triton's own, not for threads.
+on, torch.empty and its kin hand out NaN. Everything above holds on Triton 3.6.0, 3.7.1 and 3.9.0, where it was tried
+(turns and `behind` on the first two alone); where a newer one lacks a method that is overridden here, `sanitized`
+raises. Like Triton's own, not for threads.
 """
 
 import contextlib

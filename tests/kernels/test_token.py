@@ -40,6 +40,9 @@ CASES = {
     "from one split of keys to two": Case(8, 16, 2, tiles=SMALL),
     "from three splits to four, and to the last slot": Case(8, 48, 2, tiles=SMALL, slots=50),
     "three heads, a head of its own": Case(13, 21, 1, 2, 192, 3, dict(tie=False, bias=False), dict(keys=16)),
+    "GPT-2 124M's sizes, as on a card": Case(
+        132, 900, 1, 1, 768, 12, dict(vocab_size=401, block_size=1024), slots=1024
+    ),
     "exact GELU, narrow MLP": Case(6, 20, 2, 1, changes=dict(gelu="none", n_inner=384), tiles=SMALL),
 }
 
@@ -105,7 +108,7 @@ def decoded(decoder, cache, case, seed=0):
     return torch.stack(logits)
 
 
-SLOW = ("from one split of keys to two", "rows that do not divide")
+SLOW = ("GPT-2 124M's sizes, as on a card", "from one split of keys to two", "rows that do not divide")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in CASES])
