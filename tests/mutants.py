@@ -77,6 +77,12 @@ WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "tes
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
 UNDRAWN = HOLED + "test_an_id_that_stands_for_nothing_is_not_drawn"
 JUDGED = "test_judges.py::"
+TOKEN, PHASES, WORDS = "kernels/token.py", "kernels/token_phases.py", "kernels/words.py"
+TOKENS, AWAITED = (
+    "test_token.py::test_logits_and_cache",
+    "test_token.py::test_words_of_other_tokens_are_not_taken_for_this_ones",
+)
+TOKEN_CHOICE, TOKEN_KEEPS = "fastgpt/ops/token.py", "test_token_choice.py::"
 RING, TENSOR_ATTENTION, HOPPER_CHOICE = (
     "kernels/hopper/pipeline.py",
     "kernels/hopper/attention.py",
@@ -569,4 +575,24 @@ MUTANTS = [
     Mutant("Hopper: any gradient of the packed", HOPPER_CHOICE, "attention_qkv_form", "(qkv, *others)", "(qkv,)", SIDEWAYS, False),
     Mutant("Hopper: the backward has run where the forward has", HOPPER_CHOICE, "_lookup", "RAN[kernel]", 'RAN["attention_fwd"]', KEEPS + "test_forward_and_backward_are_served_each_by_itself", False),
     Mutant("what Gluon compiled is launched with feigned tensors", "bench/gates/record.py", "afresh", "clear=True", "clear=False", "test_record.py::test_what_gluon_compiled_before_is_noted_again_and_not_launched", False),
+    Mutant("token: tags of a layer alone", TOKEN, "_token_kernel", "number * L + (layer + 1)", "number * 0 + (layer + 1)", AWAITED),
+    Mutant("token: its number is not raised", TOKEN, "_token_kernel", "number + 1 + one", "number + one", AWAITED),
+    Mutant("token: odd hidden units twice", TOKEN, "_token_kernel", "even = tiles_of(fc_ptr, f_first,", "even = tiles_of(fc_ptr, f_first + 1,", TOKENS),
+    Mutant("token: the next layer's norm is this one's", TOKEN, "_token_kernel", "address(table_ptr, after, _NORM_1, NORM)", "address(table_ptr, layer, _NORM_1, NORM)", TOKENS),
+    Mutant("token: the newest key is in no split", PHASES, "phase_b", "tl.where(split == 0, tl.sum(q * k_new", "tl.where(split < 0, tl.sum(q * k_new", TOKENS),
+    Mutant("token: the newest key is in every split", PHASES, "phase_b", "tl.where(split == 0, tl.sum(q * k_new", "tl.where(split >= 0, tl.sum(q * k_new", TOKENS),
+    Mutant("token: a slot is read that is being written", PHASES, "kept", "seen = (keys < place)", "seen = (keys <= place)", TOKENS),
+    Mutant("token: splits merged without their maximum", PHASES, "merged", "tl.float32, bitcast=True) - most), 0.0)", "tl.float32, bitcast=True) * 0.0), 0.0)", TOKENS),
+    Mutant("token: keys and values change places", PHASES, "phase_a", "(part - 1) * L", "(2 - part) * L", TOKENS),
+    Mutant("token: stored past the slots", PHASES, "phase_a", "& (part > 0) & (place < slots)", "& (part > 0)", "test_token.py::test_a_token_past_the_slots_is_dropped_as_elsewhere"),
+    Mutant("token: the stream is dropped", PHASES, "added", "_rounded(x[0] + branch[0])", "_rounded(branch[0])", TOKENS),
+    Mutant("token: one word is waited for", WORDS, "await_words", "others += ((_look(ptrs + n * STRIDE)", "others += ((_look(ptrs)", "test_token.py::test_the_order_of_programs_changes_no_bit"),
+    Mutant("words: the last alone is waited for", WORDS, "_spin", 'f"setp.ne.or.b32 p, f{n}, ${tag}, p;"', 'f"setp.ne.b32 p, f{n}, ${tag};"', "test_words.py::test_words_arrive_in_any_order"),
+    Mutant("words: a split that is not there is waited for", WORDS, "_ptx_of_splits", 'f"@q {load}"', 'load', "test_words.py::test_splits_that_are_not_there_are_the_first"),
+    Mutant("token: what never ran on a card", TOKEN_CHOICE, "whole_token", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
+    Mutant("token: any stream", TOKEN_CHOICE, "_unlike", "stream != torch.bfloat16", "False", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
+    Mutant("token: any scale", TOKEN_CHOICE, "_unlike", "{(layer[2], layer[6]) for layer in layers}", "{(0, layer[6]) for layer in layers}", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
+    Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),
+    Mutant("turns: always the first one's", "fastgpt/sanitizer/turns.py", "Turns", "self._random.choice(self._alive)", "self._alive[0]", "test_sanitizer_turns.py::test_those_that_wait_for_later_ones_come_to_an_end"),
+    Mutant("turns: behind is everything", "fastgpt/sanitizer/launch.py", "Launch.tagged", "view.holds(plain, 1) &", "", "test_sanitizer_turns.py::test_a_pointer_made_of_a_number_is_held_to_the_tensors_behind_it"),
 ]  # fmt: skip

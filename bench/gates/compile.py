@@ -33,6 +33,8 @@ _MAY_SPILL = (
     ("attention_dkdv_kernel", r"(bf16|fp16).* D=(80|128) ", (90,), 128),  # at D 128, 16 queries take 2 to 9% longer
     ("hopper_attention_dkdv_kernel", r" D=128 ", (90,), 56),  # constants outside of the loops, but for one in each
     ("attention_dq_kernel", r"^\d*x?fp32.* D=256 ", CAPABILITIES, 256),  # no work of tensor cores, and no GPT-2 has it
+    # Of 255 registers, 14 or 16 numbers that no layer changes: stored once a token, loaded once a layer.
+    ("token_kernel", r"", (90,), 64),
     # More registers would leave fewer blocks. None of these has been measured on its card.
     ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (90, 100, 120), 24),
     ("layer_norm_bwd_kernel", r"C=768 HAS_DSUM=True NEEDS_DX_BIAS=True .* BLOCK_C=1024 ", (120,), 8),

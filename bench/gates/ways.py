@@ -164,6 +164,17 @@ def _generate(model: Any, rows: int, prompt: int = 16, dtype: torch.dtype | None
     fastgpt.generate(model, prompts, 4, dtype=dtype, **how)
 
 
+def _token_in_one_launch(model: Any, dtype: torch.dtype | None = BF16) -> None:
+    """Of a kernel that no table chooses yet on every Triton. On other cards there is nothing to launch. dtype: None for
+    a model whose norms and embeddings are halves too, for they are not cast."""
+    from fastgpt.ops import token  # needs a Triton
+
+    if torch.cuda.get_device_capability() == (9, 0) and token.triton.__version__ in token.TRITONS:
+        model = _gpt("124M").bfloat16() if dtype is None else model
+        with mock.patch.object(token, "RAN", token.TRITONS):
+            _generate(model, 1, dtype=dtype, size="124M", temperature=0.0)
+
+
 # The public functions
 
 
@@ -335,6 +346,10 @@ def ways() -> dict[str, Way]:
             ):
                 call = functools.partial(run, dtype=dtype, tanh=tanh)
                 add(f"Hopper's {module} {gelu} {name}", _on_hopper, call, module)
+    add("a token in one launch, 124M", _token_in_one_launch)
+    add("a token in one launch, 124M in bfloat16", _token_in_one_launch, dtype=None)
+    prepare = functools.partial(_built, "nanoGPT", "124M", 0.0)
+    add("a token in one launch, nanoGPT", _token_in_one_launch, prepare=prepare)
     return found
 
 

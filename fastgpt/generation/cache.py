@@ -18,6 +18,7 @@ class Cache:
     def __init__(self, config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
         self.rows, self.slots = rows, slots
         self.whole = torch.zeros(_shape(config, rows, slots), dtype=dtype, device=device)
+        self.words: torch.Tensor | None = None  # where one kernel writes a token: its programs' own
         self.k, self.v = (half.unbind() for half in self.whole)  # of each layer, (rows, H, slots, D)
 
     @staticmethod

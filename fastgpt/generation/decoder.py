@@ -83,6 +83,7 @@ class Decoder:
              block.ln_2.form, mlp.c_fc.form, mlp.gelu, mlp.c_proj.form)
             for block, attn, mlp in ((block, block.attn, block.mlp) for block in self.gpt.h if self._fused)
         ]  # fmt: skip
+        self._whole_token = self._one_launch()
         self._weights = [part.weight for part in self.gpt.h.modules() if isinstance(part, nn.Linear)]
         if not is_plain_gpt(inner):
             self._try(model)
@@ -101,6 +102,18 @@ class Decoder:
         """Whether it runs on the Triton kernels, and not on PyTorch's functions."""
         return self.steps.on_kernels
 
+    @property
+    def one_launch(self) -> str:
+        """Why a token of one sequence does not come from one launch of a kernel; "" where it does."""
+        return self._whole_token if isinstance(self._whole_token, str) else ""
+
+    def _one_launch(self) -> Any:
+        gpt, head = self.gpt, getattr(self.gpt.lm_head, "form", None)
+        if not self._fused or self.calls or head is None:
+            return "it is made for models of which no part must be called"
+        tables = gpt.wte.weight, gpt.wpe.weight
+        return self.steps.whole_token(self._layers, gpt.ln_f.form, tables, head, gpt.config.n_head, self._stream_dtype)
+
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Modules that are called are in eval mode meanwhile, and in their own mode again after."""
@@ -115,7 +128,10 @@ class Decoder:
 
     def cache(self, rows: int, slots: int) -> Cache:
         """For so many sequences of up to `slots` tokens."""
-        return Cache(self.gpt.config, rows, slots, self.dtype, self.device)
+        cache = Cache(self.gpt.config, rows, slots, self.dtype, self.device)
+        if rows == 1 and slots <= self.context and not self.one_launch:
+            cache.words = self._whole_token.words()
+        return cache
 
     # One pass.
 
@@ -134,6 +150,8 @@ class Decoder:
         lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
         """
         with self._inference():
+            if cache.words is not None and ids.shape == (1, 1):
+                return self._whole_token(ids, lengths, cache.whole, cache.words)
             return self._logits(self._walk(ids, Step(self.steps, cache, lengths, ids.shape[1])))
 
     def features(self, ids: Tensor) -> Tensor:

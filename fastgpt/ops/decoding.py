@@ -64,6 +64,10 @@ class OnPyTorch:
         """Whether so few rows of products with these weights (N, K) are faster by norm_linear and product."""
         return True
 
+    def whole_token(self, layers: list, norm: tuple, tables: tuple, head: Any, heads: int, stream: torch.dtype) -> Any:
+        """What gives one sequence's logits in one launch, as ops.token has it, or a str: why nothing does."""
+        return "it runs on PyTorch"
+
     def norm_linear(
         self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, linear: Any, gelu: str
     ) -> tuple[Tensor, Tensor]:
@@ -94,6 +98,7 @@ class OnKernels(OnPyTorch):
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
         self._add_norm = autograd.add_layer_norm
+        self._whole_token = autograd.whole_token
         self._widest: int = autograd.few_rows.MAX_NORMED
 
     def embedding(
@@ -118,6 +123,9 @@ class OnKernels(OnPyTorch):
 
     def fits(self, rows: int, *weights: Tensor) -> bool:
         return all(self._fits(rows, weight) for weight in weights)
+
+    def whole_token(self, layers: list, norm: tuple, tables: tuple, head: Any, heads: int, stream: torch.dtype) -> Any:
+        return self._whole_token(layers, norm, tables, head, heads, stream)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
         """x (M, K) -> (M, N), rounded to weight's dtype and given in it or in `dtype`."""

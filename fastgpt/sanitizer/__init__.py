@@ -15,22 +15,28 @@ and these raise SanitizerError, at the launch that does them:
   bounds    A lane that is not masked off and lies outside the tensor that its pointer came from: outside the *view*
             that was passed, its shape and strides, even where the memory is another argument's. Only a view that
             overlaps itself (as_strided) is held to no more than its extent.
-  races     Two programs of a launch that touch one address, unless both only read or both are atomic. Programs that
-            wait for each other through atomics are reported too. Addresses are those where elements begin.
+  races     Two programs of a launch that touch one address, unless both only read or both are atomic. What programs
+            hand each other under an atomic flag is reported too. Addresses are those where elements begin.
   bfloat16  Arithmetic and comparisons in it: cast to float32 first, as an accurate kernel does anyway.
   int32     Overflow of signed +, - and *. (Philox may wrap: it computes in uint32, and asks Triton not to check.)
   grids     An empty one, which CUDA refuses: the launcher must return before. One past CUDA's limits.
 
-`sanitized(order=seed)` runs the programs in a shuffled order, so that results which depend on it differ.
+`sanitized(order=seed)` runs the programs in a shuffled order, so that results which depend on it differ. With
+`in_turns=True` a little of each runs by turns, drawn anew at every atomic operation, so that a launch whose programs
+wait for each other comes to an end; one in which all wait for ever raises.
+
+A pointer that a kernel makes of a number is held to those tensors that `sanitized(behind=tensors)` names.
 
 What a kernel forgets to write needs nothing here: under torch.use_deterministic_algorithms(True), which the tests turn
-on, torch.empty and its kin hand out NaN. Everything above holds on Triton 3.6.0, 3.7.1 and 3.9.0, where it was tried;
-where a newer one lacks a method that is overridden here, `sanitized` raises. Like Triton's own, not for threads.
+on, torch.empty and its kin hand out NaN. Everything above holds on Triton 3.6.0, 3.7.1 and 3.9.0, where it was tried
+(turns and `behind` on the first two alone); where a newer one lacks a method that is overridden here, `sanitized`
+raises. Like Triton's own, not for threads.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -39,25 +45,34 @@ from triton.runtime import interpreter
 
 from fastgpt.sanitizer import numbers
 from fastgpt.sanitizer.launch import Launch, SanitizerError, running
+from fastgpt.sanitizer.turns import Turns
 
 _implicit_cvt, _patch_lang = interpreter._implicit_cvt, interpreter._patch_lang
 
-_orders: list[int | None] = []  # of the `sanitized` blocks that are open
+
+class _Block(NamedTuple):
+    order: int | None
+    in_turns: bool
+    behind: Sequence[Any]
+
+
+_blocks: list[_Block] = []  # of `sanitized`, that are open
 
 
 @contextlib.contextmanager
-def sanitized(*, order: int | None = None) -> Iterator[None]:
+def sanitized(*, order: int | None = None, in_turns: bool = False, behind: Sequence[Any] = ()) -> Iterator[None]:
     """Launches inside run in the sanitizing interpreter and raise SanitizerError for what the module's text lists.
 
-    order: a seed to shuffle each launch's programs by. Blocks may be nested: the innermost order counts. RuntimeError
-    where kernels are compiled (Triton reads TRITON_INTERPRET when they are defined) or Triton is too different.
+    order: a seed to shuffle each launch's programs by, and what they do in turns. behind: tensors whose addresses
+    kernels find in memory. Blocks may be nested: the innermost one's settings count. RuntimeError where kernels are
+    compiled (Triton reads TRITON_INTERPRET when they are defined) or Triton is too different.
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("sanitized: kernels are compiled here, not interpreted; set TRITON_INTERPRET=1 before all")
     with contextlib.ExitStack() as undo:
         _install(undo)
-        _orders.append(order)
-        undo.callback(_orders.pop)
+        _blocks.append(_Block(order, in_turns, behind))
+        undo.callback(_blocks.pop)
         yield
 
 
@@ -84,9 +99,12 @@ def _install(undo: contextlib.ExitStack) -> None:
 class _Executor(interpreter.GridExecutor):
     def __call__(self, *args, **kwargs):
         named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-        launch = Launch(self.fn.__name__, named, _orders[-1])
+        block, fn = _blocks[-1], self.fn  # type: ignore[has-type]
+        launch = Launch(fn.__name__, named, block.order, block.behind)
         running.append(launch)
         finding = None
+        if block.in_turns:
+            self.fn = _Together(fn, launch)
         try:
             super().__call__(*args, **kwargs)
         except Exception as error:
@@ -95,9 +113,30 @@ class _Executor(interpreter.GridExecutor):
                 raise
         finally:
             running.pop()
+            self.fn = fn
         if finding is not None:
             raise finding  # without the InterpreterErrors that Triton wrapped around it
         launch.refuse_races()
+
+
+class _Together:
+    """In place of a kernel: called for each program, it waits for the last and then runs all by turns."""
+
+    def __init__(self, fn: Callable, launch: Launch):
+        self._fn, self._launch, self._called = fn, launch, 0
+        self.__globals__, self.__signature__ = fn.__globals__, inspect.signature(fn)
+        self.__name__ = fn.__name__
+
+    def __call__(self, **args) -> None:
+        launch = self._launch
+        self._called += 1
+        if self._called == len(launch.programs):
+            launch.turns = Turns(launch.order, len(launch.programs), self._enter, launch.fail)
+            launch.turns.run(lambda: self._fn(**args))
+
+    def _enter(self, program: int) -> None:
+        self._launch.program = program
+        interpreter.InterpreterBuilder.set_grid_idx(interpreter.interpreter_builder, *self._launch.programs[program])
 
 
 def _finding_behind(error: BaseException | None) -> SanitizerError | None:
@@ -145,10 +184,18 @@ class _Builder(interpreter.InterpreterBuilder):
     def create_masked_store(self, ptrs, value, mask, *args, **kwargs):
         return super().create_masked_store(running[-1].access("store", ptrs, mask), value, mask, *args, **kwargs)
 
+    def create_int_to_ptr(self, value, dst_type):
+        made = super().create_int_to_ptr(value, dst_type)
+        return interpreter.TensorHandle(running[-1].tagged(made.data), made.dtype)
+
     def create_atomic_rmw(self, op, ptr, value, mask, *args, **kwargs):
+        if (turns := running[-1].turns) is not None:
+            turns.over(writes=op == interpreter._ir.ATOMIC_OP.XCHG or bool(value.data.any()))
         return super().create_atomic_rmw(op, running[-1].access("atomic", ptr, mask), value, mask, *args, **kwargs)
 
     def create_atomic_cas(self, ptr, *args, **kwargs):
+        if (turns := running[-1].turns) is not None:
+            turns.over(writes=False)
         return super().create_atomic_cas(running[-1].access("atomic", ptr), *args, **kwargs)
 
     def cast_impl(self, src, dst_type):

@@ -1,10 +1,13 @@
 """What is known of a running launch: where its arguments lie, which program runs, and who touched what."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from triton.runtime import interpreter
+
+from fastgpt.sanitizer.turns import Turns
 
 _TAG_SHIFT = 48  # user addresses have 47 bits; the number of the argument that a pointer came from rides above them
 _ADDRESS_BITS = np.uint64((1 << _TAG_SHIFT) - 1)
@@ -22,9 +25,12 @@ class SanitizerError(AssertionError):
 class Launch:
     """A running launch: where its arguments lie, which program runs, who touched what."""
 
-    def __init__(self, kernel: str, arguments: dict[str, Any], order: int | None):
+    def __init__(self, kernel: str, arguments: dict[str, Any], order: int | None, behind: Sequence[Any] = ()):
+        """behind: tensors that pointers may lead to which are made of numbers."""
         self.kernel, self.arguments, self.order = kernel, arguments, order
-        self.views: list[_View] = []
+        self.views: list[_View] = [_View(tensor) for tensor in behind]
+        self.behind = len(behind)
+        self.turns: Turns | None = None  # where the programs run by turns
         self.footprints = {kind: _Footprint() for kind in ("load", "store", "atomic")}
         self.patched: set[int] = set()  # modules in which tl is the interpreter's
         self.patches: Any = None
@@ -51,6 +57,14 @@ class Launch:
         """Numbers begin with 1: 0 is left to pointers that no argument gave."""
         self.views.append(_View(tensor))
         return np.uint64(len(self.views) << _TAG_SHIFT)
+
+    def tagged(self, addresses: np.ndarray) -> np.ndarray:
+        """Pointers made of numbers: each with the tag of the tensor behind them that it lies in, where there is one."""
+        tagged, plain = addresses.copy(), (addresses & _ADDRESS_BITS).astype(np.int64)
+        for number, view in enumerate(self.views[: self.behind]):
+            inside = view.holds(plain, 1) & (tagged >> np.uint64(_TAG_SHIFT) == 0)
+            tagged[inside] |= np.uint64((number + 1) << _TAG_SHIFT)
+        return tagged
 
     def access(self, kind: str, pointers: Any, mask: Any = None) -> Any:
         """Note and check an access; the pointers come back without tags, fit to be followed."""
