@@ -102,16 +102,10 @@ def _on_its_device(launcher):
 
 
 def _go_over_logits(x, *arguments):
-    """A row's pass is one launch."""
+    """By a twelfth of the rows, but 256 at least: fewer would wait for the weights; a multiple of 8, for a product over
+    other numbers of rows is a slow one. A row's pass is one launch."""
     pass_over_rows = _on_its_device(cross_entropy.cross_entropy_rows)
-    loss.by_rows(pass_over_rows, _rows_at_once(len(x)), True, x, *arguments)
-
-
-def _rows_at_once(rows):
-    """A twelfth, but 256 at least: fewer would wait for the weights. Whole tiles of cuBLAS's products, 128 rows, where
-    that leaves it under a tenth; else a multiple of 8, for a product over other numbers of rows is a slow one."""
-    tiles, eights = (size * -(-rows // (12 * size)) for size in (128, 8))
-    return max(_FEWEST_ROWS, tiles if 10 * tiles <= rows else eights)
+    loss.by_rows(pass_over_rows, max(_FEWEST_ROWS, 8 * -(-len(x) // 96)), True, x, *arguments)
 
 
 _ORDINARY = (Tensor, Parameter)
