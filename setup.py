@@ -68,6 +68,7 @@ setup(
         "plot": PLOT,
         "data": ["pyarrow"],  # Parquet, and the folders of Hugging Face's datasets
         "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
         "bench": BENCH,
         "hf": ["transformers>=4.53"],  # the first that takes a mask function; its own attention works on any
         "test": TEST,

@@ -68,6 +68,7 @@ _TRAINING = {
     "cuda_graph": "the whole step as one CUDA graph; auto is on one GPU, where it can be",
     "fsdp": "shard weights and moments over the processes",
     "tensorboard": "write its events beside metrics.csv",
+    "wandb": "tell Weights & Biases, which sends it over the network unless WANDB_MODE is offline",
 }
 _PRESET_SAYS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")  # in place of GPTConfig's own defaults
 

@@ -48,13 +48,13 @@ def has_a_known_triton() -> bool:
 
 _ANY = range(0)  # these have no T
 TABLE = (
-    Measured("attention_fwd", torch.bfloat16, (64,), range(1024, 4096), 393_216, "1.09 to 1.12", 128),
-    Measured("attention_fwd", torch.bfloat16, (64,), range(4096, 4097), 393_216, "1.20", 192),
-    Measured("attention_fwd", torch.bfloat16, (128,), range(1024, 4097), 196_608, "1.42 to 1.46", 128),
-    Measured("attention_bwd", torch.bfloat16, (64,), range(1024, 4097), 393_216, "1.27 to 1.34"),
-    Measured("attention_bwd", torch.bfloat16, (128,), range(1024, 4097), 196_608, "1.60 to 1.65"),
-    Measured("linear_gelu_fwd", torch.bfloat16, (768, 3072), _ANY, 32_768, "1.25", approximate="tanh"),
-    Measured("linear_gelu_bwd", torch.bfloat16, (768, 3072), _ANY, 32_768, "1.41", approximate="tanh"),
+    Measured("attention_fwd", torch.bfloat16, (64,), range(1024, 4096), 393_216, "1.09 to 1.15", 128),
+    Measured("attention_fwd", torch.bfloat16, (64,), range(4096, 4097), 393_216, "1.19 to 1.22", 192),
+    Measured("attention_fwd", torch.bfloat16, (128,), range(1024, 4097), 196_608, "1.31 to 1.46", 128),
+    Measured("attention_bwd", torch.bfloat16, (64,), range(1024, 4097), 393_216, "1.35 to 1.38"),
+    Measured("attention_bwd", torch.bfloat16, (128,), range(1024, 4097), 196_608, "1.64 to 1.67"),
+    Measured("linear_gelu_fwd", torch.bfloat16, (768, 3072), _ANY, 32_768, "1.19 to 1.25", approximate="tanh"),
+    Measured("linear_gelu_bwd", torch.bfloat16, (768, 3072), _ANY, 32_768, "1.21 to 1.41", approximate="tanh"),
 )
 
 

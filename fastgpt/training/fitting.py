@@ -13,7 +13,7 @@ from fastgpt import data
 from fastgpt.atomic import remove_unfinished, replacing, writable_folder
 from fastgpt.data.tokenizer import Named, end_of_text
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.training import monitor, state
+from fastgpt.training import monitor, state, tracking
 from fastgpt.training.capture import out_of_memory_told, why_no_graph
 from fastgpt.training.checkpoint import LOCK, Checkpoint, Checkpoints, locked
 from fastgpt.training.distributed import World, join, leave
@@ -153,8 +153,9 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
 def _clear(folder: Path) -> None:
     """What an earlier run left in the folder, but for what this one replaces."""
     Checkpoints(folder / CHECKPOINTS).clear()
-    (folder / monitor.SAMPLES).unlink(missing_ok=True)
-    shutil.rmtree(folder / monitor.EVENTS, ignore_errors=True)
+    for name in (monitor.SAMPLES, tracking.WANDB_ID):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / tracking.EVENTS, ignore_errors=True)
 
 
 def _starting_point(folder: Path, world: World, overwrite: bool, resume: bool, strict: bool) -> Checkpoint | None:

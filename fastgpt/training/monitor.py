@@ -1,8 +1,8 @@
-"""What can be seen of a run: the live line, metrics.csv, the loss plot, samples of text, TensorBoard's events."""
+"""What can be seen of a run: the live line, metrics.csv, the loss plot, samples of text, and what trackers are told."""
 
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from fastgpt.atomic import replacing
 from fastgpt.data.tokenizer import beginning, end_of_text, has_end_of_text
 from fastgpt.generation import generate
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.training.tracking import Tracker
 
-METRICS, PLOT, SAMPLES, EVENTS = "metrics.csv", "loss.png", "samples.txt", "tensorboard"
+METRICS, PLOT, SAMPLES = "metrics.csv", "loss.png", "samples.txt"
 
 # Dense matmuls in bfloat16 with float32 sums, or in float16 before bfloat16 was there, from NVIDIA's data sheets; the
 # longest name that a card's own holds decides.
@@ -59,17 +60,19 @@ class Monitor:
     """Of rank 0; on other ranks it is not made. Nothing that it shows is worth a run: once training has begun, what a
     file, a plot or a sample raises is told in a line."""
 
-    def __init__(self, folder: Path, config: GPTConfig, device: torch.device, processes: int, tensorboard: bool):
-        self.folder = folder
+    def __init__(
+        self, folder: Path, config: GPTConfig, device: torch.device, processes: int, told: Sequence[Tracker] = ()
+    ):
+        """told: who else is told of each number."""
+        self.folder, self.config = folder, config
         self.flops, self.peak = flops_per_token(config), peak_flops(device)
         self.processes = processes
-        self._writer: Any = _event_writer() if tensorboard else None
-        self.events: Any = None
+        self.told = list(told)
         self.line: tqdm | None = None
 
     def start(self, done: int, steps: int) -> None:
-        if self._writer is not None:
-            self.events = self._writer(str(self.folder / EVENTS))
+        for tracker in self.told:
+            tracker.open(self.folder, self.config)
         # disable=None: off a terminal there is no line that rewrites itself, but the lines of `say` alone
         self.line = tqdm(initial=done, total=steps, unit="step", dynamic_ncols=True, disable=None)
 
@@ -95,18 +98,14 @@ class Monitor:
         self._record({f"train/{name}": value for name, value in scalars.items()}, step)
 
     def _record(self, scalars: dict[str, float], step: int, flush: bool = False) -> None:
-        """In TensorBoard's events; after a failure no more, which would fail again at every look."""
-        if self.events is None:
-            return
+        """To every tracker; to one that failed no more, which would fail again at every look."""
 
-        def record() -> None:
-            for name, value in scalars.items():
-                self.events.add_scalar(name, value, step)
+        def record(tracker: Tracker) -> None:
+            tracker.log(scalars, step)
             if flush:
-                self.events.flush()
+                tracker.flush()
 
-        if not self.attempt(step, "TensorBoard", record):
-            self.events = None
+        self.told = [each for each in self.told if self.attempt(step, each.name, record, each)]
 
     def use(self, speed: float) -> str:
         """Of the card's matmuls, where its peak is known."""
@@ -134,26 +133,18 @@ class Monitor:
     def close(self) -> None:
         if self.line is not None:
             self.line.close()
-        events, self.events = self.events, None
-        if events is not None:
+        told, self.told = self.told, []
+        for tracker in told:
             try:
-                events.close()
+                tracker.close()
             except Exception as error:  # the run is saved, or its own error is on its way
-                self.say(f"TensorBoard failed: {in_a_line(error)}")
+                self.say(f"{tracker.name} failed: {in_a_line(error)}")
 
 
 def in_a_line(error: Exception) -> str:
     """The error's class, and the first line of what it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-
-
-def _event_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard true needs `pip install tensorboard`") from error
-    return SummaryWriter
 
 
 def sample(model: GPT, encoding: tiktoken.Encoding, prompt: str, tokens: int, seed: int) -> str:

@@ -25,13 +25,14 @@ from fastgpt.training.optimizer import adamw, set_learning_rate
 from fastgpt.training.settings import TrainConfig
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
+from fastgpt.training.tracking import trackers
 from fastgpt.weights import save_model
 
 CHECKPOINTS = "checkpoints"
 # Settings that change no bit of what the steps compute, or that a longer run is asked for by.
 SHOWN = (
     *("init_from", "max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "tensorboard"),
-    *("sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device", "cuda_graph"),
+    *("wandb", "sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device", "cuda_graph"),
 )
 OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
 
@@ -78,7 +79,8 @@ class Run:
         self.started = time.perf_counter()
         self.monitor: monitor.Monitor | None = None
         if world.rank == 0:
-            self.monitor = monitor.Monitor(folder, model.config, world.device, world.size, config.tensorboard)
+            told = trackers(config.tensorboard, config.wandb)
+            self.monitor = monitor.Monitor(folder, model.config, world.device, world.size, told)
 
     def restore(self, saved: state.Saved) -> None:
         facts = saved.facts

@@ -60,6 +60,7 @@ class TrainConfig:
     cuda_graph: Literal["auto", True, False] = "auto"  # the whole step as one CUDA graph; "auto" is where it can be
     fsdp: bool = False  # shard weights and moments over the processes, instead of a copy in each
     tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self):
         check_fields(self)

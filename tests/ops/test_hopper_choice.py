@@ -186,8 +186,8 @@ def test_autocasts_dtype_counts():
 
 FORWARD, BACKWARD = "hopper_linear_gelu_fwd_kernel", "hopper_linear_gelu_bwd_kernel"
 MLPS = {  # what explain says, and which of the two are launched
-    "measured at 1.25": (mlp, {FORWARD, BACKWARD}),
-    "measured at 1.41": (lambda: mlp(rows=(40, 1001)), {FORWARD, BACKWARD}),
+    "measured at 1.19 to 1.25": (mlp, {FORWARD, BACKWARD}),
+    "measured at 1.21 to 1.41": (lambda: mlp(rows=(40, 1001)), {FORWARD, BACKWARD}),
     "the hidden units are computed again": (lambda: mlp(recompute=True), {FORWARD}),
     "there is no bias": (lambda: mlp(bias=False), {BACKWARD}),
     "not measured for approximate='none'": (lambda: mlp(approximate="none"), set()),

@@ -11,6 +11,7 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training import monitor
 from fastgpt.training.monitor import Monitor, flops_per_token, peak_flops, plot_losses, sample
+from fastgpt.training.tracking import trackers
 
 SHAPE = GPTConfig.preset("byte-0.1M", n_layer=1, block_size=16)
 ROW = dict(step=2, train_loss=1.0, val_loss=1.5, learning_rate=0.1, tokens_per_second=1e6, seconds=1.0, grad_norm=0.5)
@@ -57,7 +58,7 @@ def test_the_peak_is_the_cards(monkeypatch, name, peak):
 
 def test_mfu_is_of_all_devices(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "peak_flops", lambda device: 1e12)
-    watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 2, False)
+    watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 2)
     speed = 1e12 / flops_per_token(SHAPE)
     assert watch.use(speed) == ", 1.0 TFLOP/s, MFU 50.0%"
     watch.peak = None
@@ -83,7 +84,7 @@ def test_tensorboard_gets_losses(tmp_path, monkeypatch):
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 1, True)
+    watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 1, trackers(True, False))
     watch.start(0, 4)
     watch.stepped(2, 2, 1.25, 0.5, 0.1, 1e6)
     watch.evaluated([ROW])
@@ -101,7 +102,40 @@ def test_tensorboard_gets_losses(tmp_path, monkeypatch):
 def test_without_tensorboard_its_option_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="needs `pip install tensorboard`"):
-        Monitor(tmp_path, SHAPE, torch.device("cpu"), 1, True)
+        trackers(True, False)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="needs `pip install wandb`"):
+        trackers(False, True)
+
+
+def test_wandb_gets_the_same_and_a_resumed_run_goes_on_there(tmp_path, monkeypatch):
+    told, begun, ended = [], [], []
+
+    class Run:
+        def log(self, scalars, step):
+            told.append((scalars, step))
+
+        def finish(self):
+            ended.append(True)
+
+    module = ModuleType("wandb")
+    module.init = lambda **given: (begun.append(given), Run())[1]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setenv("WANDB_PROJECT", "plays")
+    for _ in range(2):
+        watch = Monitor(tmp_path, SHAPE, torch.device("cpu"), 1, trackers(False, True))
+        watch.start(0, 4)
+        watch.stepped(2, 2, 1.25, 0.5, 0.1, 1e6)
+        watch.evaluated([ROW])
+        watch.close()
+    first, again = begun
+    assert first == again and len(first["id"]) == 12 and first["resume"] == "allow"
+    assert (first["project"], first["name"], first["dir"]) == ("plays", tmp_path.name, str(tmp_path))
+    assert first["config"]["n_layer"] == SHAPE.n_layer and ended == [True, True]
+    assert told[:2] == [
+        ({"train/loss": 1.25, "train/grad_norm": 0.5, "train/learning_rate": 0.1, "train/tokens_per_second": 1e6}, 2),
+        ({"val/loss": 1.5}, 2),
+    ]
 
 
 def test_a_sample_is_repeatable_and_leaves_the_generators_alone():
