@@ -13,6 +13,7 @@ import pytest
 from fastgpt import GPT, GPTConfig, cli, generate
 from fastgpt.cli.text import load
 from fastgpt.weights import save_model
+from tests.models import book_package
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
@@ -61,6 +62,24 @@ def test_fine_tuning(here, capsys):
     assert cli.main([*(word.strip('"') for word in write[1:]), "--max_new_tokens", "3"]) == 0
     assert cli.main(convert[1:]) == 0
     assert json.loads((here / "finetuned" / "config.json").read_text())["train"]["learning_rate"] == 3e-5
+
+
+def test_the_books_chapter_as_a_notebook(here, capsys):
+    """It was run from its first cell to its last and its outputs are kept; and it runs."""
+    book_package("ch05")
+    cells = json.loads((ROOT / "examples" / "book.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [*range(1, len(code) + 1)]
+    kept = "".join("".join(output.get("text", "")) for cell in code for output in cell["outputs"])
+    assert "causal_attention" in kept and "apart in the run" in kept and "Error" not in kept
+    names: dict = {}
+    for cell in code:
+        lines = "".join(cell["source"])
+        for big, small in {"CHARACTERS = 120_000": "CHARACTERS = 20_000", '"n_layers": 4': '"n_layers": 1'}.items():
+            lines = lines.replace(big, small)
+        exec(compile(lines, "book.ipynb", "exec"), names)
+    assert names["CHARACTERS"] == 20_000 and names["CONFIG"]["n_layers"] == 1
+    assert len(names["before"][0]) == len(names["after"][0]) > 0 and "seconds: " in capsys.readouterr().out
 
 
 def test_hugging_faces_trainer(here):
