@@ -20,8 +20,8 @@ from fastgpt.data import load_corpus
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training.distributed import join
 from fastgpt.training.optimizer import TrainingStep, adamw
-from fastgpt.training.run import Run, autocast_dtype
-from fastgpt.training.settings import TrainConfig
+from fastgpt.training.run import Run
+from fastgpt.training.settings import TrainConfig, autocast_dtype
 from fastgpt.training.signals import Signals
 
 

@@ -210,7 +210,7 @@ def test_a_resumed_run_has_the_same_losses(device, dropout, tmp_path, texts):
 @pytest.mark.parametrize("way", ["bfloat16", "float16", "dropout"])
 def test_a_resumed_cuda_graph_goes_on(way, tmp_path, texts):
     """A resumed run begins with two steps without a graph: they too draw, scale and compute what the replays did."""
-    how = {**WAYS[way], "max_iters": 10}
+    how = {**WAYS[way], "max_iters": 10, "cuda_graph": True}
     expected = trained(tmp_path / "whole", texts, "cuda", **how)
     trained(tmp_path / "two", texts, "cuda", **{**how, "max_iters": 5})
     assert repr(trained(tmp_path / "two", texts, "cuda", **how, resume=True)) == repr(expected)

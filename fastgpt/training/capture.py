@@ -13,7 +13,7 @@ from torch import nn
 from fastgpt import private
 from fastgpt.model import GPTConfig
 from fastgpt.training.distributed import World
-from fastgpt.training.settings import TrainConfig
+from fastgpt.training.settings import TrainConfig, autocast_dtype
 
 
 def why_no_graph(shape: GPTConfig, config: TrainConfig, world: World, model: nn.Module | None = None) -> str | None:
@@ -26,9 +26,18 @@ def why_no_graph(shape: GPTConfig, config: TrainConfig, world: World, model: nn.
     reason = _obstacle(shape, world, model)
     if reason is not None and config.cuda_graph is True:
         raise ValueError(f"cuda_graph is true, and a CUDA graph can't be: {reason}")
-    if reason is None and config.compile and config.cuda_graph == "auto":
-        return "torch.compile, with which it was not tried; cuda_graph = true takes both"
+    if reason is None and config.cuda_graph == "auto" and (untried := _untried(config, world)) is not None:
+        return f"{untried}, with which a graph was not tried on a GPU yet; cuda_graph = true takes both"
     return reason
+
+
+def _untried(config: TrainConfig, world: World) -> str | None:
+    """What nobody has seen run in a graph on a card: that is not done unasked."""
+    if config.compile:
+        return "torch.compile"
+    if autocast_dtype(config, world.device) == torch.float16:
+        return "float16"
+    return "document_mask" if config.document_mask else None
 
 
 def _obstacle(shape: GPTConfig, world: World, model: nn.Module | None) -> str | None:

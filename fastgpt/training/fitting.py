@@ -18,8 +18,8 @@ from fastgpt.training.capture import out_of_memory_told, why_no_graph
 from fastgpt.training.checkpoint import LOCK, Checkpoint, Checkpoints, locked
 from fastgpt.training.distributed import World, join, leave
 from fastgpt.training.plan import Plan, plan_run, pretrained
-from fastgpt.training.run import CHECKPOINTS, Run, autocast_dtype
-from fastgpt.training.settings import SETTINGS, TrainConfig, settings_text
+from fastgpt.training.run import CHECKPOINTS, Run
+from fastgpt.training.settings import SETTINGS, TrainConfig, autocast_dtype, settings_text
 from fastgpt.training.signals import Signals
 from fastgpt.weights import CONFIG, WEIGHTS
 

@@ -22,7 +22,7 @@ from fastgpt.training.capture import why_no_graph
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, set_learning_rate
-from fastgpt.training.settings import TrainConfig
+from fastgpt.training.settings import TrainConfig, autocast_dtype
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
 from fastgpt.training.tracking import trackers
@@ -337,12 +337,3 @@ def _rank_seed(seed: int, rank: int, step: int) -> int:
     """Of dropout: another one for each process, and for each place where a run is taken up by other processes."""
     mixed = np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0]
     return int(mixed >> np.uint64(1))
-
-
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    """The dtype of matmuls, None for the weights' own: bfloat16 where the GPU has it, float16 on older ones."""
-    if config.dtype != "auto":
-        return None if config.dtype == "float32" else getattr(torch, config.dtype)
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

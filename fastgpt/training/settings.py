@@ -8,6 +8,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fastgpt.fields import check_fields, nearest
 from fastgpt.model import GPTConfig
 
@@ -150,3 +152,12 @@ def _toml(value: str | float | bool) -> str:
         plain = value.replace("\\", "\\\\").replace('"', '\\"')
         return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in plain) + '"'
     return repr(value)
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    """The dtype of matmuls, None for the weights' own: bfloat16 where the GPU has it, float16 on older ones."""
+    if config.dtype != "auto":
+        return None if config.dtype == "float32" else getattr(torch, config.dtype)
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16

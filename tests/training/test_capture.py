@@ -19,20 +19,21 @@ from fastgpt.training.step import Step
 
 SHAPE = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
 CARD = World(0, 1, torch.device("cuda"))
+BFLOAT16 = TrainConfig(dtype="bfloat16")  # whatever the card
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        dict(),
-        dict(gradient_accumulation_steps=4),
-        dict(document_mask=True),
-        dict(dtype="float16"),
-        dict(cuda_graph=True, compile=True),
-    ],
-)
-def test_one_gpu_takes_a_graph_by_itself(fields):
-    assert why_no_graph(SHAPE, TrainConfig(**fields), CARD, GPT(SHAPE)) is None
+def test_one_gpu_takes_a_graph_by_itself_where_that_was_tried():
+    for fields in (dict(), dict(dtype="float32"), dict(gradient_accumulation_steps=4)):
+        assert why_no_graph(SHAPE, dataclasses.replace(BFLOAT16, **fields), CARD, GPT(SHAPE)) is None
+    for what, fields in (
+        ("torch.compile", dict(compile=True)),
+        ("float16", dict(dtype="float16")),
+        ("document_mask", dict(document_mask=True)),
+    ):
+        config = dataclasses.replace(BFLOAT16, **fields)
+        said = why_no_graph(SHAPE, config, CARD, GPT(SHAPE)) or ""
+        assert said.startswith(f"{what}, with which a graph was not tried on a GPU yet; cuda_graph = true")
+        assert why_no_graph(SHAPE, dataclasses.replace(config, cuda_graph=True), CARD, GPT(SHAPE)) is None
 
 
 OBSTACLES = [
@@ -54,21 +55,17 @@ def test_what_stands_in_the_way_is_named_or_an_error_where_it_was_asked_for(worl
 
 def test_an_amd_gpu_takes_none(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert why_no_graph(SHAPE, TrainConfig(), CARD) == "the GPU is AMD's"
+    assert why_no_graph(SHAPE, BFLOAT16, CARD) == "the GPU is AMD's"
 
 
 def test_a_hook_would_run_at_the_capture_alone():
     model, seen = GPT(SHAPE), []
     handle = model.h[1].mlp.register_forward_hook(lambda *given: seen.append(given))
-    assert why_no_graph(SHAPE, TrainConfig(), CARD, model) == "h.1.mlp has hooks"
+    assert why_no_graph(SHAPE, BFLOAT16, CARD, model) == "h.1.mlp has hooks"
     with pytest.raises(ValueError, match=r"can't be: h\.1\.mlp has hooks"):
         why_no_graph(SHAPE, TrainConfig(cuda_graph=True), CARD, model)
     handle.remove()
-    assert why_no_graph(SHAPE, TrainConfig(), CARD, model) is None
-
-
-def test_torch_compile_is_not_tried_unasked():
-    assert why_no_graph(SHAPE, TrainConfig(compile=True), CARD).startswith("torch.compile, with which it was not tried")
+    assert why_no_graph(SHAPE, BFLOAT16, CARD, model) is None
 
 
 def test_out_of_memory_says_what_would_need_less():
@@ -146,7 +143,7 @@ RUNS = {
     "alone": (dict(), dict(), "one CUDA graph a step"),
     "all together": (
         dict(dropout=0.1, activation_checkpointing="mlp"),
-        dict(gradient_accumulation_steps=3, document_mask=True, dtype="float16", skip_nonfinite=2),
+        dict(gradient_accumulation_steps=3, document_mask=True, dtype="float16", skip_nonfinite=2, cuda_graph=True),
         "one CUDA graph a step",
     ),
     "false": (dict(), dict(cuda_graph=False), "no CUDA graph: cuda_graph = false"),

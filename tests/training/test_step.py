@@ -11,7 +11,7 @@ from fastgpt.training import fit, monitor, pretrained
 from fastgpt.training import run as running
 from fastgpt.training.distributed import World
 from fastgpt.training.optimizer import adamw
-from fastgpt.training.settings import TrainConfig
+from fastgpt.training.settings import TrainConfig, autocast_dtype
 from fastgpt.training.step import Step
 from fastgpt.weights import save_model, save_pretrained
 
@@ -187,5 +187,5 @@ def test_dropout_and_the_compiler_of_torch_2_13(train, monkeypatch):
 def test_auto_is_bfloat16_where_the_gpu_has_it(monkeypatch):
     for capability, dtype in {(9, 0): torch.bfloat16, (8, 0): torch.bfloat16, (7, 5): torch.float16}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, here=capability: here)
-        assert running.autocast_dtype(TrainConfig(), torch.device("cuda")) == dtype
-    assert running.autocast_dtype(TrainConfig(), torch.device("cpu")) is None
+        assert autocast_dtype(TrainConfig(), torch.device("cuda")) == dtype
+    assert autocast_dtype(TrainConfig(), torch.device("cpu")) is None
