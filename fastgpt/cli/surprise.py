@@ -4,7 +4,6 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import tiktoken
 
 from fastgpt.data.tokenizer import END_OF_TEXT, has_end_of_text
@@ -32,7 +31,7 @@ i {{ font-style: normal; border-radius: 2px; }}
 """
 
 
-def page(title: str, facts: str, tokens: Sequence[int], losses: np.ndarray, encoding: tiktoken.Encoding) -> str:
+def page(title: str, facts: str, tokens: Sequence[int], losses: Sequence[float], encoding: tiktoken.Encoding) -> str:
     """tokens (N,), and the loss of each in nats; the first MOST are shown. A character of several tokens is one piece,
     with their losses summed."""
     if len(tokens) > MOST:
@@ -49,12 +48,12 @@ def page(title: str, facts: str, tokens: Sequence[int], losses: np.ndarray, enco
 
 
 def _characters(
-    tokens: Sequence[int], losses: np.ndarray, encoding: tiktoken.Encoding
+    tokens: Sequence[int], losses: Sequence[float], encoding: tiktoken.Encoding
 ) -> Iterator[tuple[str, float, int]]:
     """Pieces of whole characters: text, the sum of their losses, and the number of tokens."""
     end = encoding.encode_single_token(END_OF_TEXT) if has_end_of_text(encoding) else None
     held, loss, count = b"", 0.0, 0
-    for place, (token, own) in enumerate(zip(tokens, losses.tolist(), strict=True), 1):
+    for place, (token, own) in enumerate(zip(tokens, losses, strict=True), 1):
         held += b"" if token == end else encoding.decode_single_token_bytes(token)
         loss, count = loss + own, count + 1
         # the longest character has 4 bytes: what is none by then is no text

@@ -214,13 +214,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         dtype=None if options.dtype is None else getattr(torch, options.dtype),
         progress=True,
+        each=options.html is not None,
     )
     said = f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.3f}"
     if found.bits_per_byte is None:
         said += f" ({found.tokens:,} tokens)"
     else:
         said += f", {found.bits_per_byte:.4f} bits a byte ({found.tokens:,} tokens, {found.bytes:,} bytes)"
-    if options.html is not None and isinstance(tokens, tiktoken.Encoding):
+    if found.losses is not None and isinstance(tokens, tiktoken.Encoding):
         title = f"{Path(options.data).name}, as {options.checkpoint} reads it"
         with replacing(Path(options.html)) as new:
             new.write_text(page(title, f"{said}.", ids[1:].tolist(), found.losses, tokens), encoding="utf-8")

@@ -18,7 +18,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float | None  # where the number of bytes is known
     tokens: int  # that were predicted: all but the first
     bytes: int | None  # of those
-    losses: np.ndarray  # (tokens,) in nats, in their order
+    losses: tuple[float, ...] | None = None  # of each of them, in nats, where they were asked for
 
 
 def evaluate(
@@ -31,12 +31,13 @@ def evaluate(
     batch_size: int = 8,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    each: bool = False,
 ) -> Evaluation:
     """The loss of tokens (N,) under a GPT of any family, each token but the first predicted once.
 
     window: tokens of a pass, the context if None. stride: of how many new tokens each pass counts the loss, half a
     window if None; the others before them are what they are read after. A stride of the window is the fastest, one of 1
-    gives each token all that the window holds. count_bytes: of tokens, for bits a byte.
+    gives each token all that the window holds. count_bytes: of tokens, for bits a byte. each: keep each token's loss.
     ValueError for tokens that are too few or outside the vocabulary, and for a loss that is not finite.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model, dtype=dtype)
@@ -67,9 +68,9 @@ def evaluate(
     predicted = len(tokens) - 1
     size = None if count_bytes is None else count_bytes(tokens[1:])
     total = math.fsum(losses.tolist())
-    loss = total / predicted
+    loss, kept = total / predicted, tuple(losses.tolist()) if each else None
     perplexity = math.exp(loss) if loss < 700 else math.inf
-    return Evaluation(loss, perplexity, total / math.log(2) / size if size else None, predicted, size, losses)
+    return Evaluation(loss, perplexity, total / math.log(2) / size if size else None, predicted, size, kept)
 
 
 def _batches(count: int, window: int, stride: int, batch_size: int) -> list[list[tuple[int, int, int]]]:

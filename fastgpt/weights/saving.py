@@ -115,7 +115,8 @@ def _for_the_hub(model: GPT, name: str, told: dict, folder: str) -> tuple[dict[s
 
     name: of the encoding, or "unknown". told: the config.json that lies beside the weights.
     """
-    page = {CARD: card(folder, model.config, sum(p.numel() for p in model.parameters()), name, told)}
+    shown = folder.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # of bytes that are no text
+    page = {CARD: card(shown, model.config, sum(p.numel() for p in model.parameters()), name, told)}
     if name == "unknown":
         return page, {}, ["no tokenizer's files: nothing says which encoding the model has; --encoding does"]
     try:

@@ -215,7 +215,7 @@ def test_eval_draws_each_token_in_the_colour_of_its_surprise(capsys, folders, tm
     shown.feed(file.read_text(encoding="utf-8").split("<pre>")[1].split("</pre>")[0])
     assert "".join(piece for _, piece in pieces) == text
     ids = np.array([256, *text.encode()])
-    losses = evaluate(cli_text.load(str(folders / "own"), None)[0], ids).losses
+    losses = np.array(evaluate(cli_text.load(str(folders / "own"), None)[0], ids, each=True).losses)
     assert losses.sum() == pytest.approx(sum(float(attrs["title"].split()[0]) for attrs, _ in pieces), rel=1e-3)
     emoji = next(attrs for attrs, piece in pieces if piece == "🙂")
     place = text.encode().index("🙂".encode())
@@ -227,7 +227,7 @@ def test_eval_draws_each_token_in_the_colour_of_its_surprise(capsys, folders, tm
 def test_a_page_writes_tokens_as_text():
     gpt2 = encoding("gpt2")
     ids = gpt2.encode('<script>alert("x")</script> &amp;')
-    written = page("<title>", "<facts>", ids, np.ones(len(ids)), gpt2)
+    written = page("<title>", "<facts>", ids, [1.0] * len(ids), gpt2)
     shown = html.parser.HTMLParser()
     tags = []
     shown.handle_starttag = lambda tag, attrs: tags.append(tag)
