@@ -21,6 +21,12 @@ class Cache:
         self.words: torch.Tensor | None = None  # where one kernel writes a token: its programs' own
         self.k, self.v = (half.unbind() for half in self.whole)  # of each layer, (rows, H, slots, D)
 
+    def clear(self) -> None:
+        """Zeros, as it was made."""
+        self.whole.zero_()
+        if self.words is not None:
+            self.words.zero_()
+
     @staticmethod
     def size(config: GPTConfig, rows: int, slots: int, dtype: torch.dtype) -> int:
         """Bytes."""

@@ -40,6 +40,7 @@ class Logits:
     def __init__(self, model: token.Model):
         self._model = model
         self.words = model.words  # those of one cache
+        self.own_tensors = model.own_tensors
 
     def __call__(self, ids: Tensor, lengths: Tensor, cache: Tensor, words: Tensor) -> Tensor:
         """ids (1, 1), whose key and value go into the cache (2, L, 1, H, slots, D); lengths (1,), with it counted in;
