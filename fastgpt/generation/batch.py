@@ -229,7 +229,7 @@ class Batch:
                 _put(self.logprobs, turn, logits.log_softmax(-1).gather(1, ids))
             if not self._finite_at_a_glance(logits):
                 low, high = logits.aminmax(dim=-1, keepdim=True)  # NaN is both
-                ids = torch.where(low * 0 == high * 0, ids, -1)  # NaN of what is not finite
+                ids = ids.masked_fill(low * 0 != high * 0, -1)  # NaN of what is not finite
             _put(self.news, turn, ids)
             self.lengths += 1
 
