@@ -18,7 +18,7 @@ from bench.gates import feign
 from bench.launches import predict, show
 from bench.launches.parts import Sizes
 from bench.launches.record import Launch, recorded
-from bench.launches.rows import CAPABILITY, _UNDRAWN
+from bench.launches.rows import _UNDRAWN, CAPABILITY
 from fastgpt.generation.batch import Batch, plan
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling

@@ -3,13 +3,18 @@
 from collections import Counter
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from bench import tokens, work
 from bench.__main__ import main
+from bench.compiled_loop import CompiledLoop
+from bench.machine import Machine
+from fastgpt import generate
 from fastgpt.generation.sampling import Sampling
 from fastgpt.model import GPTConfig
+from tests.generation.small_gpt import gpt
 
 LAYERS = 2
 CONFIG = GPTConfig(n_layer=LAYERS)
@@ -62,3 +67,23 @@ def test_the_table(capsys):
     shown = capsys.readouterr()
     assert "one sequence, greedy, in one launch         2" in shown.out and "token_kernel" in shown.out
     assert "no row's name holds 'nine'" in shown.err
+
+
+def greedy_by_the_rival(compiler, **changes):
+    """And by fastgpt: twice each, for a graph's first step differs from the next ones."""
+    torch.manual_seed(0)
+    model, ids = gpt(32, **changes), torch.tensor([[3, 1, 4], [7, 2, 9]])
+    machine = Machine("cpu", "cpu", torch.float32, None, compiler, 0.0, (1, 1))
+    loop = CompiledLoop(model, 2, 20, machine)
+    for _ in range(2):
+        assert loop.generate(ids, 12)[:, 3:].tolist() == generate(model, ids, 12, temperature=0).tokens
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie=False, bias=False, gelu="none")])
+def test_the_plain_loop_writes_fastgpts_tokens(changes):
+    greedy_by_the_rival("eager", **changes)
+
+
+@pytest.mark.slow
+def test_the_plain_loop_compiled():
+    greedy_by_the_rival("inductor")
