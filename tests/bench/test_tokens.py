@@ -10,10 +10,14 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 from bench import tokens, work
 from bench.__main__ import main
 from bench.compiled_loop import CompiledLoop
+from bench.gates import feign
+from bench.launches.parts import Sizes
+from bench.launches.record import recorded
 from bench.machine import Machine
 from fastgpt import generate
+from fastgpt.generation import batch
 from fastgpt.generation.sampling import Sampling
-from fastgpt.model import GPTConfig
+from fastgpt.model import GPT, GPTConfig
 from tests.generation.small_gpt import gpt
 
 LAYERS = 2
@@ -56,6 +60,22 @@ def test_what_sampling_launches_beside_a_greedy_token(sampling, more):
     """A launch more here is a few microseconds a token."""
     greedy, found = (sum(kernels(tokens.Way(1, each)).values()) for each in (tokens.GREEDY, sampling))
     assert found - greedy <= more
+
+
+def test_a_later_call_launches_its_tokens_and_little_else(monkeypatch):
+    """Of a model that is given itself: what is not in a graph, the third time. Nothing is captured, and no layer is
+    launched one by one. A replay on this card launches nothing."""
+    made, captured = [], batch.captured
+    monkeypatch.setattr(batch, "captured", lambda *given: made.append(given) or captured(*given))
+    counts = []
+    with feign.card(90):
+        with torch.device("cuda"):
+            model = GPT(CONFIG).bfloat16().eval()
+        for _ in range(4):
+            with recorded(Sizes(1, 768, 3072, 50257)) as found:
+                generate(model, [[1, 2, 3]], 24, temperature=0)
+            counts.append(sum(each.kernels for each in found))
+    assert len(made) == 2 and counts[2] == counts[3] < 16 < counts[1] < counts[0]
 
 
 def test_the_table(capsys):

@@ -7,10 +7,11 @@ import weakref
 import pytest
 import torch
 
-from fastgpt import generate, stream
-from fastgpt.generation import ahead
+from fastgpt import generate, memory, stream
+from fastgpt.generation import ahead, batch, kept
 from fastgpt.generation.ahead import AHEAD
 from fastgpt.generation.decoder import Decoder
+from fastgpt.generation.kept import release
 from tests.generation.feigned import card
 from tests.generation.small_gpt import gpt, recomputed
 
@@ -128,6 +129,42 @@ def test_what_is_kept_goes_with_the_model(model):
             gc.enable()
 
 
+def test_what_is_kept_can_be_given_back(model):
+    decoder = Decoder(model)
+    with card() as device:
+        for given in (decoder, model):
+            for _ in range(2):
+                generate(given, [[3, 1, 4]], 16, temperature=0)
+                release(given)
+                device.drain()
+    assert device.log.count("warm") == 4
+
+
+def test_of_what_is_kept_the_latest_has_the_room(model, monkeypatch):
+    """Two caches of 64 tokens, 2 layers and 16 channels find room here, and not three."""
+    monkeypatch.setattr(kept, "most_bytes", lambda device: 2 * (2 * 2 * 64 * 16 * 4))
+    decoder = Decoder(model)
+    warm = []
+    with card() as device:
+        for temperature in (1.0, 2.0, 3.0, 3.0, 2.0, 1.0):
+            device.log.clear()
+            generate(decoder, [[3, 1, 4]], 16, temperature=temperature, seed=1)
+            device.drain()
+            warm.append("warm" in device.log)
+        assert len(decoder.kept) == 2
+    assert warm == [True, True, True, False, False, True]
+
+
+def test_a_call_that_finds_no_memory_takes_what_is_kept(model, monkeypatch):
+    decoder, room = Decoder(model), 10**9
+    with card():
+        generate(decoder, [[3, 1, 4]], 16, temperature=0)
+        assert len(decoder.kept) == 1
+        monkeypatch.setattr(memory, "available_bytes", lambda device: 0 if len(decoder.kept) else room)
+        generate(decoder, [[3, 1, 4]], 16, temperature=0, num_samples=2)
+        assert len(decoder.kept) == 1
+
+
 def test_two_streams_of_one_decoder_at_once(model):
     decoder, way = Decoder(model), dict(seed=2)
     expected = [list(stream(model, [prompt], 20, **way)) for prompt in ([3, 1, 4], [2, 7, 1])]
@@ -184,3 +221,77 @@ def test_every_step_is_told_once_and_in_order(every, depth, limit):
             assert device.begun - len(found) <= depth * every - 1
         assert found == list(range(limit if end is None else min(limit, end + 1)))
         assert device.begun <= limit and sum(count for _, count in device.sent) == device.begun
+
+
+# On a card.
+
+
+def captures(monkeypatch):
+    """A list that grows with each capture."""
+    made, captured = [], batch.captured
+
+    def noted(*given):
+        made.append(given)
+        return captured(*given)
+
+    monkeypatch.setattr(batch, "captured", noted)
+    return made
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS[:4], ids=str)
+def test_on_a_gpu_calls_of_one_decoder_write_what_each_writes_alone(dtype, way, monkeypatch):
+    """Prompts of one length and of others, one call left in the middle, one on a stream of its own."""
+    model = gpt(128, n_embd=64).to("cuda", dtype)
+    decoder, side = Decoder(model), torch.cuda.Stream()
+    calls = [[3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5], [8, 9, 7], [9, 3, 2]]
+    expected = [generate(Decoder(model), [prompt], 40, **way).tokens for prompt in calls]
+    made = captures(monkeypatch)
+    for number, (prompt, tokens) in enumerate(zip(calls, expected, strict=True)):
+        left = stream(decoder, [[1, 1, 1]], 40, **way)
+        for _ in range(number):
+            next(left, None)
+        left.close()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side if number % 2 else torch.cuda.current_stream()):
+            assert generate(decoder, [prompt], 40, **way).tokens == tokens
+    assert len(made) <= 4, "of a step, and of prompts of two lengths"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_keeps_its_captures_while_it_is_the_same(monkeypatch):
+    model = gpt(128, n_embd=64).to("cuda")
+    made = captures(monkeypatch)
+
+    def tokens():
+        found = generate(model, [[3, 1, 4]], 40, temperature=0).tokens
+        assert found == generate(Decoder(model), [[3, 1, 4]], 40, temperature=0).tokens
+        return found
+
+    first = tokens(), tokens(), tokens()
+    assert first[0] == first[1] == first[2] and len(made) == 1 + 1 + 3, "a step and a prompt, and each Decoder's own"
+    with torch.no_grad():
+        model.h[0].mlp.c_fc.weight.neg_()
+    assert tokens() != first[0] and len(made) == 6
+    model.h[0].mlp.c_fc.weight = torch.nn.Parameter(-model.h[0].mlp.c_fc.weight.detach())
+    assert tokens() == first[0] and len(made) == 8
+    release(model)
+    assert tokens() == first[0] and len(made) == 10
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_models_captures_go_with_it():
+    generate(gpt(128, n_embd=64).to("cuda"), [[3, 1, 4]], 40)  # cuBLAS has its workspace
+    gc.collect()
+    gc.disable()
+    try:
+        before = torch.cuda.memory_allocated()
+        model = gpt(128, n_embd=64).to("cuda")
+        for _ in range(3):
+            generate(model, [[3, 1, 4]], 40, temperature=0)
+        assert torch.cuda.memory_allocated() > before
+        del model
+        assert torch.cuda.memory_allocated() == before
+    finally:
+        gc.enable()
