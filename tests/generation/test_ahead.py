@@ -3,15 +3,17 @@
 import gc
 import random
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastgpt import generate, memory, stream
+from fastgpt import generate, memory, private, stream
 from fastgpt.generation import ahead, batch, kept
 from fastgpt.generation.ahead import AHEAD
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.kept import release
+from fastgpt.generation.sampling import Sampling
 from tests.generation.feigned import card
 from tests.generation.small_gpt import gpt, recomputed
 
@@ -127,6 +129,27 @@ def test_what_is_kept_goes_with_the_model(model):
             assert not any(each() for each in held)
         finally:
             gc.enable()
+
+
+def test_memory_that_was_given_back_since_is_another_tensors():
+    """Though what lies there now lies as what was read did."""
+    weight = torch.zeros(3)
+    found = kept.Kept(("where it lies",), (private.StorageWeakRef(weight.untyped_storage()),))
+    assert found.holds(("where it lies",)) and not found.holds(("elsewhere",))
+    del weight
+    assert not found.holds(("where it lies",))
+
+
+def test_the_next_call_waits_on_its_stream_for_what_the_last_one_left(model, monkeypatch):
+    decoder, waited = Decoder(model), []
+    used = object()
+    planned = batch.plan(decoder, 3, 1, 16, Sampling())
+    left = batch.Batch(decoder, planned)
+    found = kept.Kept()
+    found.give(left, used, 2**30)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(wait_event=waited.append))
+    assert found.take(planned) is left and waited == [used]
+    assert found.take(planned) is None
 
 
 def test_what_is_kept_can_be_given_back(model):
