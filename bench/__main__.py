@@ -10,6 +10,7 @@ COMMANDS = {
     "compile": "registers, spills, shared memory and matrix instructions of every kernel, with no GPU",
     "bytes": "flops, bytes and floor of every part of a training step",
     "launches": "every launch of a training step with its bytes, flops and floor, for each way to train, with no GPU",
+    "tokens": "every launch of one token with its bytes, flops and floor, for each way of generation, with no GPU",
     "roofs": "what this machine is, and the copy and matmul rates it reaches",
     "tune": "search tiles for each kernel and propose rows",
     "profile": "the kernels of one training step: time, share, floor",

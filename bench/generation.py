@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bench import baselines, families, work
 from bench.case import EAGER, SUBJECT, Case, Subject
+from bench.compiled_loop import CompiledLoop
 from bench.families import BOOK, HUGGING_FACE, NANOGPT
 from bench.machine import Machine
 from bench.models import gpt, with_backend
@@ -19,6 +20,7 @@ from fastgpt.testing import on_reference
 
 KEPT, BOOK_CACHED = f"{SUBJECT}, a Decoder kept", "the book, its cached file"
 STATIC = f"{HUGGING_FACE}, static cache"  # which its generate compiles on a GPU
+LOOP = "a plain loop, static cache, torch.compile"
 HUGGING_FACE_FLOAT32 = f"{HUGGING_FACE}, float32"
 _TO_BE_WRITTEN = 10_000  # by a decoder that is kept
 _RECOMPUTED = 16  # tokens at most, on a CPU, of a loop that computes all of it anew a token
@@ -70,6 +72,8 @@ def generation(
         NANOGPT: nanogpt,
         BOOK: lambda p: recomputing(families.book(p[0]), p),
     }
+    if new > 1:
+        variants[LOOP] = lambda p: _compiled_loop(machine, *p, new)
     if new > 1 and dtype is None:  # its cache is float32
         variants[BOOK_CACHED] = lambda p: _cached(*families.book_cached(p[0], machine.book), p[1], new)
     variants = {name: build for name, build in variants.items() if not only or name in (*only, EAGER)}  # the judge
@@ -119,6 +123,17 @@ def _hugging_face(ours: GPT, ids: Tensor, new: int, static: bool = False) -> Sub
         return (model.generate(ids, **options, **one).logits[0].to(model.dtype),)
 
     return Subject(lambda: model.generate(ids, **options, max_new_tokens=new, min_new_tokens=new), logits)
+
+
+def _compiled_loop(machine: Machine, model: GPT, ids: Tensor, new: int) -> Subject:
+    baselines.compiles_models(machine)
+    loop = CompiledLoop(model, len(ids), ids.shape[1] + new, machine)
+
+    @torch.no_grad()
+    def logits():
+        return (loop(ids, torch.arange(ids.shape[1], device=ids.device)),)
+
+    return Subject(lambda: loop.generate(ids, new), logits)
 
 
 def _cached(model: nn.Module, continued: Callable, ids: Tensor, new: int) -> Subject:

@@ -67,6 +67,7 @@ def examine() -> Diagnosis:
         "C compiler": _compiler,
         "kernel cache": _cache,
         "SDPA": _sdpa,
+        "a token": _token,
     }
     findings: list[Finding] = []
     for what, look in looks.items():
@@ -186,6 +187,14 @@ def _sdpa() -> Iterator[Finding]:
         "math": torch.backends.cuda.math_sdp_enabled(),
     }
     yield Finding("SDPA may use", ", ".join(name for name, on in allowed.items() if on) or "nothing")
+
+
+def _token() -> Iterator[Finding]:
+    """How generate writes a token of GPT-2 124M, one sequence alone."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        head = torch.empty(50257, 768, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        yield Finding("a token", ops.explain_token(head, 12, 3072, 1024))
 
 
 def _functions() -> dict[str, str]:

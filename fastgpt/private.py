@@ -7,9 +7,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _len_torch_dispatch_stack as dispatch_modes
 
-__all__ = ["FakeTensor", "FakeTensorMode", "dispatch_modes"]  # tensors without data; how many modes see an operation
+# Tensors without data; how many modes see an operation; whether a storage is still there.
+__all__ = ["FakeTensor", "FakeTensorMode", "StorageWeakRef", "dispatch_modes"]
 
 transformed = torch._C._are_functorch_transforms_active  # whether a transform of torch.func is at work
 is_batch = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad's is_grads_batched, an older way than vmap

@@ -248,6 +248,7 @@ class Model:
         gain, shift = norm
         self._last = gain, zeros.to(gain.dtype) if shift is None else shift
         self._token_weight, self._position_weight, self._head = token_weight, position_weight, head
+        self.own_tensors = zeros, self._table, self._last[1]  # which a captured launch needs as long as it is replayed
         self._numbers = scale * math.log2(math.e), eps
         self._constants = dict(
             zip("PLCHFV", (shape.programs, *shape[:5]), strict=True), **tiles._asdict(), TANH=tanh, ASM=not _INTERPRETED

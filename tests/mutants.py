@@ -54,6 +54,7 @@ GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/book.py"
 CHILD, PART = "test_swap_parts.py::test_a_changed_child_is_called", "test_swap_parts.py::test_a_changed_part_is_called"
 GENERATION, SAMPLED, BATCHED = "test_generation.py::", "test_sampling.py::", "test_batch.py::"
 ALONE = "test_decoder.py::test_one_row_alone_is_decoded_as_in_a_batch"
+AHEAD, LEFT, LEADING = "fastgpt/generation/ahead.py", "fastgpt/generation/kept.py", "test_ahead.py::"
 CACHED, DRAWN, STOPS = (
     GENERATION + "test_greedy_with_the_cache_is_greedy_without_it",
     SAMPLED + "test_draws_follow_the_softmax_with_its_filters",
@@ -235,7 +236,7 @@ MUTANTS = [
     Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "_Rows.finish", "log_total - (1 - smoothing) * self.z_target", "lse - self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
     Mutant("smoothing's sum of what has its top", "fastgpt/ops/cpu/logits.py", "_Rows.read", "self.below = z.sum(1)", "self.below = (z + self.top[:, None]).sum(1)", FALLBACK_LOSS, False),
     Mutant("a GELU's scale of the default dtype", "fastgpt/ops/cpu/mlp.py", "_scale", "_SCALE, dtype=x.dtype, device=x.device)", "_SCALE, device=x.device)", "test_defaults.py::test_a_function", False),
-    Mutant("log-probabilities of the default dtype", "fastgpt/generation/batch.py", "Batch.__init__", "torch.zeros(self.rows, dtype=statistics, ", "torch.zeros(self.rows, ", "test_defaults.py::test_what_is_generated", False),
+    Mutant("log-probabilities of the default dtype", "fastgpt/generation/batch.py", "Batch.__init__", "torch.zeros(plan.rows, plan.ring, dtype=statistics, ", "torch.zeros(plan.rows, plan.ring, ", "test_defaults.py::test_what_is_generated", False),
     Mutant("a run's model of the default dtype", "fastgpt/training/fitting.py", "_made", "torch.set_default_dtype(torch.float32)", "pass", "test_defaults.py::test_a_short_fit_and_its_files", False),
     Mutant("a mapped target out of range passes", "fastgpt/ops/checks.py", "in_range", "    values = unwrapped(values)\n", "    if unwrapped(values) is not values:\n        return\n", "test_transforms.py::test_what_is_mapped", False),
     Mutant("smoothing left out under torch.func", "fastgpt/ops/loss.py", "of_all_logits", "losses = losses - settings.label_smoothing * logprobs.mean(-1)", "pass", "test_transforms.py::test_torch_funcs_gradients", False),
@@ -319,7 +320,7 @@ MUTANTS = [
     Mutant("new tokens not seen", BATCH, "Batch._take", "self.seen.scatter_(1, ids, True)", "pass", SAMPLED + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
     Mutant("samples of another prompt", BATCH, "Batch.first_logits", "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", SAMPLED + "test_samples_of_a_prompt_share_its_row", False),
     Mutant("a window of one token less", BATCH, "Batch._window", "starts = (self.lengths - context)", "starts = (self.lengths - context + 1)", GENERATION + "test_slide_forgets_the_oldest", False),
-    Mutant("a stop id ends all rows", "fastgpt/generation/__init__.py", "_told", "if all(row.reason is not None for row in rows):", "if any(row.reason is not None for row in rows):", STOPS, False),
+    Mutant("a stop id ends all rows", "fastgpt/generation/__init__.py", "_told", "return all(row.reason is not None for row in rows)", "return any(row.reason is not None for row in rows)", STOPS, False),
     Mutant("a stop id ignored in one row", "fastgpt/generation/__init__.py", "_Row.take", "if token in self.stops.ids:", "if token in self.stops.ids and self.prompt[0] != 7:", STOPS, False),
     Mutant("a stop string shown in part", "fastgpt/generation/__init__.py", "_Row._read", "held = 0 if final else", "held = 0 if True else", SAMPLED + "test_stop_strings", False),
     Mutant("half a character shown", "fastgpt/generation/__init__.py", "_Row._read", "self._decoder.decode(data, final)", "data.decode(errors='replace')", SAMPLED + "test_characters_are_streamed_whole", False),
@@ -375,7 +376,19 @@ MUTANTS = [
     Mutant("accumulation adds up", "fastgpt/training/optimizer.py", "TrainingStep._step", "targets[number]) / len(idx)", "targets[number])", "test_step.py::test_accumulation_is_the_large_batch", False),
     Mutant("a cut between a space and its word", "fastgpt/data/tokenization.py", "_cut", "            return place\n", "            return place + 1\n", "test_tokens.py::test_pieces_and_threads_change_no_token", False),
     Mutant("a call that looks ahead is not heard", GPT2, "special", 'return asked or call.get("is_causal") is False', "return asked", "test_families_gpt2.py::test_a_call_of_attention_that_asks_for_more_is_left_to_itself", False),
-    Mutant("the last steps of a GPU are not read", "fastgpt/generation/__init__.py", "_told", "while len(readback) and any(row.reason is None for row in rows)", "while False", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
+    Mutant("the last steps of a GPU are not read", AHEAD, "told", "while begun < limit or under_way:", "while begun < limit:", BATCHED + "test_what_a_gpu_tells_is_waited_for_some_steps_later", False),
+    Mutant("the first token waits behind others", AHEAD, "told", "if 1 < begun < limit and", "if begun < limit and", LEADING + "test_the_first_token_is_not_waited_for_behind_others", False),
+    Mutant("one copy more under way", AHEAD, "told", "len(under_way) < device.depth", "len(under_way) <= device.depth", LEADING + "test_every_step_is_told_once_and_in_order", False),
+    Mutant("steps after the end are told", AHEAD, "told", "            if ended():\n                return\n", "", LEADING + "test_every_step_is_told_once_and_in_order", False),
+    Mutant("all rows' tokens at one place of the ring", AHEAD, "Copy._of", "(start + step) % len(row)", "step % len(row)", LEADING + "test_a_device_of_any_pace_gives_the_tokens_of_steps_in_turn", False),
+    Mutant("one buffer for two copies", AHEAD, "Readback.send", "turn = self._sent % self.depth", "turn = 0", LEADING + "test_a_device_of_any_pace_gives_the_tokens_of_steps_in_turn", False),
+    Mutant("a batch for two calls at once", LEFT, "Kept.take", "            self._batches.remove(found)\n", "", LEADING + "test_two_streams_of_one_decoder_at_once", False),
+    Mutant("captures of another model's weights", LEFT, "Kept.holds", "places == self.places and", "", LEADING + "test_a_model_that_is_given_itself_keeps_its_captures_while_it_is_the_same", False),
+    Mutant("captures of memory that is another's now", LEFT, "Kept.holds", " and not any(storage.expired() for storage in self._storages)", "", LEADING + "test_memory_that_was_given_back_since_is_another_tensors", False),
+    Mutant("a kept batch holds the model", LEFT, "keep", "    del batch.decoder  # which may keep it\n", "", LEADING + "test_what_is_kept_goes_with_the_model", False),
+    Mutant("a kept batch draws on", "fastgpt/generation/batch.py", "Batch.begin", "self.generator.manual_seed(0 if seed is None else seed)", "self.generator.manual_seed(0)", LEADING + "test_calls_that_follow_one_that_was_left_in_the_middle", False),
+    Mutant("a prompt's graph for any length", "fastgpt/generation/batch.py", "Batch._first", " or self._prompts_graph[0] != self.filled", "", LEADING + "test_calls_that_follow_one_that_was_left_in_the_middle", False),
+    Mutant("what failed is kept", "fastgpt/generation/__init__.py", "_continue", "except GeneratorExit:", "except BaseException:", LEADING + "test_a_call_that_failed_leaves_nothing", False),
     Mutant("a GPU's generator is not put back", "fastgpt/training/state.py", "restore_generators", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
     Mutant("every process takes the GPU of its rank", "fastgpt/training/distributed.py", "join", "f\"cuda:{os.environ['LOCAL_RANK']}\"", "f\"cuda:{os.environ['RANK']}\"", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
     Mutant("compiled before it is sharded", "fastgpt/training/run.py", "_distributed", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),

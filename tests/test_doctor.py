@@ -32,9 +32,8 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "a" / "cache"))
 
     def card(name, major, minor):
-        properties = SimpleNamespace(
-            name=name, major=major, minor=minor, total_memory=80 * 2**30, shared_memory_per_block_optin=232_448
-        )
+        properties = SimpleNamespace(name=name, major=major, minor=minor, total_memory=80 * 2**30)
+        properties.shared_memory_per_block_optin, properties.multi_processor_count = 232_448, 132
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
 
@@ -191,6 +190,30 @@ def test_the_command(machine, monkeypatch, capsys):
     machine.card("NVIDIA A100", 8, 0)
     assert cli.main(["doctor"]) == int(ops.no_triton() is not None)
     assert capsys.readouterr().err == ""
+
+
+def told_of_a_token():
+    return next(finding.found for finding in doctor.examine().findings if finding.what == "a token")
+
+
+@needs_triton
+def test_how_a_token_will_be_written(machine, monkeypatch):
+    token = pytest.importorskip("fastgpt.ops.token")
+    monkeypatch.setattr(token, "TRITONS", (token.triton.__version__,))
+    monkeypatch.setattr(token, "RAN", (token.triton.__version__,))
+    assert told_of_a_token().startswith("one launch of a kernel for all layers")
+    monkeypatch.setattr(token.launch, "multiprocessors", lambda weight: 114)
+    many = "many launches of kernels, replayed as one CUDA graph; not one launch: "
+    assert told_of_a_token() == many + "it was not measured on 114 multiprocessors"
+    machine.card("NVIDIA A100", 8, 0)
+    assert told_of_a_token() == many + "it was not measured for 768 channels on this device"
+    machine.card("Tesla T4", 7, 5)
+    assert told_of_a_token() == "PyTorch's operators, replayed as one CUDA graph"
+
+
+def test_how_a_cpu_writes_a_token():
+    if not torch.cuda.is_available() and not ops.interpreted():
+        assert told_of_a_token() == "PyTorch's operators, one after another"
 
 
 def test_what_to_do_is_told_of_problems_alone():

@@ -62,6 +62,7 @@ def _activation_gradient(given: dict[str, Tensor]) -> Work:
 
 
 _WORK: dict[str, Callable[[dict[str, Tensor]], Work]] = {
+    "append_kernel": lambda given: Work(0, 2 * memory(given["qkv_ptr"]) * 2 / 3),  # of q, k and v the last two
     "attention_fwd_kernel": lambda given: _attention(given, backward=False),
     "attention_dq_kernel": lambda given: _attention(given, 1),
     "attention_dkdv_kernel": lambda given: _attention(given, 4),

@@ -93,6 +93,9 @@ COUNTS: dict[str, Callable[[tuple, Any], int]] = {
     # Radix sorts, about: an arange, a histogram, its sums and a pass for each 8 bits of a 64-bit key; of an embedding's
     # keys only the 16 bits that a vocabulary needs, then runs of equal keys are found, counted and added up.
     "sort": lambda args, result: 12,
+    # Of few long rows, about: two for each 8 bits of the k-th value, what counts those above it, two scans, the
+    # gathering and a sort of the k (aten/src/ATen/native/cuda/TensorTopK.cu).
+    "topk": lambda args, result: 16,
     "embedding_dense_backward": lambda args, result: 15 if args[1].numel() > 3072 else 2,
 }
 

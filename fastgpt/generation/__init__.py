@@ -9,10 +9,12 @@ from torch import nn
 
 from fastgpt import memory
 from fastgpt.data.tokenizer import undecodable
-from fastgpt.generation.batch import Batch, Readback, Told, slots
+from fastgpt.generation.ahead import Told, told
+from fastgpt.generation.batch import Batch, Plan, plan
 from fastgpt.generation.cache import Cache
 from fastgpt.generation.decoder import MAX_STEP, Decoder
 from fastgpt.generation.given import at_least_1, prompts_of, stop_ids_of, strings_of, whole_number
+from fastgpt.generation.kept import clear_all, keep, kept_of
 from fastgpt.generation.sampling import Sampling
 from fastgpt.generation.speculative import Speculation
 
@@ -96,8 +98,10 @@ def stream(
     draft: a smaller GPT of the same vocabulary that proposes draft_tokens (4, up to 15) at a time, for the model to
     judge: the distribution stays the model's.
 
-    On a GPU no step waits for the host: a step is one CUDA graph, its tokens are copied beside it, and the host looks
-    at them, and finds stops, four steps later. With a draft, a round of tokens waits once.
+    On a GPU no step waits for the host: a step is one CUDA graph, and tokens come to the host four steps at a time,
+    while the device has at most seven more steps to do. The first token comes by itself. What a step writes beyond a
+    row's end is not told. With a draft, a round of tokens waits once.
+    A stream that is closed before its end may be followed by any other call.
     TypeError and ValueError for bad arguments, before any work. ValueError for logits that are not finite: it names
     their position and the first part of the model that made such a number.
     """
@@ -124,15 +128,19 @@ def stream(
     helper = None if draft is None else _ready(draft, dtype, max_new_tokens, rows)
     vocab_size = _vocabulary(decoder, helper, vocab_size, encoding)
     _check_tokens(prompts, decoder)
-    _check_room(decoder, prompts, max_new_tokens, num_samples, overflow)
-    if helper is not None and helper.context < max(map(len, prompts)) + max_new_tokens - 1:
+    longest = max(map(len, prompts))
+    _check_context(decoder, longest, max_new_tokens, overflow)
+    if helper is not None and helper.context < longest + max_new_tokens - 1:
         raise ValueError(f"generate: the draft's context is {helper.context}, the model's {decoder.context}")
-    generator = None if seed is None else torch.Generator(decoder.device).manual_seed(seed)
-    never = () if encoding is None else undecodable(encoding)
+    options: dict[str, Any] = dict(samples=num_samples, vocab_size=vocab_size, logprobs=logprobs)
+    options |= dict(seeded=seed is not None, never=() if encoding is None else undecodable(encoding))
     spare = 0 if helper is None else MAX_STEP  # what a round may write beyond the tokens asked for
-    batch = Batch(
-        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, spare, never
-    )  # fmt: skip
+    planned = plan(decoder, longest, rows, max_new_tokens, sampling, spare=spare, **options)
+    batch = kept_of(decoder).take(planned) if planned.captures else None
+    if batch is None:
+        _check_memory(decoder, planned)
+        batch = Batch(decoder, planned)
+    batch.begin(decoder, prompts, seed)
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     return _continue(batch, speculation, [_Row(prompt, max_new_tokens, stops) for prompt in repeated], stops)
@@ -143,7 +151,9 @@ def stream(
 
 def _ready(model: Any, dtype: torch.dtype | None, tokens: int, rows: int) -> Decoder:
     if not isinstance(model, Decoder):
-        return Decoder(model, dtype=dtype, tokens=tokens, rows=rows)
+        decoder = Decoder(model, dtype=dtype, tokens=tokens, rows=rows)
+        decoder.passing = True
+        return decoder
     model.check_unchanged()
     return model
 
@@ -170,23 +180,28 @@ def _check_tokens(prompts: list[list[int]], decoder: Decoder) -> None:
             )
 
 
-def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: int, overflow: str) -> None:
-    """ValueError for what the context, or the memory of the device, does not hold."""
-    longest, context = max(map(len, prompts)), decoder.context
-    if overflow == "error" and longest + new > context + 1:  # the last token is never fed back
+def _check_context(decoder: Decoder, longest: int, new: int, overflow: str) -> None:
+    if overflow == "error" and longest + new > decoder.context + 1:  # the last token is never fed back
         raise ValueError(
-            f"generate: {longest} + {new} tokens pass the context of {context}; overflow='slide' forgets the oldest"
+            f"generate: {longest} + {new} tokens pass the context of {decoder.context}; overflow='slide' forgets the "
+            f"oldest"
         )
-    rows, each = len(prompts) * samples, slots(decoder, longest, new)
+
+
+def _check_memory(decoder: Decoder, planned: Plan) -> None:
+    """ValueError for what the memory of the device does not hold, once what calls before left there is given back."""
     needed = (
-        Cache.size(decoder.gpt.config, rows, each, decoder.dtype)
-        + rows * (longest + new) * 8
-        + rows * decoder.outputs * 4
+        Cache.size(decoder.gpt.config, planned.rows, planned.slots, decoder.dtype)
+        + planned.rows * planned.room * 8
+        + planned.rows * decoder.outputs * 4
     )
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
+        clear_all()
+        there = memory.available_bytes(decoder.device)
+    if there is not None and needed > there:
         raise ValueError(
-            f"generate: {rows} rows of {each} tokens need about {needed / 2**30:,.1f} GiB, "
+            f"generate: {planned.rows} rows of {planned.slots} tokens need about {needed / 2**30:,.1f} GiB, "
             f"{decoder.device} has {there / 2**30:,.1f}"
         )
 
@@ -253,42 +268,46 @@ def _overlap(text: str, string: str) -> int:
 
 def _continue(batch: Batch, speculation: Speculation | None, rows: list[_Row], stops: _Stops) -> Iterator[Step]:
     """A generator of its own, so that stream's checks run when it is called, not at the first token."""
-    for told in _told(batch, speculation, rows):
+    try:
+        yield from _steps(batch, speculation, rows, stops)
+    except GeneratorExit:  # closed before its end: what the device still writes is nobody's
+        keep(batch)
+        raise
+    keep(batch)
+
+
+def _steps(batch: Batch, speculation: Speculation | None, rows: list[_Row], stops: _Stops) -> Iterator[Step]:
+    for each in _told(batch, speculation, rows):
         tokens, texts, logprobs = [], [], []
         for number, row in enumerate(rows):
-            if row.reason is None and -1 in told.ids[number]:
-                row.take(told.ids[number][: told.ids[number].index(-1)])
+            if row.reason is None and -1 in each.ids[number]:
+                row.take(each.ids[number][: each.ids[number].index(-1)])
                 raise ValueError(_not_finite(batch.decoder, row))
-            kept, text = row.take(told.ids[number]) if row.reason is None else ([], "")
+            kept, text = row.take(each.ids[number]) if row.reason is None else ([], "")
             tokens.append(kept)
             texts.append(text)
-            logprobs.append(told.logprobs[number][: len(kept)] if told.logprobs is not None else [])
+            logprobs.append(each.logprobs[number][: len(kept)] if each.logprobs is not None else [])
         yield Step(
             tokens,
             None if stops.encoding is None else texts,
-            None if told.logprobs is None else logprobs,
+            None if each.logprobs is None else logprobs,
             [row.reason for row in rows],
         )
 
 
 def _told(batch: Batch, speculation: Speculation | None, rows: list[_Row]) -> Iterator[Told]:
-    """Each step's news, until all rows have ended."""
-    if speculation is not None:
-        yield speculation.start()
-        while any(row.reason is None for row in rows):
-            speculation.active = [row.reason is None for row in rows]
-            yield speculation.round()
+    """What each step tells, until all rows have ended."""
+
+    def ended() -> bool:
+        return all(row.reason is not None for row in rows)
+
+    if speculation is None:
+        yield from told(batch, rows[0].limit, ended)
         return
-    readback = Readback(batch.decoder.device)
-    for _ in range(rows[0].limit):
-        batch.advance()
-        readback.put(batch.ids, batch.logprobs)
-        if len(readback) > readback.ahead:
-            yield readback.take()
-        if all(row.reason is not None for row in rows):
-            return
-    while len(readback) and any(row.reason is None for row in rows):
-        yield readback.take()
+    yield speculation.start()
+    while not ended():
+        speculation.active = [row.reason is None for row in rows]
+        yield speculation.round()
 
 
 def _not_finite(decoder: Decoder, row: _Row) -> str:

@@ -1,6 +1,5 @@
 """The sequences of one call of generate, on the model's device: changed in place, and told to the host later."""
 
-import collections
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
@@ -10,71 +9,142 @@ import torch
 from torch import Tensor
 
 from fastgpt.cuda_graph import captured, warmed
+from fastgpt.generation.ahead import EVERY, Copy, Readback
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
 
 SMALL = 1 << 19  # multiplications in a step's largest matmul, up to which a CPU's second thread gains nothing
-AHEAD = 4  # steps that a GPU is given before the host waits for the first of them
 GRAPH_FROM = 16  # tokens that make a capture worth while
+ROOM = 64  # tokens that a captured batch's room is a multiple of, so that calls of about as many share it
+CAPTURED_PROMPTS = 1024  # tokens of all prompts, up to which a GPU waits for the host that launches their pass
 
 
-class Told(NamedTuple):
-    """One step's news, on the host."""
+class Plan(NamedTuple):
+    """What a batch's tensors and its captured steps depend on: a call of the same may have them after another."""
 
-    ids: list[list[int]]  # new ones of each row; -1 where the logits were not finite
-    logprobs: list[list[float]] | None
+    rows: int
+    samples: int
+    room: int  # tokens of a row
+    slots: int  # of the cache
+    sampling: Sampling
+    vocab_size: int
+    logprobs: bool
+    never: tuple[int, ...]
+    seeded: bool
+    captures: bool
+    ring: int  # tokens of a row that are kept for the host
+    settings: tuple  # of PyTorch's, that a capture holds on to
+
+
+def plan(
+    decoder: Decoder,
+    longest: int,
+    rows: int,
+    new_tokens: int,
+    sampling: Sampling,
+    *,
+    samples: int = 1,
+    vocab_size: int | None = None,
+    logprobs: bool = False,
+    seeded: bool = False,
+    spare: int = 0,
+    never: Sequence[int] = (),
+) -> Plan:
+    """For so many rows, whose longest prompt is given. spare: tokens beyond new_tokens that may be written and not
+    kept. never: ids that are not drawn."""
+    vocab_size = decoder.outputs if vocab_size is None else vocab_size
+    queued = is_queued(decoder.device) and spare == 0
+    captures = queued and not decoder.calls and new_tokens >= GRAPH_FROM
+    room = longest + new_tokens + spare
+    if captures:
+        room = -(-room // ROOM) * ROOM
+    slots = min(decoder.context, room - (not captures))  # the last token is never fed back
+    never = tuple(token for token in never if token < vocab_size)
+    ring = EVERY if queued else 1
+    return Plan(rows, samples, room, slots, sampling, vocab_size, logprobs, never, seeded, captures, ring, _settings())
+
+
+def _settings() -> tuple:
+    """PyTorch's own that choose among kernels."""
+    cuda = torch.backends.cuda
+    attention = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+    sums = cuda.matmul.allow_bf16_reduced_precision_reduction, cuda.matmul.allow_fp16_reduced_precision_reduction
+    exact = cuda.matmul.fp32_precision, torch.are_deterministic_algorithms_enabled()
+    return (*attention, cuda.cudnn_sdp_enabled(), *map(str, sums), *exact)
+
+
+def is_queued(device: torch.device) -> bool:
+    """Whether the host goes on while the device works."""
+    return device.type == "cuda"
 
 
 class Batch:
     """Rows of tokens that grow by one a step, all at once.
 
-    Every tensor is allocated here and changed in place, so on a GPU a step is one CUDA graph from the second on, which
-    embeds, decodes, samples and writes the token down without the host.
+    Every tensor is allocated here and changed in place, so on a GPU a step is one CUDA graph, which embeds, decodes,
+    samples and writes the token down without the host: captured at the second step of the first call, and replayed in
+    later calls of the same plan too, each of which begins anew.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: list[list[int]],
-        samples: int,
-        new_tokens: int,
-        sampling: Sampling,
-        generator: torch.Generator | None,
-        vocab_size: int,
-        logprobs: bool,
-        spare: int = 0,
-        never: Sequence[int] = (),
-    ):
-        """spare: tokens beyond new_tokens that may be written and not kept. never: ids that are not drawn."""
-        self.decoder, self.sampling, self.generator, self.vocab_size = decoder, sampling, generator, vocab_size
-        device, longest = decoder.device, max(map(len, prompts))
-        self.samples, self.steps, self.filled = samples, 0, longest  # tokens of the longest row
-        self.rows = len(prompts) * samples
-        self.cache = decoder.cache(self.rows, slots(decoder, longest, new_tokens + spare))
+    decoder: Decoder
+
+    def __init__(self, decoder: Decoder, plan: Plan):
+        self.plan, self.rows, self.samples, self.sampling = plan, plan.rows, plan.samples, plan.sampling
+        self.vocab_size = plan.vocab_size
+        device = decoder.device
+        self.cache = decoder.cache(plan.rows, plan.slots)
+        ints: Any = dict(dtype=torch.int64, device=device)
+        self.history = torch.zeros(plan.rows, plan.room, **ints)
+        self.lengths = torch.zeros(plan.rows, **ints)
+        self.last = torch.zeros(plan.rows, 1, **ints)
+        self.news = torch.zeros(plan.rows, plan.ring, **ints)  # the token of place n at n modulo ring
+        most = max(decoder.outputs, decoder.vocabulary)
+        penalised = plan.sampling.repetition_penalty != 1
+        whole = torch.zeros(plan.rows, most, dtype=torch.bool, device=device) if penalised else None
+        self._seen_whole, self.seen = whole, None if whole is None else whole[:, : plan.vocab_size]
+        self._never = torch.zeros(plan.vocab_size, dtype=torch.bool, device=device) if plan.never else None
+        if self._never is not None:
+            self._never[list(plan.never)] = True
+        statistics = torch.promote_types(decoder.dtype, torch.float32)
+        self.logprobs = torch.zeros(plan.rows, plan.ring, dtype=statistics, device=device) if plan.logprobs else None
+        self.generator = torch.Generator(device) if plan.seeded else None
+        self.readback = Readback(self.news, self.logprobs, is_queued(device) and plan.ring > 1)
+        self.every, self.depth = plan.ring, self.readback.depth
+        plain = plan.sampling.greedy and self.seen is None and self.logprobs is None
+        self._likeliest = plain and decoder.dtype != torch.float64 and decoder.on_kernels  # by one kernel
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._prompts_graph: tuple[int, torch.cuda.CUDAGraph] | None = None  # of prompts of so many tokens
+        self._used = False
+        self._filled_before = 0  # what the last call began with
+        self._alive: Any = None  # what a captured step reads and this batch does not own
+
+    def begin(self, decoder: Decoder, prompts: list[list[int]], seed: int | None = None) -> "Batch":
+        """Itself, with these prompts, each `samples` times in a row, and nothing of what it was before."""
+        longest, samples = max(map(len, prompts)), self.samples
+        self.decoder, self.steps, self.filled = decoder, 0, longest  # tokens of the longest row
         host: Any = dict(dtype=torch.int64, device="cpu")
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in prompts], **host)
         lengths = torch.tensor([len(ids) for ids in prompts], **host)
-        self.history = torch.zeros(self.rows, longest + new_tokens + spare, dtype=torch.int64, device=device)
-        self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(device)
-        self.lengths = lengths.repeat_interleave(samples, 0).to(device)
-        self.seen = None
-        if sampling.repetition_penalty != 1:
+        self.readback.starts = [len(ids) for ids in prompts for _ in range(samples)]
+        if self._used:
+            self.cache.clear()
+            self.history.zero_()
+        self._used = True
+        self.history[:, :longest] = padded.repeat_interleave(samples, 0).to(self.history.device)
+        self.lengths.copy_(lengths.repeat_interleave(samples, 0))
+        if self._seen_whole is not None:
             inside = torch.arange(longest, **host) < lengths[:, None]
-            most = max(decoder.outputs, decoder.vocabulary)
-            seen = torch.zeros(len(prompts), most, dtype=torch.bool, device="cpu")
+            seen = torch.zeros(len(prompts), self._seen_whole.shape[1], dtype=torch.bool, device="cpu")
             seen[torch.nonzero(inside)[:, 0], padded[inside]] = True
-            self.seen = seen[:, :vocab_size].repeat_interleave(samples, 0).to(device)
-        never = [token for token in never if token < vocab_size]
-        self._never = torch.zeros(vocab_size, dtype=torch.bool, device=device) if never else None
-        if self._never is not None:
-            self._never[never] = True
-        self.ids = torch.zeros(self.rows, dtype=torch.int64, device=device)
-        statistics = torch.promote_types(decoder.dtype, torch.float32)
-        self.logprobs = torch.zeros(self.rows, dtype=statistics, device=device) if logprobs else None
-        plain = sampling.greedy and self.seen is None and self.logprobs is None and decoder.dtype != torch.float64
-        self._likeliest = plain and decoder.on_kernels  # by one kernel
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._graphs = device.type == "cuda" and not decoder.calls and new_tokens >= GRAPH_FROM
+            self._seen_whole.copy_(seen.repeat_interleave(samples, 0))
+        if self.generator is not None:
+            self.generator.manual_seed(0 if seed is None else seed)
+        return self
+
+    def send(self, first: int, count: int) -> Copy:
+        """As ahead.Device has it."""
+        with device_of(self.decoder):
+            return self.readback.send(first, count)
 
     def advance(self) -> None:
         """One token more for every row. ValueError where the model was moved since the last one."""
@@ -93,17 +163,35 @@ class Batch:
 
     def _advance(self) -> None:
         if self.steps == 0:
-            self._take(self.first_logits())
+            self._first()
         elif self.filled > self.cache.slots:  # past the context
             self._take(self._window())
-        elif not self._graphs:
+        elif not self.plan.captures:
             self._step()
         elif self._graph is None and self.steps == 1:
             warmed(self.decoder.device, self._step)
         else:
             if self._graph is None:
-                self._graph, _ = captured(self.decoder.device, self._step, self.generator)
+                self._graph, self._alive = self._captured(self._step), self.decoder.own_tensors()
             self._graph.replay()
+
+    def _captured(self, step: Any) -> torch.cuda.CUDAGraph:
+        return captured(self.decoder.device, step, self.generator)[0]
+
+    def _first(self) -> None:
+        """The prompts, and the first token after them: in a graph where a call before had prompts of that length."""
+
+        def read() -> None:
+            self._take(self.first_logits())
+
+        before, self._filled_before = self._filled_before, self.filled
+        small = self.rows // self.samples * self.filled <= CAPTURED_PROMPTS and self.filled <= self.cache.slots
+        if not (self.plan.captures and small and before == self.filled):
+            read()
+            return
+        if self._prompts_graph is None or self._prompts_graph[0] != self.filled:
+            self._prompts_graph = self.filled, self._captured(read)
+        self._prompts_graph[1].replay()
 
     def first_logits(self) -> Tensor:
         """(rows, V) after the prompts, which go into the cache, each once."""
@@ -121,27 +209,29 @@ class Batch:
         return self.decoder.prefill(self.history.gather(1, places), self.lengths.clamp(max=context), self.cache)
 
     def _step(self) -> None:
-        last = self.history.gather(1, self.lengths[:, None] - 1)
-        self._take(self.decoder.decode(last, self.lengths, self.cache)[:, 0])
+        self._take(self.decoder.decode(self.last, self.lengths, self.cache)[:, 0])
 
     def _take(self, logits: Tensor) -> None:
         """Sample from (rows, V) and write it down."""
         with torch.no_grad():
             logits = self.allowed(logits)
             if self._likeliest:
-                self.decoder.steps.take_likeliest(logits, self.history, self.lengths, self.ids)
+                self.decoder.steps.take_likeliest(logits, self.history, self.lengths, self.news, self.last)
                 return
             ids = self.sampling.draw(logits, self.seen, self.generator)[:, None]
-            if self.logprobs is not None:
-                self.logprobs.copy_(logits.log_softmax(-1).gather(1, ids)[:, 0])
+            places = self.lengths[:, None]
+            self.history.scatter_(1, places, ids)
+            self.last.copy_(ids)
             if self.seen is not None:
                 self.seen.scatter_(1, ids, True)
-            self.history.scatter_(1, self.lengths[:, None], ids)
-            self.lengths += 1
+            turn = places % self.plan.ring if self.plan.ring > 1 else None
+            if self.logprobs is not None:
+                _put(self.logprobs, turn, logits.log_softmax(-1).gather(1, ids))
             if not self._finite_at_a_glance(logits):
-                extremes = logits.amin(-1), logits.amax(-1)  # NaN is both
-                ids = torch.where(torch.stack(extremes).isfinite().all(0)[:, None], ids, -1)
-            self.ids.copy_(ids[:, 0])
+                low, high = logits.aminmax(dim=-1, keepdim=True)  # NaN is both
+                ids = ids.masked_fill(low * 0 != high * 0, -1)  # NaN of what is not finite
+            _put(self.news, turn, ids)
+            self.lengths += 1
 
     def allowed(self, logits: Tensor) -> Tensor:
         """(…, V) of all outputs -> (…, vocab_size), where ids that are never drawn have the least finite logit: their
@@ -178,37 +268,9 @@ def threads_for(decoder: Decoder, tokens: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def slots(decoder: Decoder, longest: int, new_tokens: int) -> int:
-    """Of the cache: the last token is never fed back."""
-    return min(decoder.context, longest + new_tokens - 1)
-
-
-class Readback:
-    """What steps tell, on its way to the host: copied beside the computation, and waited for AHEAD steps later."""
-
-    def __init__(self, device: torch.device):
-        self._asynchronous = device.type == "cuda"
-        self.ahead = AHEAD if self._asynchronous else 0
-        self._queue: collections.deque = collections.deque()
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def put(self, ids: Tensor, logprobs: Tensor | None) -> None:
-        copies = [None if t is None else self._copy(t) for t in (ids, logprobs)]
-        event = torch.cuda.Event() if self._asynchronous else None
-        if event is not None:
-            event.record(torch.cuda.current_stream(ids.device))
-        self._queue.append((event, *copies))
-
-    def _copy(self, tensor: Tensor) -> Tensor:
-        if not self._asynchronous:  # it is taken before the next step
-            return tensor
-        return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-    def take(self) -> Told:
-        """The oldest step's."""
-        event, ids, logprobs = self._queue.popleft()
-        if event is not None:
-            event.synchronize()
-        return Told(ids[:, None].tolist(), None if logprobs is None else logprobs[:, None].tolist())
+def _put(into: Tensor, turn: Tensor | None, values: Tensor) -> None:
+    """(rows, 1) into (rows, ring) at turn (rows, 1), or into (rows, 1)."""
+    if turn is None:
+        into.copy_(values)
+    else:
+        into.scatter_(1, turn, values)

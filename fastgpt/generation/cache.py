@@ -21,6 +21,12 @@ class Cache:
         self.words: torch.Tensor | None = None  # where one kernel writes a token: its programs' own
         self.k, self.v = (half.unbind() for half in self.whole)  # of each layer, (rows, H, slots, D)
 
+    def clear(self) -> None:
+        """Zeros, as it was made."""
+        self.whole.zero_()
+        if self.words is not None:
+            self.words.zero_()
+
     @staticmethod
     def size(config: GPTConfig, rows: int, slots: int, dtype: torch.dtype) -> int:
         """Bytes."""
@@ -62,16 +68,18 @@ class Step:
 
     def __init__(self, steps: ops.DecodingSteps, cache: Cache, lengths: Tensor, new: int):
         self._steps, self._lengths, whole = steps, lengths, cache.whole
-        offsets = torch.arange(-new, 0, dtype=torch.int64, device=lengths.device)
         reached = None if steps.on_kernels else _on_the_host(lengths)  # a kernel reads no further by itself
         if reached is not None:
             longest = max(reached)
             whole = whole[..., :longest, :]
             if min(reached) == longest:
-                self._lengths, self.positions = None, longest + offsets  # of the new tokens
+                self._lengths = None
+                self.positions = torch.arange(longest - new, longest, dtype=torch.int64, device=lengths.device)
                 self._newest = whole[..., longest - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
         if self._lengths is not None:
-            self.positions = lengths[:, None] + offsets
+            self.positions = lengths[:, None] - 1  # of the new tokens
+            if new > 1:
+                self.positions = self.positions + torch.arange(1 - new, 1, dtype=torch.int64, device=lengths.device)
         self._k, self._v = (half.unbind() for half in whole)
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:

@@ -50,6 +50,9 @@ class Decoder:
     and refused.
     """
 
+    passing = False  # made for one call, of a model that may be another one at the next
+    kept: Any = None  # generation.kept's own
+
     def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokens: int = 0, rows: int = 1):
         inner = unwrapped(model)
         self.anatomy = found = anatomy(inner)
@@ -62,7 +65,7 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
-        self._inner, self._modules = inner, list(inner.modules())
+        self.inner, self._modules = inner, list(inner.modules())
         embedded = found.tokens.weight.dtype
         self.steps: Any = ops.decoding_steps(found.backend, head.weight)
         residual = inner.config.residual if isinstance(inner, GPT) else "compute"
@@ -90,7 +93,7 @@ class Decoder:
 
     def check_unchanged(self) -> None:
         """ValueError where the model has other weights than this Decoder, which has copies or those of before."""
-        if self._sources.changed() or list(self._inner.modules()) != self._modules:
+        if self._sources.changed() or list(self.inner.modules()) != self._modules:
             raise ValueError("generate: the model has changed since this Decoder read its weights; make a new one")
 
     def name(self, module: nn.Module) -> str:
@@ -106,6 +109,25 @@ class Decoder:
     def one_launch(self) -> str:
         """Why a token of one sequence does not come from one launch of a kernel; "" where it does."""
         return self._whole_token if isinstance(self._whole_token, str) else ""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether its steps read the model's own tensors alone, so that another Decoder's may read the same."""
+        return self._fused and not self.calls and not self._sources.copied
+
+    def read(self) -> Iterator[Any]:
+        """All tensors, and numbers beside them, that steps read of the model, where it `lasts`."""
+        found = [self._layers, self.gpt.ln_f.form, self.gpt.lm_head.form, self.gpt.wte.weight, self.gpt.wpe.weight]
+        while found:
+            each = found.pop()
+            if isinstance(each, tuple | list):
+                found.extend(each)
+            else:
+                yield each
+
+    def own_tensors(self) -> tuple[Tensor, ...]:
+        """What a step reads that is neither the model's nor a copy of what is."""
+        return () if self.one_launch else self._whole_token.own_tensors
 
     def _one_launch(self) -> Any:
         gpt, head = self.gpt, getattr(self.gpt.lm_head, "form", None)

@@ -8,7 +8,8 @@ Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Specula
 import torch
 from torch import Tensor
 
-from fastgpt.generation.batch import Batch, Told, threads_for
+from fastgpt.generation.ahead import Told
+from fastgpt.generation.batch import Batch, threads_for
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import race
 
@@ -29,8 +30,7 @@ class Speculation:
         self.draft.prefill(rows, lengths, self.cache)
         batch.advance()
         self.lengths = batch.lengths.tolist()
-        logprobs = None if batch.logprobs is None else batch.logprobs[:, None].tolist()
-        return Told(batch.ids[:, None].tolist(), logprobs)
+        return Told(batch.news.tolist(), None if batch.logprobs is None else batch.logprobs.tolist())
 
     @torch.no_grad()
     def round(self, most: int | None = None) -> Told:

@@ -88,6 +88,11 @@ class Sources:
             else:
                 self._shared.append((module, name, _address(tensor)))
 
+    @property
+    def copied(self) -> bool:
+        """Whether any was."""
+        return bool(self._copied)
+
     def seal(self) -> None:
         """All are read."""
         self._sample = self._numbers()

@@ -146,7 +146,8 @@ embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.em
 embedding_bwd = _custom_op(embedding_kernels.embedding_bwd, embedding_kernels.embedding_bwd_outputs)
 few_linear, few_norm_linear = _on_its_device(few_rows.linear), _on_its_device(few_rows.norm_linear)
 append_to_cache, fits_few = _on_its_device(decode.append), few_rows.fits
-take_likeliest, whole_token = _on_its_device(greedy.greedy), token.whole_token
+take_likeliest = _on_its_device(greedy.greedy)
+whole_token, measured_token = token.whole_token, token.measured
 chunked_losses = loss.chunked_op("chunked_losses_triton", _go_over_logits, pads=True)
 
 

@@ -50,6 +50,18 @@ def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
     return decoding.OnKernels(autograd, choose)
 
 
+def explain_token(head: Tensor, heads: int, hidden: int, context: int) -> str:
+    """How generation writes one sequence's token with a model of this head (V, C), in bfloat16 where the kernels serve,
+    and why, in a sentence."""
+    if backend_for("layer_norm", "auto", head) is not autograd:
+        return f"PyTorch's operators{', replayed as one CUDA graph' if head.is_cuda else ', one after another'}"
+    found = autograd.measured_token(head, heads, hidden, context)
+    graph = "" if head.is_cuda else ", one after another"
+    if isinstance(found, str):
+        return f"many launches of kernels{graph or ', replayed as one CUDA graph'}; not one launch: {found}"
+    return f"one launch of a kernel for all layers{graph or ', replayed with the next one as one CUDA graph'}"
+
+
 def explain(function: Callable, *args, **kwargs) -> str:
     """Which backend `function` (one of fastgpt.ops) would take for these arguments, and why, in a sentence; and which
     special form of it, where the backend has one for such a call.

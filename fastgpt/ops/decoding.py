@@ -142,10 +142,10 @@ class OnKernels(OnPyTorch):
     ) -> tuple[Tensor, Tensor]:
         return self._norm_linear(x, branch, branch_bias, *norm, *linear, gelu)
 
-    def take_likeliest(self, logits: Tensor, history: Tensor, lengths: Tensor, ids: Tensor) -> None:
-        """The likeliest of (B, V) into history (B, room) at lengths (B,), which grow by one, and into ids (B,), which
-        gets -1 where a logit is not finite."""
-        self._likeliest(logits, history, lengths, ids)
+    def take_likeliest(self, logits: Tensor, history: Tensor, lengths: Tensor, news: Tensor, last: Tensor) -> None:
+        """The likeliest of (B, V) into history (B, room) at lengths (B,), which grow by one, into last (B, 1), and into
+        news (B, ring) at lengths modulo ring, which gets -1 where a logit is not finite."""
+        self._likeliest(logits, history, lengths, news, last)
 
 
 def _sum(x: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:

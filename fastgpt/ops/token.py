@@ -40,6 +40,7 @@ class Logits:
     def __init__(self, model: token.Model):
         self._model = model
         self.words = model.words  # those of one cache
+        self.own_tensors = model.own_tensors
 
     def __call__(self, ids: Tensor, lengths: Tensor, cache: Tensor, words: Tensor) -> Tensor:
         """ids (1, 1), whose key and value go into the cache (2, L, 1, H, slots, D); lengths (1,), with it counted in;
@@ -56,24 +57,10 @@ def whole_token(
     layers: as Decoder has them, (norm_1, qkv, scale, out, norm_2, fc, gelu, proj) of each; norm: the last (weight,
     bias, eps); tables: the weights of the embeddings (·, C), (context, C); head: (weight, bias) or a form of its own.
     """
-    weight = head.weight
-    card, there = launch.capability(weight), launch.multiprocessors(weight)
-    row = next((row for row in TABLE if row.capability == card and row.channels == weight.shape[1]), None)
-    if row is None:
-        return f"it was not measured for {weight.shape[1]} channels on this device"
-    if card is not None and INTERPRETED:
-        return "Triton's interpreter runs programs one after another, and these wait for each other"
-    if card is not None and triton.__version__ not in TRITONS:
-        return f"Triton is {triton.__version__}, it was compiled with {' and '.join(TRITONS)} alone"
-    if card is not None and triton.__version__ not in RAN:
-        return f"it has not yet run on a card with Triton {triton.__version__}"
-    if there is not None and there != row.programs:
-        return f"it was not measured on {there} multiprocessors"
-    context, hidden = len(tables[1]), layers[0][5].weight.shape[0]
-    if (heads, hidden) != (row.heads, row.hidden):
-        return f"it was not measured for {heads} heads and {hidden} hidden units"
-    if context > row.context:
-        return f"a context of {context} is longer than the {row.context} it was measured with"
+    weight, context, hidden = head.weight, len(tables[1]), layers[0][5].weight.shape[0]
+    row = measured(weight, heads, hidden, context)
+    if isinstance(row, str):
+        return row
     if (why := _unlike(layers, norm, tables, head, stream)) is not None:
         return why
     shape = token.Shape(len(layers), weight.shape[1], heads, hidden, weight.shape[0], context, row.programs)
@@ -87,6 +74,27 @@ def whole_token(
     scale, gelu = layers[0][2], layers[0][6]
     scale = (shape.channels // heads) ** -0.5 if scale is None else scale
     return Logits(token.Model(blocks, norm[:2], *tables, weight, shape, tiles, scale, norm[2], gelu == "tanh"))
+
+
+def measured(weight: Tensor, heads: int, hidden: int, context: int) -> Measured | str:
+    """The row that serves a model of this head (V, C) on its card, or why there is none. No number is read."""
+    card, there = launch.capability(weight), launch.multiprocessors(weight)
+    row = next((row for row in TABLE if row.capability == card and row.channels == weight.shape[1]), None)
+    if row is None:
+        return f"it was not measured for {weight.shape[1]} channels on this device"
+    if card is not None and INTERPRETED:
+        return "Triton's interpreter runs programs one after another, and these wait for each other"
+    if card is not None and triton.__version__ not in TRITONS:
+        return f"Triton is {triton.__version__}, it was compiled with {' and '.join(TRITONS)} alone"
+    if card is not None and triton.__version__ not in RAN:
+        return f"it has not yet run on a card with Triton {triton.__version__}"
+    if there is not None and there != row.programs:
+        return f"it was not measured on {there} multiprocessors"
+    if (heads, hidden) != (row.heads, row.hidden):
+        return f"it was not measured for {heads} heads and {hidden} hidden units"
+    if context > row.context:
+        return f"a context of {context} is longer than the {row.context} it was measured with"
+    return row
 
 
 def _pair(form: Any) -> tuple[Tensor, Tensor | None]:

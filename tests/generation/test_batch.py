@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import cuda_graph, generate, stream
 from fastgpt.generation import batch, cache
-from fastgpt.generation.batch import Batch, Readback
+from fastgpt.generation.ahead import Readback
+from fastgpt.generation.batch import Batch, plan
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
 from fastgpt.ops import checks, pytorch
@@ -20,11 +21,23 @@ def model():
     return gpt()
 
 
+def as_on_a_gpu(monkeypatch):
+    """But that the host waits for each copy."""
+    monkeypatch.setattr(batch, "is_queued", lambda device: True)
+    monkeypatch.setattr(batch, "Readback", lambda news, logprobs, asynchronous: Readback(news, logprobs, False))
+
+
+def begun(model, prompts, new, sampling, samples=1, logprobs=False):
+    decoder, rows = Decoder(model), len(prompts) * samples
+    planned = plan(decoder, max(map(len, prompts)), rows, new, sampling, samples=samples, logprobs=logprobs)
+    return Batch(decoder, planned).begin(decoder, prompts)
+
+
 def test_no_step_waits_for_the_device(model, monkeypatch):
     """On a GPU nothing between the prompt and the readback may ask a tensor for its value."""
-    rows = Batch(
-        Decoder(model), [[3, 1, 4], [7]], 2, 5, Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2), None, 13, True
-    )
+    as_on_a_gpu(monkeypatch)
+    sampling = Sampling(top_k=5, top_p=0.9, repetition_penalty=1.2)
+    rows = begun(model, [[3, 1, 4], [7]], 5, sampling, samples=2, logprobs=True)
     monkeypatch.setattr(pytorch, "_full", lambda *_: False)  # these four ask on a CPU alone
     monkeypatch.setattr(checks, "in_range", lambda *_: None)
     monkeypatch.setattr(cache, "_on_the_host", lambda *_: None)
@@ -37,11 +50,11 @@ def test_no_step_waits_for_the_device(model, monkeypatch):
 
 
 def test_finite_logits_whose_sum_is_not(model):
-    rows = Batch(Decoder(model), [[3, 1, 4]], 1, 5, Sampling(temperature=0), None, 13, False)
+    rows = begun(model, [[3, 1, 4]], 5, Sampling(temperature=0))
     rows.advance()
     for value, token in ((3e38, 0), (float("inf"), -1), (float("nan"), -1)):
         rows._take(torch.full((1, 13), 3e38).index_fill(1, torch.tensor(0), value))
-        assert rows.ids.tolist() == [token]
+        assert rows.news.tolist() == [[token]]
         rows.lengths -= 1
 
 
@@ -53,7 +66,7 @@ def test_every_token_costs_the_same_and_the_cache_stays_where_it_is():
             self.count += 1
             return function(*args, **(kwargs or {}))
 
-    rows = Batch(Decoder(gpt(128)), [[3, 1, 4]], 1, 100, Sampling(), None, 13, True)
+    rows = begun(gpt(128), [[3, 1, 4]], 100, Sampling(), logprobs=True)
     rows.advance()
     counts, places = set(), set()
     for _ in range(99):
@@ -93,7 +106,6 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
     class Captured(Batch):
         def __init__(self, *args):
             super().__init__(*args)
-            self._graphs = True
             made.append(self)
 
     class Stream:
@@ -107,12 +119,13 @@ def test_a_step_is_captured_once_and_replayed(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr("fastgpt.generation.Batch", Captured)
+    as_on_a_gpu(monkeypatch)
     assert generate(model, [[3, 1, 4], [7]], 40, **told).tokens == expected.tokens
     assert log == ["waits", "waits", "Generator", "capture", *["replay"] * 38]
 
 
-def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
-    """With events that are none: the host reads a step's ids while the next ones run, and none is lost at the end."""
+def test_what_a_gpu_tells_is_waited_for_some_steps_later(monkeypatch):
+    """With events that are none: the host reads four steps' ids while the next ones run, and loses none at the end."""
     log = []
 
     class Event:
@@ -129,18 +142,16 @@ def test_what_a_gpu_tells_is_waited_for_some_steps_later(model, monkeypatch):
         def synchronize(self):
             log.append(f"wait {self.number}")
 
-    class Late(Readback):
-        def __init__(self, device):
-            super().__init__(device)
-            self._asynchronous, self.ahead = True, 2
-
+    model = gpt(64)
+    expected = generate(model, [[3, 1, 4], [7]], 14, seed=1)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "of the ids' device")
-    monkeypatch.setattr(Late, "_copy", lambda self, tensor: tensor.clone())
-    expected = generate(model, [[3, 1, 4], [7]], 4, seed=1)
-    monkeypatch.setattr("fastgpt.generation.Readback", Late)
-    assert generate(model, [[3, 1, 4], [7]], 4, seed=1) == expected
-    assert log == ["record 1", "record 2", "record 3", "wait 1", "record 4", "wait 2", "wait 3", "wait 4"]
+    monkeypatch.setattr(Readback, "_buffer", lambda self, tensor: torch.empty_like(tensor))
+    monkeypatch.setattr(batch, "is_queued", lambda device: True)
+    assert generate(model, [[3, 1, 4], [7]], 14, seed=1) == expected
+    assert log == [
+        *("record 1", "wait 1", "record 2", "record 1", "wait 2", "record 2", "wait 1", "record 1", "wait 2", "wait 1"),
+    ]
 
 
 @pytest.mark.gpu

@@ -8,8 +8,10 @@ import torch
 
 from fastgpt import GPT, GPTConfig, generate
 from fastgpt.data.tokenizer import encoding
-from fastgpt.generation import _check_room, stream
+from fastgpt.generation import _check_memory, stream
+from fastgpt.generation.batch import plan
 from fastgpt.generation.decoder import Decoder
+from fastgpt.generation.sampling import Sampling
 from tests import models
 from tests.generation.small_gpt import FAMILIES, PROMPT, VOCABULARY, gpt, recomputed, varied
 from tests.swap.swapped import accelerate
@@ -223,9 +225,9 @@ def test_a_cards_free_memory_is_what_counts(model, monkeypatch):
     decoder = Decoder(model)
     monkeypatch.setattr(decoder, "device", torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**40))
-    _check_room(decoder, [[1, 2]], 4, 1, "error")
+    _check_memory(decoder, plan(decoder, 2, 1, 4, Sampling()))
     with pytest.raises(ValueError, match=r"10000 rows of 5 tokens need about [\d.]+ GiB, cuda:0 has 0.0"):
-        _check_room(decoder, [[1, 2]], 4, 10000, "error")
+        _check_memory(decoder, plan(decoder, 2, 10000, 4, Sampling()))
 
 
 def test_the_kernels_give_the_fallbacks_tokens(device):

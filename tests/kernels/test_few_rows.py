@@ -121,11 +121,13 @@ def test_the_likeliest_token_is_written_down(vocab, device):
     for row, value in ((2, float("nan")), (3, float("-inf")), (4, float("inf"))):
         logits[row, vocab // 2] = value
     history, lengths = torch.zeros(5, 9, dtype=torch.int64, device=device), torch.arange(5, device=device)
-    news = torch.full((5,), 7, dtype=torch.int64, device=device)
+    news, last = torch.full((5, 3), 7, dtype=torch.int64, device=device), torch.full((5, 1), 7, device=device)
     expected = logits.argmax(-1)
     expected[0] = 0
-    autograd.take_likeliest(logits, history, lengths, news)
+    autograd.take_likeliest(logits, history, lengths, news, last)
     assert lengths.tolist() == [1, 2, 3, 4, 5]
-    assert news.tolist() == [*expected[:2].tolist(), -1, -1, -1]
+    told = [*expected[:2].tolist(), -1, -1, -1]
+    assert news.tolist() == [[told[row] if place == row % 3 else 7 for place in range(3)] for row in range(5)]
+    assert last.tolist() == [[each] for each in [*expected[:2].tolist(), 0, 0, 0]]
     assert [history[row, row].item() for row in range(5)] == [*expected[:2].tolist(), 0, 0, 0]
     assert history.count_nonzero() <= 2
