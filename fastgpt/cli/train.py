@@ -43,6 +43,7 @@ _TRAINING = {
     "total_batch_size": "tokens a step, in place of gradient_accumulation_steps",
     "order": "windows anywhere, or each window once an epoch",
     "document_mask": "attention ends where a document ends",
+    "optimizer": "adamw, or muon for the blocks' matrices and AdamW for all else",
     "learning_rate": "at its highest",
     "min_lr": "where the decay ends",
     "warmup_iters": "steps in which the learning rate rises from 0",
