@@ -63,7 +63,7 @@ _TRAINING = {
     "sample_tokens": "tokens of text that each evaluation writes; 0 is none",
     "sample_prompt": "what a sample continues (default: a new document, or def for the built-in corpus)",
     "seed": "of weights, data and dropout",
-    "device": "cpu, cuda, …; auto is the GPU if there is one",
+    "device": "cpu, cuda, mps, …; auto is an NVIDIA GPU if there is one",
     "dtype": "of matmuls; auto is bfloat16 on a GPU that has it",
     "compile": "by torch.compile",
     "cuda_graph": "the whole step as one CUDA graph; auto is on one GPU, where it can be",

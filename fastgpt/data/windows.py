@@ -48,8 +48,9 @@ def windows(
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     batch = torch.from_numpy(rows)
     if device.type == "cuda":  # from pinned memory the copy runs beside what the GPU has to do
-        batch = batch.pin_memory()
-    batch = batch.to(device, non_blocking=True)
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    else:  # MPS would still read when these rows are gone (pytorch issue 189690)
+        batch = batch.to(device)
     return batch[:, :-1], batch[:, 1:]
 
 

@@ -56,9 +56,11 @@ def snapshot(model: GPT, optimizer: torch.optim.Optimizer, world: World) -> Snap
 
 
 def _generators(world: World) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    states, kind = {"cpu": torch.get_rng_state()}, world.device.type
+    if kind == "cuda":
+        states[kind] = torch.cuda.get_rng_state(world.device)
+    elif kind == "mps":
+        states[kind] = torch.mps.get_rng_state()
     return {f"{kind}.{rank}": each for kind, state in states.items() for rank, each in enumerate(world.gather(state))}
 
 
@@ -155,10 +157,12 @@ def restore(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer) -> None:
 def restore_generators(saved: Saved, world: World) -> bool:
     """False if the checkpoint is of another number of processes or of another kind of device."""
     ranks = sum(name.startswith("cpu.") for name in saved.random)
-    kinds = ["cpu", *(["cuda"] if world.device.type == "cuda" else [])]
+    kinds = {"cpu", world.device.type}
     if ranks != world.size or any(f"{kind}.{world.rank}" not in saved.random for kind in kinds):
         return False
     torch.set_rng_state(saved.random[f"cpu.{world.rank}"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)
+    elif world.device.type == "mps":
+        torch.mps.set_rng_state(saved.random[f"mps.{world.rank}"])
     return True
