@@ -68,7 +68,7 @@ def test_train_then_generate(text, tmp_path):
         ("train --preset gpt3", "unknown preset 'gpt3'"),
         (
             "train --device mps",
-            "no device 'mps' here (MPS is a Mac's GPU, and this PyTorch was built without it); there is cpu",
+            "no device 'mps' here (MPS is a Mac's GPU, and this PyTorch was built without it)",
         ),
         ("train --tensorboard true --out new/run", "needs `pip install tensorboard`"),
         ("train --data text.txt --backend triton --out new/run", "backend='triton' can't be had"),
