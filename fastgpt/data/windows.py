@@ -50,7 +50,7 @@ def windows(
     beside = device.type == "cuda"  # from pinned memory the copy runs beside what the GPU has to do
     if beside:
         batch = batch.pin_memory()
-    batch = batch.to(device, non_blocking=beside)  # MPS would still read when these rows are gone (pytorch issue 189690)
+    batch = batch.to(device, non_blocking=beside)  # MPS would read when these rows are gone (pytorch issue 189690)
     return batch[:, :-1], batch[:, 1:]
 
 
