@@ -14,6 +14,7 @@ from setuptools import setup
 README = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
 README = re.sub(r"!\[[^]]*\]\([^)]*\)\n+", "", README)
 README = re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", README)
+SOURCE = Path(__file__).with_name("fastgpt").joinpath("__init__.py").read_text(encoding="utf-8")
 
 PLOT = ["matplotlib"]
 BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GPT-2 is a baseline
@@ -32,7 +33,7 @@ TEST = [*TEST_CPU, "triton>=3.6; platform_system == 'Linux'"]
 
 setup(
     name="fastgpt-triton",
-    version="0.1.0",
+    version=re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)[0],  # to import it would take PyTorch
     description="Triton kernels, blocks and a trainer that make GPT-2-class models fast on NVIDIA GPUs",
     long_description=README,
     long_description_content_type="text/markdown",
@@ -77,7 +78,13 @@ setup(
     },
     entry_points={"console_scripts": ["fastgpt = fastgpt.cli:main"]},
     classifiers=[
-        "Programming Language :: Python :: 3",
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),  # that it was tried with
         "Operating System :: OS Independent",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",

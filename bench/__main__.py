@@ -17,6 +17,7 @@ COMMANDS = {
     "loop": "what the trainer's loop adds to a bare step",
     "steps": "whole training steps as people run them: theirs eager, compiled, accelerated, and fastgpt's",
     "pairs": "two ways to train on a CPU in turns until their ratio is known, with what is promised of it",
+    "muon": "Muon beside AdamW, a small GPT trained with each in turns: loss by steps and by seconds",
     "smoke": "every kernel once at small shapes",
     "sanitize": "the same under NVIDIA's compute-sanitizer",
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",

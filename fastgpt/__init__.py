@@ -14,4 +14,4 @@ from fastgpt.ops import explain  # noqa: E402
 from fastgpt.swap import Report, accelerate, accelerated, restore  # noqa: E402
 
 __all__ = ["GPT", "GPTConfig", "Report", "accelerate", "accelerated", "explain", "generate", "restore", "stream"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

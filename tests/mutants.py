@@ -346,7 +346,11 @@ MUTANTS = [
     # training
     Mutant("resume without RNG", "fastgpt/training/run.py", "Run.restore", "if not state.restore_generators(saved, self.world):", "if False:", RESUMED, False),
     Mutant("resume without data position", "fastgpt/training/run.py", "Run.restore", 'facts["step"], facts["windows"], list', 'facts["step"], 0, list', RESUMED, False),
-    Mutant("resume without optimizer", "fastgpt/training/state.py", "restore", 'optimizer.state[parameter] = {"step": step, **state}', "pass", RESUMED, False),
+    Mutant("resume without optimizer", "fastgpt/training/state.py", "restore", "            if tensor is not None", "            if False", RESUMED, False),
+    Mutant("the other optimizer goes on", "fastgpt/training/fitting.py", "_saved", "if (kind := state.optimizer_in(saved.facts)) != plan.config.optimizer:", "if False:", "test_muon.py::test_the_other_optimizer_can_not_go_on", False),
+    Mutant("Muon for the embeddings", "fastgpt/training/optimizer.py", "by_muon", 'name.startswith("h.") and dims == 2', "dims == 2", "test_muon.py::test_the_blocks_matrices_are_muons_and_all_else_is_adamws", False),
+    Mutant("Muon's gradients are not clipped", "fastgpt/training/optimizer.py", "clipped_step", "multiply_(gradients, (max_norm / norm).clamp(max=1))", "pass", "test_muon.py::test_a_step_is_pytorchs_two_optimizers", False),
+    Mutant("groups of before a state was loaded", "fastgpt/training/optimizer.py", "MuonAdamW.step", "            optimizer.param_groups, optimizer.state = self.param_groups[groups], self.state\n", "", "test_muon.py::test_a_loop_of_ones_own_goes_on_from_its_state_dict", False),
     Mutant("resume without the scale of float16", "fastgpt/training/run.py", "Run.restore", 'if facts.get("scaler"):', "if False:", "test_state.py::test_the_scale_of_float16_goes_on", False),
     Mutant("starting anew where checkpoints are broken", "fastgpt/training/fitting.py", "_starting_point", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
     Mutant("checksum not verified", CHECKPOINT, "Checkpoint.verify", 'if contents and digest(file) != said["sha256"]:', "if False:", "test_checkpoints.py::test_a_broken_file_is_found_and_the_one_before_taken", False),

@@ -5,6 +5,7 @@ environments are made of links, as POSIX has them.
 """
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ import setuptools
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+import fastgpt
 
 ROOT = Path(__file__).parents[1]
 OFFLINE = ("--isolated", "--no-index", "--no-deps", "--no-build-isolation")
@@ -99,7 +102,10 @@ def test_wheel_holds_one_package_and_every_module(wheel, checkout):
 def test_wheel_says_what_it_is(wheel):
     (distribution,) = metadata.distributions(path=[str(wheel)])
     about = distribution.metadata
-    assert about["Name"] == "fastgpt-triton"
+    assert about["Name"] == "fastgpt-triton" and about["Version"] == fastgpt.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## \[{re.escape(about['Version'])}\] - 20\d\d-\d\d-\d\d$", changelog, re.MULTILINE)
+    assert about["Requires-Python"] == ">=3.10" and "Typing :: Typed" in about.get_all("Classifier")
     assert (about["License-Expression"] or about["License"]) == "MIT"
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     (entry,) = distribution.entry_points
@@ -114,6 +120,7 @@ def test_installed_wheel_imports_from_its_own_folder(installed, tmp_path):
 
 def test_installed_command_runs(installed, tmp_path):
     assert run(installed / "bin/fastgpt", "--help", cwd=tmp_path).stdout.startswith("usage: fastgpt ")
+    assert run(installed / "bin/fastgpt", "--version", cwd=tmp_path).stdout == f"fastgpt {fastgpt.__version__}\n"
 
 
 def test_editable_install_imports_the_sources(tmp_path):

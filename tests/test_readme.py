@@ -222,10 +222,23 @@ def test_the_map_is_the_tree():
     }
 
 
-def test_ci_runs_the_readmes_test_command():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = next(line for line in readme.splitlines() if line.startswith("pip install") and "pytest" in line)
-    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+def test_ci_runs_the_readmes_two_commands():
+    """Line by line, as they are typed; and it ends where a line fails."""
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    installs = [block for block in blocks(ROOT / "README.md", "") if block.startswith("pip install -c")]
+    assert [len(block.splitlines()) for block in installs] == [2, 2]
+    for block in installs:
+        first, second = block.splitlines()
+        assert second in [after for line, after in itertools.pairwise(lines) if line == first]
+    assert next(line for line in lines if not line.startswith("#")) == "set -euo pipefail"
+    assert not [line for line in lines if line.startswith("(") or " && " in line or "set +" in line]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "examples/README.md"], ids=["README", "examples"])
+def test_powershell_takes_the_commands_of_the_pages_that_all_read(page):
+    """Of 5.1, as Windows brings it: no &&, no variable before a command, no line that goes on after a backslash."""
+    for block in blocks(page, ""):
+        assert not re.search(r"&&|\|\||\\$|^[A-Z_]+=", block, re.MULTILINE), block
 
 
 def test_the_five_commands_of_training_run(tmp_path, monkeypatch, capsys):

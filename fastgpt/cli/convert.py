@@ -18,8 +18,8 @@ def add_tokenize(commands: Any) -> None:
     read.add_argument("-o", "--out", required=True, metavar="DIR", help="where train.bin, val.bin and meta.json go")
     read.add_argument("--encoding", default="gpt2", help="byte, gpt2, … (default: gpt2)")
     read.add_argument("--val_share", type=float, default=0.1, metavar="X", help="for validation (default: 0.1)")
-    column = "of a .jsonl line, or the column of a table (default: text)"
-    read.add_argument("--text_field", default="text", metavar="NAME", help=column)
+    column = "the column of a table, or the field of a .jsonl line, that holds the text (default: text)"
+    read.add_argument("--column", "--columns", default="text", metavar="NAME", help=column)
     read.add_argument("--workers", type=int, metavar="N", help="threads (default: one a CPU)")
     read.add_argument("--overwrite", action="store_true", help="replace tokens that are in --out already")
 
@@ -44,7 +44,7 @@ def _tokenize(options: argparse.Namespace) -> None:
         encoding(options.encoding),
         options.out,
         val_share=options.val_share,
-        text_field=options.text_field,
+        column=options.column,
         workers=options.workers,
         overwrite=options.overwrite,
     )

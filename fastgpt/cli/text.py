@@ -71,7 +71,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--encoding", help="byte, gpt2, … (default: the model's)")
     model.add_argument("--n_head", type=int, metavar="N", help="heads, where nothing in PATH says how many")
-    model.add_argument("--device", default="auto", help="cpu, cuda, … (default: cuda where there is one)")
+    model.add_argument("--device", default="auto", help="cpu, cuda, mps, … (default: cuda where there is one)")
     model.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: the model's)")
 
 

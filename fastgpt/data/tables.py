@@ -63,7 +63,7 @@ def _in_order(table: Any) -> Iterator[Any]:
 
 def _hold(path: Path, schema: Any, column: str) -> None:
     if column not in schema.names:
-        raise ValueError(f"{path} has no column {column!r}, but {', '.join(schema.names)}: name one by --text_field")
+        raise ValueError(f"{path} has no column {column!r}, but {', '.join(schema.names)}: name one by --column")
     kind = str(schema.field(column).type)
     if kind not in ("string", "large_string", "string_view"):
         raise ValueError(f"{path}: the column {column!r} holds {kind}, no text")

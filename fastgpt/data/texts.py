@@ -44,17 +44,17 @@ def decoded(content: bytes) -> str:
     return content.decode("utf-8").removeprefix(BOM)
 
 
-def look_through(path: Path, text_field: str) -> None:
+def look_through(path: Path, column: str) -> None:
     """UnicodeDecodeError, or ValueError for a line of .jsonl, or a row of a table, that is no document."""
-    for _ in documents(path, text_field) or chunks(path):
+    for _ in documents(path, column) or chunks(path):
         pass
 
 
-def documents(path: Path, text_field: str) -> Iterator[str] | None:
+def documents(path: Path, column: str) -> Iterator[str] | None:
     """The texts of a file that holds many; None for one that is a text itself."""
     if path.suffix in tables.SUFFIXES:
-        return tables.rows(path, text_field)
-    return lines(path, text_field) if path.suffix == ".jsonl" else None
+        return tables.rows(path, column)
+    return lines(path, column) if path.suffix == ".jsonl" else None
 
 
 def chunks(path: Path) -> Iterator[str]:
@@ -78,7 +78,7 @@ def chunks(path: Path) -> Iterator[str]:
                 return
 
 
-def lines(path: Path, text_field: str) -> Iterator[str]:
+def lines(path: Path, column: str) -> Iterator[str]:
     before = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -95,9 +95,9 @@ def lines(path: Path, text_field: str) -> Iterator[str]:
                 found = json.loads(content)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-            text = found.get(text_field) if isinstance(found, dict) else found
+            text = found.get(column) if isinstance(found, dict) else found
             if not isinstance(text, str):
-                raise ValueError(f"{path}, line {number} has no text in {text_field!r}")
+                raise ValueError(f"{path}, line {number} has no text in {column!r}")
             if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
                 raise ValueError(f"{path}, line {number} has half of a surrogate pair, which is no character")
             yield text

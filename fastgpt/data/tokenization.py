@@ -27,14 +27,14 @@ def tokenize(
     out: str | Path,
     *,
     val_share: float = 0.1,
-    text_field: str = "text",
+    column: str = "text",
     workers: int | None = None,
     overwrite: bool = False,
 ) -> dict:
     """Write train.bin, val.bin and meta.json of the texts in `sources` into the folder `out`; returns meta.json.
 
-    A source is a file of UTF-8 text (a document), a .jsonl file (a document a line, in `text_field`), a .parquet file
-    or an .arrow one as Hugging Face's `datasets` saves it (a document a row, in the column `text_field`), or a folder
+    A source is a file of UTF-8 text (a document), a .jsonl file (a document a line, in `column`), a .parquet file
+    or an .arrow one as Hugging Face's `datasets` saves it (a document a row, in the column `column`), or a folder
     of them, in order of names, where files that are not UTF-8 are passed over but for those named .txt, .md and .jsonl.
     The end-of-text token ends every document, and the last `val_share` of the tokens are for validation. Text goes
     through in pieces, however long a file is, cut where no token can cross; `workers` threads encode, None is one a
@@ -49,10 +49,10 @@ def tokenize(
     for name in (TRAIN, VAL, META):
         if (folder / name).exists() and not overwrite:
             raise FileExistsError(f"{folder / name} is there already: choose another folder (-o) or --overwrite it")
-    files = _files([Path(source) for source in sources], text_field, folder)
+    files = _files([Path(source) for source in sources], column, folder)
     with writable_or_gone(folder), replacing(folder / TRAIN) as train, replacing(folder / VAL) as val:
         with open(train, "r+b") as whole:
-            written = _write(whole, files, encoding, text_field, workers or os.cpu_count() or 1)
+            written = _write(whole, files, encoding, column, workers or os.cpu_count() or 1)
             count = written.tokens
             kept = count - int(count * val_share)
             width = dtype_of(encoding).itemsize
@@ -89,7 +89,7 @@ class _Piece(NamedTuple):
     ends: bool  # whether a document ends with it
 
 
-def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
+def _files(sources: list[Path], column: str, out: Path) -> list[_File]:
     """The files to read, each of which has been looked through once; what lies in `out` is none of them."""
     found: list[Path] = []
     given: dict[Path, Path] = {}  # a file, and the source that it came with
@@ -102,7 +102,7 @@ def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
             readable = []
             for path in inside:
                 try:
-                    look_through(path, text_field)
+                    look_through(path, column)
                     readable.append(path)
                 except UnicodeDecodeError as error:
                     if path.suffix in TEXT:
@@ -112,7 +112,7 @@ def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
             found += readable
         elif source.is_file():
             try:
-                look_through(source, text_field)
+                look_through(source, column)
             except UnicodeDecodeError as error:
                 raise ValueError(not_text(source, error.reason)) from None
             found.append(source)
@@ -128,8 +128,8 @@ def _files(sources: list[Path], text_field: str, out: Path) -> list[_File]:
     return files
 
 
-def _pieces(file: _File, text_field: str) -> Iterator[_Piece]:
-    if (found := documents(file.path, text_field)) is not None:
+def _pieces(file: _File, column: str) -> Iterator[_Piece]:
+    if (found := documents(file.path, column)) is not None:
         yield from (_Piece(text, True) for text in found)
         return
     kept = ""
@@ -172,7 +172,7 @@ class _Written(NamedTuple):
     bytes: int  # of text
 
 
-def _write(file: IO[bytes], files: list[_File], encoding: tiktoken.Encoding, text_field: str, workers: int) -> _Written:
+def _write(file: IO[bytes], files: list[_File], encoding: tiktoken.Encoding, column: str, workers: int) -> _Written:
     """No more than a few pieces for each worker are in memory at a time."""
     end, dtype = end_of_text(encoding), dtype_of(encoding)
 
@@ -198,7 +198,7 @@ def _write(file: IO[bytes], files: list[_File], encoding: tiktoken.Encoding, tex
             line.update(size)
             return len(ids)
 
-        for batch in _batches(piece for each in files for piece in _pieces(each, text_field)):
+        for batch in _batches(piece for each in files for piece in _pieces(each, column)):
             count += sum(piece.ends for piece in batch)
             size = sum(len(piece.text.encode()) for piece in batch)
             read += size

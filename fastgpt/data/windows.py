@@ -47,9 +47,10 @@ def windows(
     """Inputs and targets (len(starts), length) int64: the windows at `starts`, and the same shifted by one."""
     rows = np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64)
     batch = torch.from_numpy(rows)
-    if device.type == "cuda":  # from pinned memory the copy runs beside what the GPU has to do
+    beside = device.type == "cuda"  # from pinned memory the copy runs beside what the GPU has to do
+    if beside:
         batch = batch.pin_memory()
-    batch = batch.to(device, non_blocking=True)
+    batch = batch.to(device, non_blocking=beside)  # MPS would read when these rows are gone (pytorch issue 189690)
     return batch[:, :-1], batch[:, 1:]
 
 

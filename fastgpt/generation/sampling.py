@@ -91,9 +91,17 @@ class Sampling:
         return weights, ids
 
 
+# Devices whose exponential_ leaves 0 out. MPS's is 0 once in 2^24 draws, and a token that can't be drawn would then be.
+_NEVER_ZERO = ("cpu", "cuda")
+_LEAST_CLOCK = 2.0**-25
+
+
 def race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """A draw a row of (B, K) by these weights: exponential clocks of these rates, and the first that rings.
 
     torch.multinomial does the same, but asks the device first whether the weights are well.
     """
-    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
+    clocks = torch.empty_like(weights).exponential_(generator=generator)
+    if weights.device.type not in _NEVER_ZERO:
+        clocks.clamp_(min=_LEAST_CLOCK)
+    return (weights / clocks).argmax(-1)

@@ -23,7 +23,7 @@ def why_no_graph(shape: GPTConfig, config: TrainConfig, world: World, model: nn.
     """
     if config.cuda_graph is False:
         return "cuda_graph = false"
-    reason = _obstacle(shape, world, model)
+    reason = _obstacle(shape, config, world, model)
     if reason is not None and config.cuda_graph is True:
         raise ValueError(f"cuda_graph is true, and a CUDA graph can't be: {reason}")
     if reason is None and config.cuda_graph == "auto" and (untried := _untried(config, world)) is not None:
@@ -40,7 +40,7 @@ def _untried(config: TrainConfig, world: World) -> str | None:
     return "document_mask" if config.document_mask else None
 
 
-def _obstacle(shape: GPTConfig, world: World, model: nn.Module | None) -> str | None:
+def _obstacle(shape: GPTConfig, config: TrainConfig, world: World, model: nn.Module | None) -> str | None:
     """What a capture can't be made of."""
     if world.device.type != "cuda":
         return f"the device is {world.device.type}"
@@ -48,6 +48,8 @@ def _obstacle(shape: GPTConfig, world: World, model: nn.Module | None) -> str | 
         return "the GPU is AMD's"
     if world.size > 1:
         return f"{world.size} processes"
+    if config.optimizer == "muon":  # torch.optim.Muon's alpha: a graph would keep the rate of its capture
+        return "Muon takes its learning rate from the host at each step"
     if shape.activation_checkpointing == "block":  # torch.utils.checkpoint asks for the generator's state
         return "activation_checkpointing = 'block' keeps the generator's state on the host"
     modules = () if model is None else model.named_modules()

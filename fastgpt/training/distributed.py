@@ -90,8 +90,17 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros((), dtype=torch.float32, device=device).item()
     except (RuntimeError, AssertionError) as error:  # torch's CPU builds assert
-        raise ValueError(f"no device {name!r} here; there is {', '.join(_devices())}") from error
+        raise ValueError(f"no device {name!r} here{_why_no_mps(name)}; there is {', '.join(_devices())}") from error
     return device
+
+
+def _why_no_mps(name: str) -> str:
+    """What a Mac that has none, or another machine, is told."""
+    if name.partition(":")[0] != "mps" or torch.backends.mps.is_available():
+        return ""
+    if not torch.backends.mps.is_built():
+        return " (MPS is a Mac's GPU, and this PyTorch was built without it)"
+    return " (PyTorch has MPS, and this machine has no GPU that it can use: that takes Apple silicon and macOS 14)"
 
 
 def _devices() -> list[str]:

@@ -132,6 +132,9 @@ def _saved(checkpoint: Checkpoint | None, plan: Plan, corpus: data.Corpus) -> st
     if saved.facts.get("data") != corpus.facts():
         was, now = saved.facts.get("data"), corpus.facts()
         raise ValueError(f"the data changed since {plan.out} was trained on it: {was} there, {now} in {corpus.name}")
+    if (kind := state.optimizer_in(saved.facts)) != plan.config.optimizer:
+        kinds = f"optimizer = {kind!r}, not {plan.config.optimizer!r}"
+        raise ValueError(f"{plan.out} was trained with {kinds}: the state of one is none of the other's")
     if (name := saved.facts.get("encoding")) != plan.encoding.name:
         named = f"the encoding {name!r:.60}, not of {plan.encoding.name!r:.60}"
         raise ValueError(f"{plan.out} was trained on tokens of {named}")
@@ -146,6 +149,8 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
     why_no_graph(model_config, config, world)
     if config.fsdp and world.size == 1:
         raise ValueError("fsdp needs several processes: torchrun --nproc_per_node N -m fastgpt train …")
+    if config.fsdp and config.optimizer == "muon":
+        raise ValueError("fsdp and optimizer = 'muon' do not go together: a step of Muon's needs whole matrices")
     if config.fsdp and autocast_dtype(config, world.device) == torch.float16:
         raise ValueError("fsdp and float16 do not go together: each shard would scale its own loss")
 

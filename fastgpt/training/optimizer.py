@@ -1,5 +1,5 @@
-"""The optimizer's side of a training step: AdamW with decay groups, clipping without a pass of its own, the whole step
-as one CUDA graph.
+"""The optimizer's side of a training step: AdamW with decay groups, or Muon beside it, clipping without a pass of its
+own, the whole step as one CUDA graph.
 
 Weights and AdamW's moments stay float32, and autocast casts for the matmuls. Bytes a parameter and step:
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.cuda_graph import captured, warmed
+from fastgpt.model import GPT
 from fastgpt.private import multiply_
 
 SCALING = ("cpu", "cuda")  # whose fused AdamW hears grad_scale and found_inf; MPS's did not in every PyTorch
@@ -46,6 +47,41 @@ def adamw(
     return optimizer
 
 
+class MuonAdamW(torch.optim.Optimizer):
+    """PyTorch's Muon and its AdamW as one optimizer: the first groups are Muon's, and there is one state."""
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
+        self._parts = (muon, slice(0, len(muon.param_groups))), (adamw, slice(len(muon.param_groups), None))
+        super().__init__([*muon.param_groups, *adamw.param_groups], adamw.defaults)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("MuonAdamW: step takes no closure, which would run once for each of its optimizers")
+        for optimizer, groups in self._parts:  # anew each time, for load_state_dict replaces groups and state
+            optimizer.param_groups, optimizer.state = self.param_groups[groups], self.state
+            optimizer.step()
+
+
+def muon(
+    model: GPT, learning_rate: float, weight_decay: float = 0.1, betas: tuple[float, float] = (0.9, 0.95)
+) -> MuonAdamW:
+    """PyTorch's Muon for the blocks' matrices, `adamw` for all else: embeddings, the head, norms and biases.
+
+    One learning rate and one decay serve both, for a step of Muon's is scaled to the size that AdamW's have
+    (match_rms_adamw). betas: AdamW's; Muon's momentum is Nesterov's, of 0.95.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if by_muon(name, p.dim())]
+    others = nn.ParameterList(p for name, p in trained if not by_muon(name, p.dim()))
+    first = torch.optim.Muon(matrices, learning_rate, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return MuonAdamW(first, adamw(others, learning_rate, weight_decay, betas))
+
+
+def by_muon(name: str, dims: int) -> bool:
+    """Whether Muon would train the GPT's parameter of this name and so many dimensions."""
+    return name.startswith("h.") and dims == 2
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Of all groups, in place where it is a tensor that a CUDA graph reads; as float32, which that tensor is, so that
     with a graph and without one the weights are the same to the bit."""
@@ -57,13 +93,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
             group["lr"] = learning_rate
 
 
-def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | None = None) -> Tensor:
+def clipped_step(optimizer: torch.optim.AdamW | MuonAdamW, max_norm: float, skip: Tensor | None = None) -> Tensor:
     """optimizer.step() with the norm of all gradients together bounded to max_norm; returns the norm that they had, a
     float32 scalar on the device. skip: a scalar there; where it is not 0, nothing is updated.
 
     The fused step divides gradients by a scale while it reads them anyway, so none is written again for this, and the
-    host waits for nothing. On devices outside SCALING a pass of its own clips, and the host waits. Gradients that are
-    not finite leave weights and moments as they were; the norm tells.
+    host waits for nothing. For Muon, and on devices outside SCALING, a pass of its own clips, and the host waits.
+    Gradients that are not finite leave weights and moments as they were; the norm tells.
     ValueError for an optimizer that is not fused.
     """
     if not optimizer.defaults.get("fused"):
@@ -74,7 +110,7 @@ def clipped_step(optimizer: torch.optim.AdamW, max_norm: float, skip: Tensor | N
     norm: Any = torch.nn.utils.get_total_norm(gradients).float()
     if hasattr(norm, "full_tensor"):  # a DTensor, of gradients that are sharded over processes
         norm = norm.full_tensor()
-    if gradients and gradients[0].device.type not in SCALING:
+    if gradients and (isinstance(optimizer, MuonAdamW) or gradients[0].device.type not in SCALING):
         if not norm.isfinite() or (skip is not None and skip != 0):
             return norm
         multiply_(gradients, (max_norm / norm).clamp(max=1))
@@ -106,7 +142,7 @@ class TrainingStep:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.AdamW | MuonAdamW,
         max_norm: float | None = 1.0,
         autocast: torch.dtype | None = None,
         graph: bool = False,

@@ -21,7 +21,7 @@ from fastgpt.training import monitor, state
 from fastgpt.training.capture import why_no_graph
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
-from fastgpt.training.optimizer import adamw, set_learning_rate
+from fastgpt.training.optimizer import adamw, muon, set_learning_rate
 from fastgpt.training.settings import TrainConfig, autocast_dtype
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
@@ -62,10 +62,10 @@ class Run:
         if config.compile and model.config.dropout and torch.__version__.startswith("2.13"):
             warnings.warn("torch 2.13 may compile dropout wrongly (pytorch issue 198333)", stacklevel=2)
         self.forward = _distributed(model, config, world)  # what a step calls; the model itself is for all else
-        betas = (config.beta1, config.beta2)
+        rates = config.learning_rate, config.weight_decay, (config.beta1, config.beta2)
         self.why_no_graph = why_no_graph(model.config, config, world, model)
         graph = self.why_no_graph is None
-        self.optimizer = adamw(model, config.learning_rate, config.weight_decay, betas, graph)
+        self.optimizer = muon(model, *rates) if config.optimizer == "muon" else adamw(model, *rates, graph)
         how = autocast, graph, self.end, config.skip_nonfinite > 0
         self.step_on = Step(self.forward, self.optimizer, world, config.grad_clip, *how)
         torch.manual_seed(_rank_seed(config.seed, world.rank, 0))  # of dropout

@@ -37,6 +37,7 @@ class TrainConfig:
     total_batch_size: int | None = None  # tokens a step, in place of gradient_accumulation_steps
     order: Literal["random", "epoch"] = "random"  # windows anywhere, or each window of the tokens once an epoch
     document_mask: bool = False  # attention ends where a document ends
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, and AdamW for all else
     learning_rate: float = 4e-3
     min_lr: float = 0.0  # where the decay ends
     warmup_iters: int = 100

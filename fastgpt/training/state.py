@@ -1,7 +1,7 @@
 """What is in a checkpoint: all that a run needs to go on as if it had never stopped.
 
     model/                 config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them
-    optimizer.safetensors  AdamW's moments and step counts, by parameter
+    optimizer.safetensors  AdamW's moments and step counts, Muon's momenta, by parameter
     random.safetensors     the states of torch's generators, a tensor for each rank and device
     state.json             the step, the position in the data, the settings, the metrics
     manifest.json          sizes and SHA-256 of the others (checkpoint.py)
@@ -23,11 +23,12 @@ from fastgpt.atomic import read_json
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.checkpoint import Checkpoint
 from fastgpt.training.distributed import World, placed, whole
+from fastgpt.training.optimizer import by_muon
 from fastgpt.weights import from_pretrained, save_pretrained
 from fastgpt.weights.files import read_tensors, write_tensors
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 FREE = ("dropout", "residual", "activation_checkpointing", "backend")  # fields of GPTConfig that a resume may change
 
 
@@ -48,17 +49,18 @@ def snapshot(model: GPT, optimizer: torch.optim.Optimizer, world: World) -> Snap
     moments = [
         (f"{name}/{moment}", optimizer.state[parameter][moment])
         for name, parameter in model.named_parameters()
-        for moment in MOMENTS
-        if optimizer.state.get(parameter)
+        for moment in optimizer.state.get(parameter, ())
     ]
     keep = world.rank == 0
     return Snapshot(whole(model.state_dict().items(), keep), whole(moments, keep), _generators(world))
 
 
 def _generators(world: World) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    states, kind = {"cpu": torch.get_rng_state()}, world.device.type
+    if kind == "cuda":
+        states[kind] = torch.cuda.get_rng_state(world.device)
+    elif kind == "mps":
+        states[kind] = torch.mps.get_rng_state()
     return {f"{kind}.{rank}": each for kind, state in states.items() for rank, each in enumerate(world.gather(state))}
 
 
@@ -116,7 +118,12 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
         moments, random = read_tensors(path / OPTIMIZER), read_tensors(path / RANDOM)
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from error
-    expected = {f"{name}/{m}": t.shape if m != "step" else torch.Size() for name, t in weights.items() for m in MOMENTS}
+    optimizer = optimizer_in(facts)
+    expected = {
+        f"{name}/{moment}": t.shape if moment != "step" else torch.Size()
+        for name, t in weights.items()
+        for moment in MOMENTS["muon" if optimizer == "muon" and by_muon(name, t.dim()) else "adamw"]
+    }
     if wrong := sorted(expected.keys() ^ moments.keys()):
         raise ValueError(f"{path / OPTIMIZER} and the model disagree about {len(wrong)} tensors, {wrong[0]} first")
     for name, shape in expected.items():
@@ -129,23 +136,33 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
     return Saved(weights, moments, random, facts)
 
 
+def optimizer_in(facts: dict[str, Any]) -> str:
+    """TrainConfig.optimizer of the run whose state.json holds these facts; before there was a choice it was AdamW."""
+    return dict(facts.get("train") or {}).get("optimizer", "adamw")
+
+
 @torch.no_grad()
 def restore(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and moments in place, sharded where the model is."""
     for name, parameter in model.named_parameters():
         parameter.copy_(placed(saved.weights[name], parameter))
-        state = {moment: placed(saved.moments[f"{name}/{moment}"], parameter) for moment in MOMENTS[1:]}
-        step = saved.moments[f"{name}/step"].to(parameter.device)
-        optimizer.state[parameter] = {"step": step, **state}
+        found = {moment: saved.moments.get(f"{name}/{moment}") for kind in MOMENTS.values() for moment in kind}
+        optimizer.state[parameter] = {
+            moment: tensor.to(parameter.device) if moment == "step" else placed(tensor, parameter)
+            for moment, tensor in found.items()
+            if tensor is not None
+        }
 
 
 def restore_generators(saved: Saved, world: World) -> bool:
     """False if the checkpoint is of another number of processes or of another kind of device."""
     ranks = sum(name.startswith("cpu.") for name in saved.random)
-    kinds = ["cpu", *(["cuda"] if world.device.type == "cuda" else [])]
+    kinds = {"cpu", world.device.type}
     if ranks != world.size or any(f"{kind}.{world.rank}" not in saved.random for kind in kinds):
         return False
     torch.set_rng_state(saved.random[f"cpu.{world.rank}"])
     if world.device.type == "cuda":
         torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)
+    elif world.device.type == "mps":
+        torch.mps.set_rng_state(saved.random[f"mps.{world.rank}"])
     return True

@@ -12,7 +12,7 @@ from fastgpt.data import documents
 from fastgpt.model import LayerNorm
 from fastgpt.modules import free_embedding, free_linear, occupied
 from fastgpt.training.distributed import World
-from fastgpt.training.optimizer import TrainingStep, clipped_step
+from fastgpt.training.optimizer import MuonAdamW, TrainingStep, clipped_step
 
 
 class Step(TrainingStep):
@@ -27,7 +27,7 @@ class Step(TrainingStep):
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.AdamW | MuonAdamW,
         world: World,
         max_norm: float,
         autocast: torch.dtype | None = None,

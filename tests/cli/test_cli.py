@@ -66,7 +66,10 @@ def test_train_then_generate(text, tmp_path):
         ("talk", "fastgpt: there is no command 'talk' (see fastgpt --help)"),
         ("trian", "fastgpt: there is no command 'trian' (did you mean 'train'?)"),
         ("train --preset gpt3", "unknown preset 'gpt3'"),
-        ("train --device mps", "no device 'mps' here; there is cpu"),
+        (
+            "train --device mps",
+            "no device 'mps' here (MPS is a Mac's GPU, and this PyTorch was built without it)",
+        ),
         ("train --tensorboard true --out new/run", "needs `pip install tensorboard`"),
         ("train --data text.txt --backend triton --out new/run", "backend='triton' can't be had"),
         ("tokenize short.txt -o new/tokens --val_share 0.001", "8 tokens are too few to split"),

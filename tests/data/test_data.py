@@ -338,3 +338,15 @@ def test_half_a_surrogate_pair(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2 has half of a surrogate pair"):
         tokenize([tmp_path / "a.jsonl"], BYTE, tmp_path / "out")
+
+
+def test_a_copy_that_is_read_late_is_not_made(monkeypatch):
+    """On a Mac's GPU, by a stand-in: what is copied without waiting is read when the rows are gone."""
+    to = torch.Tensor.to
+
+    def late(self, device, non_blocking=False):
+        return to(self, "cpu").mul(0 if non_blocking else 1)
+
+    monkeypatch.setattr(torch.Tensor, "to", late)
+    idx, targets = windows(np.arange(1, 40, dtype=np.uint16), [0, 7], 4, torch.device("mps"))
+    assert idx.tolist() == [[1, 2, 3, 4], [8, 9, 10, 11]] and targets[0].tolist() == [2, 3, 4, 5]

@@ -76,7 +76,8 @@ def test_a_folder_of_all_kinds_in_the_order_of_names(tmp_path):
     (tmp_path / "in/a.txt").write_text("first")
     (tmp_path / "in/b.jsonl").write_text('{"body": "second"}\n')
     write(tmp_path / "in/c.parquet", table(["third", "", "fourth"], "body"))
-    tokenize([tmp_path / "in"], BYTE, tmp_path / "out", text_field="body")
+    words = ["tokenize", str(tmp_path / "in"), "--encoding", "byte", "-o", str(tmp_path / "out"), "--columns", "body"]
+    assert cli.main(words) == 0
     assert read(tmp_path / "out") == ["first", "second", "third", "", "fourth"]
 
 
@@ -84,7 +85,7 @@ def test_a_folder_of_all_kinds_in_the_order_of_names(tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda: table(column="body"), r"has no column 'text', but id, body: name one by --text_field"),
+        (lambda: table(column="body"), r"has no column 'text', but id, body: name one by --column"),
         (lambda: table(["x", None, "y"]), r"row 1 has no text in 'text'"),
         (lambda: arrow.table({"text": [1, 2]}), r"the column 'text' holds int64, no text"),
     ],

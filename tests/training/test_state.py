@@ -52,6 +52,18 @@ def test_the_generators_of_a_gpu_are_kept_and_put_back(monkeypatch):
     assert not state.restore_generators(state.Saved({}, {}, {"cpu.0": kept["cpu.0"]}, {}), there), "a run of a CPU"
 
 
+def test_the_generator_of_a_mac_is_kept_and_put_back(monkeypatch):
+    """By a stand-in for torch.mps: untried on a Mac."""
+    there = World(0, 1, torch.device("mps"))
+    drawn, put = torch.arange(44, dtype=torch.uint8), []
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: drawn)
+    monkeypatch.setattr(torch.mps, "set_rng_state", put.append)
+    kept = state._generators(there)
+    assert state.restore_generators(state.Saved({}, {}, kept, {}), there)
+    assert len(put) == 1 and put[0] is drawn
+    assert not state.restore_generators(state.Saved({}, {}, {"cpu.0": kept["cpu.0"]}, {}), there), "a run of a CPU"
+
+
 def test_a_disk_that_fails_under_a_checkpoint_is_an_oserror(tmp_path, monkeypatch):
     def fails(tensors, path, metadata):
         raise SafetensorError("I/O error: No space left on device")

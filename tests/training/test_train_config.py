@@ -75,6 +75,7 @@ def test_min_lr_is_zero_unless_said_and_never_above():
         ((3, "cpu"), dict(batch_size=8), "8 windows a step do not divide among 3 processes"),
         ((2, "cuda"), dict(cuda_graph=True), "cuda_graph is true, and a CUDA graph can't be: 2 processes"),
         ((1, "cpu"), dict(fsdp=True), "fsdp needs several processes"),
+        ((2, "cuda"), dict(fsdp=True, optimizer="muon"), "fsdp and optimizer = 'muon' do not go together"),
         ((2, "cuda"), dict(fsdp=True, dtype="float16"), "fsdp and float16 do not go together"),
     ],
 )
