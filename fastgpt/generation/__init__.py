@@ -124,15 +124,14 @@ def stream(
     helper = None if draft is None else _ready(draft, dtype, max_new_tokens, rows)
     vocab_size = _vocabulary(decoder, helper, vocab_size, encoding)
     _check_tokens(prompts, decoder)
-    _check_room(decoder, prompts, max_new_tokens, num_samples, overflow)
+    _check_room(decoder, prompts, max_new_tokens, num_samples, overflow, helper)
     if helper is not None and helper.context < max(map(len, prompts)) + max_new_tokens - 1:
         raise ValueError(f"generate: the draft's context is {helper.context}, the model's {decoder.context}")
     generator = None if seed is None else torch.Generator(decoder.device).manual_seed(seed)
     never = () if encoding is None else undecodable(encoding)
-    spare = 0 if helper is None else MAX_STEP  # what a round may write beyond the tokens asked for
     batch = Batch(
-        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, spare, never
-    )  # fmt: skip
+        decoder, prompts, num_samples, max_new_tokens, sampling, generator, vocab_size, logprobs, _spare(helper), never
+    )
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     return _continue(batch, speculation, [_Row(prompt, max_new_tokens, stops) for prompt in repeated], stops)
@@ -170,25 +169,30 @@ def _check_tokens(prompts: list[list[int]], decoder: Decoder) -> None:
             )
 
 
-def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: int, overflow: str) -> None:
+def _check_room(
+    decoder: Decoder, prompts: list[list[int]], new: int, samples: int, overflow: str, helper: Decoder | None = None
+) -> None:
     """ValueError for what the context, or the memory of the device, does not hold."""
     longest, context = max(map(len, prompts)), decoder.context
     if overflow == "error" and longest + new > context + 1:  # the last token is never fed back
         raise ValueError(
             f"generate: {longest} + {new} tokens pass the context of {context}; overflow='slide' forgets the oldest"
         )
-    rows, each = len(prompts) * samples, slots(decoder, longest, new)
-    needed = (
-        Cache.size(decoder.gpt.config, rows, each, decoder.dtype)
-        + rows * (longest + new) * 8
-        + rows * decoder.outputs * 4
-    )
+    spare = _spare(helper)
+    rows, each = len(prompts) * samples, slots(decoder, longest, new + spare)
+    caches = [Cache.size(one.gpt.config, rows, each, one.dtype) for one in (decoder, helper) if one is not None]
+    needed = sum(caches) + rows * (longest + new + spare) * 8 + rows * decoder.outputs * 4
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
         raise ValueError(
             f"generate: {rows} rows of {each} tokens need about {needed / 2**30:,.1f} GiB, "
             f"{decoder.device} has {there / 2**30:,.1f}"
         )
+
+
+def _spare(helper: Decoder | None) -> int:
+    """Tokens that a round with a draft may write beyond those asked for."""
+    return 0 if helper is None else MAX_STEP
 
 
 # The host's side: what the tokens of a row say, and when it ends.
