@@ -110,7 +110,7 @@ def verify_model(
         raise ValueError(f"verify_model: ids are {ids.dtype} of shape {tuple(ids.shape)}, not integers (B, T), T > 1")
     if not 0 < tolerance < float("inf"):
         raise ValueError(f"verify_model: tolerance is {tolerance}, not a positive number")
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     name, size = type(model).__name__, f"{ids.shape[0]} x {ids.shape[1]} tokens"
     none = torch.empty(1, dtype=torch.float32, device="cpu")
@@ -137,7 +137,8 @@ def verify_model(
                 report = accelerate(model, **options)
                 after = _ask(model, ids)
     finally:
-        model.train(training)
+        for module, training in modes.items():  # a part may be in another mode than the whole, as frozen ones are
+            module.training = training
         model.zero_grad()
     return Verification(report, _differences(right, before, after), tolerance)
 
@@ -229,6 +230,7 @@ def _calls(device: torch.device) -> dict[str, tuple[str, list[Tensor], dict[str,
     }
 
 
+@torch.enable_grad()  # whatever the caller has set
 def _results(function: Any, floats: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
     """What comes out, and the gradients of what went in; decoding has none."""
     names = [name for name in inspect.signature(function).parameters if name not in options]
@@ -243,6 +245,7 @@ def _results(function: Any, floats: list[Tensor], options: dict[str, Any]) -> li
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
 
 
+@torch.enable_grad()  # whatever the caller has set
 def _ask(model: Any, ids: Tensor) -> dict[str, Tensor]:
     """Logits (B, T, V), the loss, and every gradient by its parameter's name."""
     model.zero_grad()

@@ -138,7 +138,7 @@ def stream(
     planned = plan(decoder, longest, rows, max_new_tokens, sampling, spare=spare, **options)
     batch = kept_of(decoder).take(planned) if planned.captures else None
     if batch is None:
-        _check_memory(decoder, planned)
+        _check_memory(decoder, planned, helper)
         batch = Batch(decoder, planned)
     batch.begin(decoder, prompts, seed)
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
@@ -188,13 +188,11 @@ def _check_context(decoder: Decoder, longest: int, new: int, overflow: str) -> N
         )
 
 
-def _check_memory(decoder: Decoder, planned: Plan) -> None:
+def _check_memory(decoder: Decoder, planned: Plan, helper: Decoder | None) -> None:
     """ValueError for what the memory of the device does not hold, once what calls before left there is given back."""
-    needed = (
-        Cache.size(decoder.gpt.config, planned.rows, planned.slots, decoder.dtype)
-        + planned.rows * planned.room * 8
-        + planned.rows * decoder.outputs * 4
-    )
+    pairs = [decoder] if helper is None else [decoder, helper]
+    caches = [Cache.size(each.gpt.config, planned.rows, planned.slots, each.dtype) for each in pairs]
+    needed = sum(caches) + planned.rows * planned.room * 8 + planned.rows * decoder.outputs * 4
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
         clear_all()

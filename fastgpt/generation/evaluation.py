@@ -52,8 +52,8 @@ def evaluate(
         raise ValueError(f"eval: batch_size is {batch_size}, not at least 1")
     if len(tokens) < 2:
         raise ValueError(f"eval: {len(tokens)} tokens leave nothing to predict")
-    if int(tokens.max()) >= decoder.vocabulary:
-        place = int((tokens >= decoder.vocabulary).argmax())
+    if int(tokens.min()) < 0 or int(tokens.max()) >= decoder.vocabulary:
+        place = int(((tokens < 0) | (tokens >= decoder.vocabulary)).argmax())
         raise ValueError(
             f"eval: token {tokens[place]} at offset {place} is outside a vocabulary of {decoder.vocabulary}"
         )
@@ -63,8 +63,9 @@ def evaluate(
             counted = losses[passes[0][1] - 1 : passes[-1][2] - 1]  # a batch's passes follow each other
             counted[:] = _losses(decoder, tokens, passes)
             line.update(len(counted))
-            if not np.isfinite(counted).all():
-                raise ValueError(f"eval: the loss of tokens {passes[0][1]} to {passes[-1][2]} is not finite")
+            if not (finite := np.isfinite(counted)).all():
+                bad = int(finite.argmin())
+                raise ValueError(f"eval: the loss of the token at offset {passes[0][1] + bad} is {counted[bad]}")
     predicted = len(tokens) - 1
     size = None if count_bytes is None else count_bytes(tokens[1:])
     total = math.fsum(losses.tolist())

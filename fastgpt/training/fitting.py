@@ -47,7 +47,8 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
     plan.encoding: of the text or the tokens in plan.source; for tokens Named will do, and then no samples are written.
     plan.resume: go on from the newest whole checkpoint in plan.out, or start where there is none yet. strict_resume:
     ValueError where the newest is not whole. Under torchrun every process calls this. On Ctrl-C and SIGTERM the step is
-    finished and saved before KeyboardInterrupt or SystemExit(143); a second one ends the process at once. ValueError or
+    finished and saved before KeyboardInterrupt or SystemExit(143); a second one ends the process at once. torch's
+    generators are seeded, and stay where the last step leaves them. ValueError or
     OSError before the first step for anything that would stop a later one, a folder that holds a model (without
     `overwrite` or plan.resume) included; FloatingPointError for a loss or gradient that is not finite, beyond the
     skip_nonfinite that may be passed over, before anything is updated from it.

@@ -263,8 +263,6 @@ class Run:
         taken = state.snapshot(self.model, self.optimizer, self.world)
         if self.monitor is None:
             return
-        last = self.rows[-1] if self.rows else {}
-        val_loss = last.get("val_loss") if last.get("step") == self.steps_done else None
         facts = {
             "step": self.steps_done,
             "windows": self.seen,
@@ -285,7 +283,7 @@ class Run:
                 self.steps_done,
                 lambda folder: state.write(folder, self.model.config, taken, facts),
                 taken.size(),
-                val_loss=val_loss,
+                val_loss=self._val_loss(),
                 versions=facts["versions"],
             )
             self._leave_model(taken)
@@ -297,10 +295,14 @@ class Run:
                 raise OSError(said) from error
             self.monitor.say(f"{said}; training goes on")
 
+    def _val_loss(self) -> float | None:
+        """Of these weights; None where they were not evaluated."""
+        last = self.rows[-1] if self.rows else {}
+        return last["val_loss"] if last.get("step") == self.steps_done else None
+
     def _leave_model(self, taken: state.Snapshot) -> None:
         """In the folder itself, for whoever generates from it."""
-        last = self.rows[-1] if self.rows else {}
-        told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": dataclasses.asdict(self.config)}
+        told = {"step": self.steps_done, "val_loss": self._val_loss(), "train": dataclasses.asdict(self.config)}
         told["data"] = self.corpus.facts()
         save_model(state.assembled(self.model.config, taken.weights), self.folder, self.encoding.name, **told)
 
