@@ -135,6 +135,11 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor, itself where it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
 def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     """Tensors by name, sharded ones put together: all processes call it, those that `keep` get them, on the CPU."""
     found = {}

@@ -100,8 +100,7 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
                 with out_of_memory_told(run.step_on.graph):
                     run.loop()
             finally:
-                if run.monitor is not None:
-                    run.monitor.close()
+                run.close()
     finally:
         if world.rank == 0 and not begun:  # a run that is refused leaves nothing
             if held and not was_locked:

@@ -22,11 +22,11 @@ from fastgpt.training.capture import why_no_graph
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, set_learning_rate
+from fastgpt.training.saving import BackgroundSaver, Saver
 from fastgpt.training.settings import TrainConfig, autocast_dtype
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
 from fastgpt.training.tracking import trackers
-from fastgpt.weights import save_model
 
 CHECKPOINTS = "checkpoints"
 # Settings that change no bit of what the steps compute, or that a longer run is asked for by.
@@ -52,7 +52,8 @@ class Run:
     ):
         self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
         self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
+        kind = BackgroundSaver if world.size > 1 else Saver
+        self.saver = kind(Checkpoints(folder / CHECKPOINTS), folder, world, self.say)
         block, autocast = model.config.block_size, autocast_dtype(config, world.device)
         self.windows = config.windows(block)  # a step, in all processes
         mine = self.windows // world.size
@@ -84,7 +85,7 @@ class Run:
 
     def restore(self, saved: state.Saved) -> None:
         facts = saved.facts
-        state.restore(saved, self.model, self.optimizer)
+        state.restore(saved, self.model, self.optimizer, self.world, self.saver.group)
         self.steps_done, self.seen, self.rows = facts["step"], facts["windows"], list(facts["rows"])
         self.recent, self.seconds, self.skipped = list(facts["recent"]), facts["seconds"], facts.get("skipped", 0)
         if facts.get("scaler"):
@@ -124,9 +125,7 @@ class Run:
         self.started = time.perf_counter()
         unread: list[tuple[Tensor, Tensor, Tensor]] = []
         if first >= config.max_iters:  # it may have been stopped between its last checkpoint and its model
-            taken = state.snapshot(self.model, self.optimizer, self.world)
-            if self.monitor is not None:
-                self._leave_model(taken)
+            self.saver.leave_model(self.model, self.facts())
         if self.monitor is not None:
             self.monitor.start(first, config.max_iters)
         while self.steps_done < config.max_iters:
@@ -258,14 +257,12 @@ class Run:
             self.monitor.sampled(self.steps_done, write)
 
     def save(self, needed: bool) -> None:
-        """A checkpoint, and the model in the folder itself. A disk that is full is told of and left for the next time,
-        unless this save is `needed`: then OSError."""
-        taken = state.snapshot(self.model, self.optimizer, self.world)
-        if self.monitor is None:
-            return
-        last = self.rows[-1] if self.rows else {}
-        val_loss = last.get("val_loss") if last.get("step") == self.steps_done else None
-        facts = {
+        """A checkpoint, and the model in the folder itself; saving.py says how."""
+        self.saver.save(self.model, self.optimizer, self.facts(), needed)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, all of it JSON."""
+        return {
             "step": self.steps_done,
             "windows": self.seen,
             "model": dataclasses.asdict(self.model.config),
@@ -280,29 +277,16 @@ class Run:
             "scaler": self.step_on.scaler.state_dict(),
             "versions": state.versions(self.device),
         }
-        try:
-            self.checkpoints.save(
-                self.steps_done,
-                lambda folder: state.write(folder, self.model.config, taken, facts),
-                taken.size(),
-                val_loss=val_loss,
-                versions=facts["versions"],
-            )
-            self._leave_model(taken)
-        except OSError as error:
-            whole = self.checkpoints.all()
-            newest = f"the newest checkpoint is of step {whole[-1].step}" if whole else "there is no checkpoint"
-            said = f"step {self.steps_done} could not be saved: {error}; {newest}"
-            if needed:
-                raise OSError(said) from error
-            self.monitor.say(f"{said}; training goes on")
 
-    def _leave_model(self, taken: state.Snapshot) -> None:
-        """In the folder itself, for whoever generates from it."""
-        last = self.rows[-1] if self.rows else {}
-        told = {"step": self.steps_done, "val_loss": last.get("val_loss"), "train": dataclasses.asdict(self.config)}
-        told["data"] = self.corpus.facts()
-        save_model(state.assembled(self.model.config, taken.weights), self.folder, self.encoding.name, **told)
+    def say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
+
+    def close(self) -> None:
+        """However the run ended."""
+        self.saver.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
     def end_early(self, stop: int) -> None:
         if self.monitor is not None:

@@ -12,7 +12,9 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed.fsdp
 
+import fastgpt.training.sharded  # as all processes will: imported once, before they are forked
 from fastgpt import GPTConfig, cli, training
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training import distributed, monitor
@@ -103,8 +105,14 @@ def _at_step(done: int, act) -> None:
 
 
 def _die(rank):
+    """Rank 1 is killed in step 5, once what was saved after step 3 is on the disk."""
+
+    def die(run):
+        run.saver.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if rank == 1:
-        _at_step(4, lambda run: os.kill(os.getpid(), signal.SIGKILL))
+        _at_step(4, die)
 
 
 def _terminate(rank):
