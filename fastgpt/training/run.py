@@ -1,6 +1,7 @@
 """One training run in one of its processes: the steps, and what is looked at, evaluated and saved between them."""
 
 import dataclasses
+import datetime
 import functools
 import math
 import signal
@@ -33,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 SHOWN = (
     *("init_from", "max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "tensorboard"),
     *("wandb", "sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device", "cuda_graph"),
+    "timeout",
 )
 OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
 
@@ -52,8 +54,9 @@ class Run:
     ):
         self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
         self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
-        kind = BackgroundSaver if world.size > 1 else Saver
-        self.saver = kind(Checkpoints(folder / CHECKPOINTS), folder, world, self.say)
+        where = Checkpoints(folder / CHECKPOINTS), folder, world, self.say
+        timeout = datetime.timedelta(seconds=config.timeout)
+        self.saver = BackgroundSaver(*where, timeout=timeout) if world.size > 1 else Saver(*where)
         block, autocast = model.config.block_size, autocast_dtype(config, world.device)
         self.windows = config.windows(block)  # a step, in all processes
         mine = self.windows // world.size
@@ -302,7 +305,7 @@ def _distributed(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     if world.size > 1:
         _warm(model, world)
     if config.fsdp:
-        shard(model, world)
+        shard(model, world, config.fsdp_shard, config.fsdp_reshard, autocast_dtype(config, world.device))
         if config.compile:
             model.compile()
         return model

@@ -1,5 +1,6 @@
 """Saving a run: at once where one process trains, in the background where several do."""
 
+import datetime
 import json
 import shutil
 import uuid
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from fastgpt.model import GPT
 from fastgpt.training import state
 from fastgpt.training.checkpoint import Checkpoints
-from fastgpt.training.distributed import TIMEOUT, World, whole
+from fastgpt.training.distributed import SHARDS, World, whole
 from fastgpt.weights import save_model, stream_model
 
 
@@ -64,11 +65,11 @@ class BackgroundSaver(Saver):
     while training goes on. They agree through a group of their own, over the hosts. One save at a time; what goes wrong
     in one is raised or told by the next call here."""
 
-    def __init__(self, *given):
+    def __init__(self, *given, timeout: datetime.timedelta):
         super().__init__(*given)
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        self.group = dist.new_group(backend="gloo", timeout=timeout)
         gpu = self.world.device.type == "cuda"
         how = StagingOptions(
             use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
@@ -134,18 +135,18 @@ class _Job:
         self.new = self.saver.checkpoints.begin(self.step, self.size, f"{uuid.uuid4().hex}.")
         if self.new is None:
             return None
-        (self.new / state.SHARDS).mkdir()
-        return self.new / state.SHARDS
+        (self.new / SHARDS).mkdir()
+        return self.new / SHARDS
 
     def finish(self, flushed: dict[str, str]) -> None:
         from fastgpt.training.sharded import Shards
 
         if self.new is None:
             return
-        load = Shards(self.new / state.SHARDS).whole
+        load = Shards(self.new / SHARDS).whole
         state.write_beside_shards(self.new, self.config, self.dtype, load, self.random, self.text)
         self.saver.checkpoints.commit(self.step, self.new, self.in_manifest, flushed)
-        load = Shards(self.saver.checkpoints.of(self.step).path / state.SHARDS).whole
+        load = Shards(self.saver.checkpoints.of(self.step).path / SHARDS).whole
         stream_model(self.config, self.dtype, load, self.saver.folder, self.encoding, **self.told)
 
 

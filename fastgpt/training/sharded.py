@@ -25,8 +25,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from fastgpt.atomic import digest, sync
-from fastgpt.training.distributed import is_sharded, local_part
-from fastgpt.training.state import SHARDS
+from fastgpt.training.distributed import SHARDS, is_sharded, local_part
 from fastgpt.weights.files import stream_tensors
 
 _PLACES, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # in a header, as PyTorch's reader looks for them

@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from fastgpt.atomic import read_json
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.checkpoint import Checkpoint
-from fastgpt.training.distributed import World, local_part, placed, whole
+from fastgpt.training.distributed import SHARDS, World, local_part, placed, whole
 from fastgpt.weights import from_pretrained, save_pretrained, stream_pretrained
 from fastgpt.weights.files import read_tensors, write_tensors
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
-SHARDS = "shards"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 FREE = ("dropout", "residual", "activation_checkpointing", "backend")  # fields of GPTConfig that a resume may change
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp
 
-import fastgpt.training.sharded  # as all processes will: imported once, before they are forked
 from fastgpt import GPTConfig, cli, training
 from fastgpt.data.tokenizer import encoding
-from fastgpt.training import distributed, monitor
+from fastgpt.training import distributed, monitor, sharded
 from fastgpt.training.run import Run
 from fastgpt.training.settings import TrainConfig
 
@@ -25,6 +24,7 @@ MODEL = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
 SHORT = dict(max_iters=6, batch_size=2, gradient_accumulation_steps=4, eval_interval=3, eval_iters=3, log_interval=2)
 
 
+assert sharded  # and torch's FSDP: imported once, before processes are forked
 CRASHES = {-signal.SIGSEGV, -signal.SIGABRT}
 
 

@@ -198,7 +198,7 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
 
 def test_a_sharded_model_is_compiled_after_it_is_sharded(monkeypatch):
     done = []
-    monkeypatch.setattr(running, "shard", lambda model, world: done.append("sharded"))
+    monkeypatch.setattr(running, "shard", lambda model, world, *how: done.append("sharded"))
     monkeypatch.setattr(GPT, "compile", lambda self: done.append("compiled"))
     model = GPT(GPTConfig(**MODEL))
     assert running._distributed(model, TrainConfig(fsdp=True, compile=True), World(0, 1, torch.device("cpu"))) is model
