@@ -15,7 +15,7 @@ LAYOUTS = {
     "hsdp": (4, dict(fsdp=True, fsdp_shard=2, fsdp_reshard=True)),
 }
 # Each layout goes on from each other one, once.
-CIRCUIT = "one ddp one fsdp ddp fsdp hsdp one hsdp ddp hsdp fsdp one".split()
+CIRCUIT = ["one", "ddp", "one", "fsdp", "ddp", "fsdp", "hsdp", "one", "hsdp", "ddp", "hsdp", "fsdp", "one"]
 MODEL = dict(block_size=5)  # of 5 positions over 4 processes the last one has none
 
 
@@ -44,7 +44,7 @@ def relay(layouts, text, out):
 
 
 @pytest.mark.parametrize(
-    "layouts", ["one hsdp ddp fsdp".split(), pytest.param(CIRCUIT, marks=pytest.mark.slow)], ids=["four", "all"]
+    "layouts", [["one", "hsdp", "ddp", "fsdp"], pytest.param(CIRCUIT, marks=pytest.mark.slow)], ids=["four", "all"]
 )
 def test_each_goes_on_from_what_another_saved(text, tmp_path, layouts):
     """With the losses of one process that was never stopped, to 1e-6."""
