@@ -219,6 +219,7 @@ class GPT(nn.Module):
     """
 
     dtype: torch.dtype | None = None  # of the activations, where neither autocast nor the embedding says it
+    blocks_alone: bool = False  # a block's weights are gone once it was called, so it adds all its biases itself
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -275,7 +276,7 @@ class GPT(nn.Module):
         again = again and not ops.watcher()  # torch.func knows no checkpoints
         block: Any  # ModuleList does not say what it holds
         for block in self.h:
-            leaves_bias = only_multiplies(block.mlp.c_proj)
+            leaves_bias = not self.blocks_alone and only_multiplies(block.mlp.c_proj)
             given = x, branch, branch_bias, documents, not leaves_bias, cache
             x, branch = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
             branch_bias = block.mlp.c_proj.bias if leaves_bias else None  # a parameter is no output to checkpoint

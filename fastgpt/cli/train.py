@@ -68,6 +68,9 @@ _TRAINING = {
     "compile": "by torch.compile",
     "cuda_graph": "the whole step as one CUDA graph; auto is on one GPU, where it can be",
     "fsdp": "shard weights and moments over the processes",
+    "fsdp_shard": "processes that share a copy of the model, as a node's do (default: all)",
+    "fsdp_reshard": "let go of a layer's weights after its forward: less memory, and gathered twice a step",
+    "timeout": "seconds after which a process that waits for others gives up",
     "tensorboard": "write its events beside metrics.csv",
     "wandb": "tell Weights & Biases, which sends it over the network unless WANDB_MODE is offline",
 }

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -132,38 +132,56 @@ class Checkpoints:
         `facts` (JSON values, val_loss among them) go into the manifest. A valid checkpoint of this step is left as it
         is. OSError for a disk that is full or fails; what was there before is then there still.
         """
-        checkpoint = Checkpoint(self.folder / f"step-{step:08d}", step)
+        new = self.begin(step, size)
+        if new is not None:
+            try:
+                write(new)
+                self.commit(step, new, facts)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
+        return self.of(step)
+
+    def of(self, step: int) -> Checkpoint:
+        """Where the checkpoint of a step has its place, whether it is there or not."""
+        return Checkpoint(self.folder / f"step-{step:08d}", step)
+
+    def begin(self, step: int, size: int, token: str = "") -> Path | None:
+        """A new folder beside the place of that step's checkpoint, for about `size` bytes; None where a valid one has
+        the place. token: of this one attempt, where others that died slowly may still write to theirs."""
+        checkpoint = self.of(step)
         if checkpoint.path.exists():
             try:
                 checkpoint.verify()
-                return checkpoint
+                return None
             except (ValueError, OSError):
                 self.set_aside(checkpoint)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size:
             raise OSError(errno.ENOSPC, f"no space left: {size:,} bytes to write, {free:,} free", str(self.folder))
-        new = self.folder / f".{checkpoint.path.name}.tmp"
+        new = self.folder / f".{checkpoint.path.name}.{token}tmp"
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        try:
-            write(new)
-            self._seal(new, {"step": step, **facts})
-            os.rename(new, checkpoint.path)
-            sync(self.folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        self.purge()
-        return checkpoint
+        return new
 
-    def _seal(self, new: Path, facts: dict) -> None:
+    def commit(self, step: int, new: Path, facts: dict, flushed: Mapping[str, str] | None = None) -> None:
+        """Seal what was written in `new` and give it the place. flushed: the SHA-256 of files that other processes
+        wrote, and flushed themselves."""
+        self._seal(new, {"step": step, **facts}, flushed or {})
+        os.rename(new, self.of(step).path)
+        sync(self.folder)
+        self.purge()
+
+    def _seal(self, new: Path, facts: dict, flushed: Mapping[str, str]) -> None:
         """Flush every file and folder of `new` to the disk, its manifest last."""
-        files = sorted(path for path in new.rglob("*") if path.is_file())
-        for file in files:
-            sync(file)
-        sizes = {
-            file.relative_to(new).as_posix(): {"bytes": file.stat().st_size, "sha256": digest(file)} for file in files
-        }
+        files = {path.relative_to(new).as_posix(): path for path in sorted(new.rglob("*")) if path.is_file()}
+        if missing := sorted(flushed.keys() - files.keys()):
+            raise FileNotFoundError(errno.ENOENT, "another process wrote it, and it is not there", missing[0])
+        sizes = {}
+        for name, file in files.items():
+            if name not in flushed:
+                sync(file)
+            sizes[name] = {"bytes": file.stat().st_size, "sha256": flushed.get(name) or digest(file)}
         manifest = new / MANIFEST
         manifest.write_text(json.dumps({**facts, "files": sizes}, indent=2) + "\n", encoding="utf-8")
         sync(manifest)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt.model import GPT
 
 STALL = 300.0  # seconds without a step that are worth a look at the stacks, which ends nothing
-TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: the longest that rank 0 may take to write a checkpoint
+SHARDS = "shards"  # the folder of a checkpoint that each process writes into
 
 
 class World(NamedTuple):
@@ -38,7 +38,7 @@ class World(NamedTuple):
 
     def watch(self) -> None:
         """Where processes wait for each other: unless this is called again within STALL seconds, the stacks of this one
-        are written to stderr, which tells who waits where. The wait itself ends with TIMEOUT."""
+        are written to stderr, which tells who waits where. The wait itself ends with the run's timeout."""
         if self.size > 1 and sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(STALL, file=sys.__stderr__)
 
@@ -58,9 +58,9 @@ class World(NamedTuple):
         return found
 
 
-def join(device: str) -> World:
-    """This process's World, from what torchrun put into the environment, or alone without it. ValueError for a device
-    that is not here."""
+def join(device: str, timeout: float = 1800) -> World:
+    """This process's World, from what torchrun put into the environment, or alone without it. timeout: the seconds
+    after which a wait for other processes is an error. ValueError for a device that is not here."""
     size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
     if size == 1:
         return World(0, 1, device_named(device))
@@ -70,7 +70,8 @@ def join(device: str) -> World:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     if not dist.is_initialized():  # gloo for what the hosts tell each other
-        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+        backends = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=datetime.timedelta(seconds=timeout))
     return World(dist.get_rank(), size, here)
 
 
@@ -109,18 +110,27 @@ def _devices() -> list[str]:
     return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
-def shard(model: GPT, world: World) -> None:
-    """FSDP2, in place: a shard of every weight in each process.
+def shard(
+    model: GPT, world: World, among: int | None = None, reshards: bool = False, dtype: torch.dtype | None = None
+) -> None:
+    """FSDP2, in place: a shard of every weight in each process, or in each of `among` neighbours, with copies of it in
+    the others (HSDP). dtype: of the weights that are gathered, None their own; gradients are added up in float32.
 
-    What a block gathered stays until its backward, for the next block adds its last bias.
+    What a block gathered stays until its backward, unless it `reshards`, and is then gathered once more for that.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if among is None or among == world.size:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+    else:
+        names = ("copies", "shards")
+        mesh = init_device_mesh(world.device.type, (world.size // among, among), mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     for block in model.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshards, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+    model.blocks_alone = reshards
 
 
 def reshard(model: nn.Module) -> None:
@@ -142,6 +152,11 @@ def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor, told by a method of it: its module takes half a second to import, a fourth of what every
     command would begin with."""
     return hasattr(tensor, "full_tensor")
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor, itself where it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
     config.windows(model_config.block_size)
     if config.document_mask:
         end_of_text(encoding)
-    world = join(config.device)
+    world = join(config.device, config.timeout)
     _hold_device(model_config, config, world)
     corpus = data.load_corpus(source, encoding, model_config.block_size)
     if folder.is_dir() and not data.holds_tokens(source) and source is not None and folder.samefile(source):
@@ -101,8 +101,7 @@ def train(plan: Plan, overwrite: bool = False, strict_resume: bool = False) -> G
                 with out_of_memory_told(run.step_on.graph):
                     run.loop()
             finally:
-                if run.monitor is not None:
-                    run.monitor.close()
+                run.close()
     finally:
         if world.rank == 0 and not begun:  # a run that is refused leaves nothing
             if held and not was_locked:
@@ -152,6 +151,8 @@ def _hold_device(model_config: GPTConfig, config: TrainConfig, world: World) -> 
         raise ValueError("fsdp needs several processes: torchrun --nproc_per_node N -m fastgpt train …")
     if config.fsdp and config.optimizer == "muon":
         raise ValueError("fsdp and optimizer = 'muon' do not go together: a step of Muon's needs whole matrices")
+    if config.fsdp_shard is not None and world.size % config.fsdp_shard:
+        raise ValueError(f"fsdp_shard = {config.fsdp_shard} does not divide {world.size} processes")
     if config.fsdp and autocast_dtype(config, world.device) == torch.float16:
         raise ValueError("fsdp and float16 do not go together: each shard would scale its own loss")
 

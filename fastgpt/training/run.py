@@ -1,6 +1,7 @@
 """One training run in one of its processes: the steps, and what is looked at, evaluated and saved between them."""
 
 import dataclasses
+import datetime
 import functools
 import math
 import signal
@@ -22,17 +23,18 @@ from fastgpt.training.capture import why_no_graph
 from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, muon, set_learning_rate
+from fastgpt.training.saving import BackgroundSaver, Saver
 from fastgpt.training.settings import TrainConfig, autocast_dtype
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
 from fastgpt.training.tracking import trackers
-from fastgpt.weights import save_model
 
 CHECKPOINTS = "checkpoints"
 # Settings that change no bit of what the steps compute, or that a longer run is asked for by.
 SHOWN = (
     *("init_from", "max_iters", "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "tensorboard"),
     *("wandb", "sample_tokens", "sample_prompt", "skip_nonfinite", "activation_checkpointing", "device", "cuda_graph"),
+    "timeout",
 )
 OVERFLOWS = 100  # steps in a row that float16 may skip; its scale then is below 2^-84 of where it started
 
@@ -52,7 +54,9 @@ class Run:
     ):
         self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
         self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
-        self.checkpoints = Checkpoints(folder / CHECKPOINTS)
+        where = Checkpoints(folder / CHECKPOINTS), folder, world, self.say
+        timeout = datetime.timedelta(seconds=config.timeout)
+        self.saver = BackgroundSaver(*where, timeout=timeout) if world.size > 1 else Saver(*where)
         block, autocast = model.config.block_size, autocast_dtype(config, world.device)
         self.windows = config.windows(block)  # a step, in all processes
         mine = self.windows // world.size
@@ -84,7 +88,7 @@ class Run:
 
     def restore(self, saved: state.Saved) -> None:
         facts = saved.facts
-        state.restore(saved, self.model, self.optimizer)
+        state.restore(saved, self.model, self.optimizer, self.world, self.saver.group)
         self.steps_done, self.seen, self.rows = facts["step"], facts["windows"], list(facts["rows"])
         self.recent, self.seconds, self.skipped = list(facts["recent"]), facts["seconds"], facts.get("skipped", 0)
         if facts.get("scaler"):
@@ -124,9 +128,7 @@ class Run:
         self.started = time.perf_counter()
         unread: list[tuple[Tensor, Tensor, Tensor]] = []
         if first >= config.max_iters:  # it may have been stopped between its last checkpoint and its model
-            taken = state.snapshot(self.model, self.optimizer, self.world)
-            if self.monitor is not None:
-                self._leave_model(taken)
+            self.saver.leave_model(self.model, self.facts())
         if self.monitor is not None:
             self.monitor.start(first, config.max_iters)
         while self.steps_done < config.max_iters:
@@ -258,12 +260,12 @@ class Run:
             self.monitor.sampled(self.steps_done, write)
 
     def save(self, needed: bool) -> None:
-        """A checkpoint, and the model in the folder itself. A disk that is full is told of and left for the next time,
-        unless this save is `needed`: then OSError."""
-        taken = state.snapshot(self.model, self.optimizer, self.world)
-        if self.monitor is None:
-            return
-        facts = {
+        """A checkpoint, and the model in the folder itself; saving.py says how."""
+        self.saver.save(self.model, self.optimizer, self.facts(), needed)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, all of it JSON."""
+        return {
             "step": self.steps_done,
             "windows": self.seen,
             "model": dataclasses.asdict(self.model.config),
@@ -278,33 +280,16 @@ class Run:
             "scaler": self.step_on.scaler.state_dict(),
             "versions": state.versions(self.device),
         }
-        try:
-            self.checkpoints.save(
-                self.steps_done,
-                lambda folder: state.write(folder, self.model.config, taken, facts),
-                taken.size(),
-                val_loss=self._val_loss(),
-                versions=facts["versions"],
-            )
-            self._leave_model(taken)
-        except OSError as error:
-            whole = self.checkpoints.all()
-            newest = f"the newest checkpoint is of step {whole[-1].step}" if whole else "there is no checkpoint"
-            said = f"step {self.steps_done} could not be saved: {error}; {newest}"
-            if needed:
-                raise OSError(said) from error
-            self.monitor.say(f"{said}; training goes on")
 
-    def _val_loss(self) -> float | None:
-        """Of these weights; None where they were not evaluated."""
-        last = self.rows[-1] if self.rows else {}
-        return last["val_loss"] if last.get("step") == self.steps_done else None
+    def say(self, text: str) -> None:
+        if self.monitor is not None:
+            self.monitor.say(text)
 
-    def _leave_model(self, taken: state.Snapshot) -> None:
-        """In the folder itself, for whoever generates from it."""
-        told = {"step": self.steps_done, "val_loss": self._val_loss(), "train": dataclasses.asdict(self.config)}
-        told["data"] = self.corpus.facts()
-        save_model(state.assembled(self.model.config, taken.weights), self.folder, self.encoding.name, **told)
+    def close(self) -> None:
+        """However the run ended."""
+        self.saver.close()
+        if self.monitor is not None:
+            self.monitor.close()
 
     def end_early(self, stop: int) -> None:
         if self.monitor is not None:
@@ -320,7 +305,7 @@ def _distributed(model: GPT, config: TrainConfig, world: World) -> nn.Module:
     if world.size > 1:
         _warm(model, world)
     if config.fsdp:
-        shard(model, world)
+        shard(model, world, config.fsdp_shard, config.fsdp_reshard, autocast_dtype(config, world.device))
         if config.compile:
             model.compile()
         return model

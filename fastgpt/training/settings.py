@@ -62,13 +62,16 @@ class TrainConfig:
     compile: bool = False  # by torch.compile
     cuda_graph: Literal["auto", True, False] = "auto"  # the whole step as one CUDA graph; "auto" is where it can be
     fsdp: bool = False  # shard weights and moments over the processes, instead of a copy in each
+    fsdp_shard: int | None = None  # processes that share a copy of the model, as a node's do; None is all
+    fsdp_reshard: bool = False  # let go of a layer's weights after its forward: less memory, gathered twice a step
+    timeout: float = 1800.0  # seconds after which a process that waits for others gives up
     tensorboard: bool = False
     wandb: bool = False
 
     def __post_init__(self):
         check_fields(self)
         whole = ("max_iters", "batch_size", "gradient_accumulation_steps", "total_batch_size", "lr_decay_iters")
-        for name in (*whole, "eval_interval", "eval_iters", "log_interval", "checkpoint_interval"):
+        for name in (*whole, "eval_interval", "eval_iters", "log_interval", "checkpoint_interval", "fsdp_shard"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"TrainConfig: {name} is {value}, not at least 1")
@@ -82,6 +85,11 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig: {name} is {getattr(self, name)}, not in [0, 1)")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"TrainConfig: decay_share is {self.decay_share}, not in (0, 1]")
+        if not 0 < self.timeout < 1e9:
+            raise ValueError(f"TrainConfig: timeout is {self.timeout}, not a number of seconds above 0 and below 1e9")
+        if not self.fsdp and (self.fsdp_shard is not None or self.fsdp_reshard):
+            given = f"fsdp_shard = {self.fsdp_shard}" if self.fsdp_shard is not None else "fsdp_reshard"
+            raise ValueError(f"TrainConfig: {given} says how fsdp is to shard, and fsdp is false")
         if self.min_lr > self.learning_rate:
             raise ValueError(f"TrainConfig: min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}")
         if not 0 <= self.seed < 2**63:

@@ -2,6 +2,7 @@
 
     model/                 config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them
     optimizer.safetensors  AdamW's moments and step counts, Muon's momenta, by parameter
+    shards/                where several processes train, in its place: each one's part of weights and moments
     random.safetensors     the states of torch's generators, a tensor for each rank and device
     state.json             the step, the position in the data, the settings, the metrics
     manifest.json          sizes and SHA-256 of the others (checkpoint.py)
@@ -12,19 +13,20 @@ The data needs no generator's state: its order is a function of the seed and the
 import dataclasses
 import json
 import platform
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastgpt.atomic import read_json
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.checkpoint import Checkpoint
-from fastgpt.training.distributed import World, placed, whole
+from fastgpt.training.distributed import SHARDS, World, local_part, placed, whole
 from fastgpt.training.optimizer import by_muon
-from fastgpt.weights import from_pretrained, save_pretrained
+from fastgpt.weights import from_pretrained, save_pretrained, stream_pretrained
 from fastgpt.weights.files import read_tensors, write_tensors
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
@@ -41,21 +43,30 @@ class Snapshot(NamedTuple):
 
     def size(self) -> int:
         """Bytes on the disk, about."""
-        return sum(t.numel() * t.element_size() for part in self for t in part.values()) + (1 << 16)
+        return sum(size(part.values()) for part in self) + (1 << 16)
+
+
+def size(tensors: Iterable[Tensor]) -> int:
+    """Bytes of them, whole where they are sharded."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def snapshot(model: GPT, optimizer: torch.optim.Optimizer, world: World) -> Snapshot:
-    """Every process calls it; only rank 0 gets weights and moments."""
-    moments = [
-        (f"{name}/{moment}", optimizer.state[parameter][moment])
+    """Of a process that is alone."""
+    moments = moments_of(model, optimizer)
+    return Snapshot(whole(model.state_dict().items(), True), whole(moments.items(), True), generators(world))
+
+
+def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors themselves, sharded as they are: h.0.attn.c_attn.weight/exp_avg, …"""
+    return {
+        f"{name}/{moment}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
         for moment in optimizer.state.get(parameter, ())
-    ]
-    keep = world.rank == 0
-    return Snapshot(whole(model.state_dict().items(), keep), whole(moments, keep), _generators(world))
+    }
 
 
-def _generators(world: World) -> dict[str, Tensor]:
+def generators(world: World) -> dict[str, Tensor]:
     states, kind = {"cpu": torch.get_rng_state()}, world.device.type
     if kind == "cuda":
         states[kind] = torch.cuda.get_rng_state(world.device)
@@ -79,6 +90,16 @@ def write(folder: Path, config: GPTConfig, taken: Snapshot, facts: dict) -> None
     (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+def write_beside_shards(
+    folder: Path, config: GPTConfig, dtype: torch.dtype, load: Callable[[str], Tensor], random: dict, facts: str
+) -> None:
+    """What a checkpoint has beside its shards, in which load(name) finds a weight; its manifest is not yet there."""
+    (folder / MODEL).mkdir()
+    stream_pretrained(config, dtype, load, folder / MODEL)
+    write_tensors(random, folder / RANDOM)
+    (folder / STATE).write_text(facts, encoding="utf-8")
+
+
 def assembled(config: GPTConfig, weights: dict[str, Tensor]) -> GPT:
     """A GPT that holds these tensors themselves."""
     with torch.device("meta"):
@@ -94,6 +115,7 @@ class Saved(NamedTuple):
     moments: dict[str, Tensor]
     random: dict[str, Tensor]
     facts: dict[str, Any]
+    shards: Any = None  # a sharded.Shards, which holds weights and moments instead
 
 
 def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
@@ -112,18 +134,18 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
     ]
     if changed:
         raise ValueError(f"{path} is of another model: {'; '.join(changed)}")
+    if (path / SHARDS).is_dir():
+        from fastgpt.training.sharded import Shards
+
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+        shards = Shards(path / SHARDS)
+        shards.check({**shapes, **_moments_for(shapes, facts)}, checkpoint.manifest()["files"])
+        return Saved({}, {}, _read(path / RANDOM), facts, shards)
     model = from_pretrained(path / MODEL, **{name: now[name] for name in FREE})
     weights = model.state_dict()
-    try:
-        moments, random = read_tensors(path / OPTIMIZER), read_tensors(path / RANDOM)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: {error}") from error
-    optimizer = optimizer_in(facts)
-    expected = {
-        f"{name}/{moment}": t.shape if moment != "step" else torch.Size()
-        for name, t in weights.items()
-        for moment in MOMENTS["muon" if optimizer == "muon" and by_muon(name, t.dim()) else "adamw"]
-    }
+    moments, random = _read(path / OPTIMIZER), _read(path / RANDOM)
+    expected = _moments_for({name: tensor.shape for name, tensor in weights.items()}, facts)
     if wrong := sorted(expected.keys() ^ moments.keys()):
         raise ValueError(f"{path / OPTIMIZER} and the model disagree about {len(wrong)} tensors, {wrong[0]} first")
     for name, shape in expected.items():
@@ -141,9 +163,30 @@ def optimizer_in(facts: dict[str, Any]) -> str:
     return dict(facts.get("train") or {}).get("optimizer", "adamw")
 
 
+def _moments_for(shapes: Mapping[str, torch.Size], facts: dict[str, Any]) -> dict[str, torch.Size]:
+    """The shapes of the optimizer's tensors, of those of the weights."""
+    muon = optimizer_in(facts) == "muon"
+    return {
+        f"{name}/{moment}": shape if moment != "step" else torch.Size()
+        for name, shape in shapes.items()
+        for moment in MOMENTS["muon" if muon and by_muon(name, len(shape)) else "adamw"]
+    }
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return read_tensors(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.parent}: {error}") from error
+
+
 @torch.no_grad()
-def restore(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and moments in place, sharded where the model is."""
+def restore(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer, world: World, group: Any = None) -> None:
+    """Put weights and moments in place, sharded where the model is. Of several processes, all call it with a group of
+    theirs over the hosts."""
+    if saved.shards is not None:
+        _restore_shards(saved, model, optimizer, world, group)
+        return
     for name, parameter in model.named_parameters():
         parameter.copy_(placed(saved.weights[name], parameter))
         found = {moment: saved.moments.get(f"{name}/{moment}") for kind in MOMENTS.values() for moment in kind}
@@ -152,6 +195,19 @@ def restore(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer) -> None:
             for moment, tensor in found.items()
             if tensor is not None
         }
+
+
+def _restore_shards(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer, world: World, group: Any) -> None:
+    for name, parameter in model.named_parameters():
+        kinds = _moments_for({name: parameter.shape}, saved.facts)
+        for key, shape in kinds.items():  # a count is a scalar everywhere
+            count = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            optimizer.state[parameter][key.removeprefix(f"{name}/")] = torch.zeros_like(parameter) if shape else count
+    tensors = {**{name: p.data for name, p in model.named_parameters()}, **moments_of(model, optimizer)}
+    saved.shards.load_into(tensors, group)
+    bad = [name for name, tensor in tensors.items() if not local_part(tensor).isfinite().all()]
+    if world.agree(bool(bad)):
+        raise ValueError(f"{saved.shards.folder}: {bad[0] if bad else 'a tensor in another process'} is not finite")
 
 
 def restore_generators(saved: Saved, world: World) -> bool:

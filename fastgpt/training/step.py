@@ -48,9 +48,17 @@ class Step(TrainingStep):
             return model(idx, targets) if self.end is None else model(idx, targets, documents(idx, self.end))
 
     def batch(self, last: bool) -> contextlib.AbstractContextManager:
-        """DDP averages gradients once a step, in the last batch's backward."""
+        """Gradients are averaged once a step, in the last batch's backward; FSDP then keeps whole weights and gradients
+        from batch to batch. Where it is not to, each batch's gradients are scattered, and added up over copies once."""
         if not last and isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
+        model: Any = self.model
+        if hasattr(model, "set_is_last_backward"):  # FSDP2's
+            model.set_is_last_backward(last)
+            model.set_requires_all_reduce(last)
+            if not model.blocks_alone:
+                model.set_requires_gradient_sync(last)
+                model.set_reshard_after_backward(last)
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:

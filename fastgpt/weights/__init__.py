@@ -6,7 +6,7 @@ fastgpt's own folder has model.safetensors with the weights and config.json with
 
 from fastgpt.weights.files import CONFIG, WEIGHTS
 from fastgpt.weights.pretrained import HUB, from_pretrained, load_model, load_named
-from fastgpt.weights.saving import convert, save_model, save_pretrained
+from fastgpt.weights.saving import convert, save_model, save_pretrained, stream_model, stream_pretrained
 
 __all__ = [
     "CONFIG",
@@ -18,4 +18,6 @@ __all__ = [
     "load_named",
     "save_model",
     "save_pretrained",
+    "stream_model",
+    "stream_pretrained",
 ]

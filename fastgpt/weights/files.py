@@ -3,11 +3,12 @@
 A .safetensors or .pt file, or a folder with one of them, whole or in parts, and the settings beside it.
 """
 
+import json
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ WEIGHTS, CONFIG, CHECKPOINT, STATE = "model.safetensors", "config.json", "ckpt.p
 _WHOLE = (WEIGHTS, "pytorch_model.bin", CHECKPOINT, STATE)
 _INDEXES = (f"{WEIGHTS}.index.json", "pytorch_model.bin.index.json")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # that a model computes in
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}  # safetensors'
 _PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DistributedDataParallel's
 _MASK = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|att\.mask)$")  # buffers of old files, which say nothing
 
@@ -146,6 +148,28 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         save_file(tensors, path, metadata)
     except SafetensorError as error:
         raise OSError(f"{path.parent}: {error}") from error
+
+
+def stream_tensors(
+    like: Mapping[str, Tensor], load: Callable[[str], Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """As safetensors, with one tensor in memory at a time: load(name) gives it, of the shape and dtype that like[name]
+    has, which may be on the meta device. OSError where the disk fails."""
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name, tensor in like.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin where the widest number may
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in like.items():
+            held = load(name).detach().cpu()
+            if (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
+                what = f"{held.dtype} of shape {tuple(held.shape)}, not {tensor.dtype} of {tuple(tensor.shape)}"
+                raise ValueError(f"stream_tensors: {name} is {what}")
+            file.write(held.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_pickle(content: Any, path: Path) -> None:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fastgpt.atomic import read_json, replacing
 from fastgpt.data.tokenizer import BY_SIZE, END_OF_TEXT, Unavailable, full_name, has_end_of_text
 from fastgpt.data.tokenizer import encoding as encoding_of
-from fastgpt.model import GPT
+from fastgpt.model import GPT, GPTConfig
 from fastgpt.weights.card import card
-from fastgpt.weights.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, write_pickle, write_tensors
+from fastgpt.weights.files import CHECKPOINT, CONFIG, STATE, WEIGHTS, stream_tensors, write_pickle, write_tensors
 from fastgpt.weights.pretrained import FAMILIES, from_pretrained
 from fastgpt.weights.tokenizer_files import TOKENIZER, tokenizer_files
 
@@ -28,11 +30,30 @@ _FILES = {
 
 def save_model(model: GPT, folder: Path, encoding: str, **facts) -> None:
     """Write the model's two files into `folder`; `facts` (JSON values) go into config.json beside the shape."""
-    config = {"model": dataclasses.asdict(model.config), "encoding": encoding, **facts}
     with replacing(folder / WEIGHTS) as new:
         write_tensors(_apart(model.state_dict()), new)
+    _write_config(model.config, folder, encoding, facts)
+
+
+def stream_model(
+    config: GPTConfig, dtype: torch.dtype, load: Callable[[str], Tensor], folder: Path, encoding: str, **facts
+) -> None:
+    """save_model of a model that is nowhere whole: load(name) gives its tensors, one after another."""
+    with replacing(folder / WEIGHTS) as new:
+        stream_tensors(_shapes(config, dtype), load, new)
+    _write_config(config, folder, encoding, facts)
+
+
+def _write_config(config: GPTConfig, folder: Path, encoding: str, facts: dict) -> None:
     with replacing(folder / CONFIG) as new:
-        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        content = {"model": dataclasses.asdict(config), "encoding": encoding, **facts}
+        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _shapes(config: GPTConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A model's tensors on the meta device, which take no memory."""
+    with torch.device("meta"):
+        return GPT(config).to(dtype).state_dict()
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,6 +74,23 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
     A model without biases gets zeros for them, which change nothing; from_pretrained above leaves them out again.
     """
     write_family(model, Path(folder), "huggingface", "", "GPTModel")
+
+
+def stream_pretrained(config: GPTConfig, dtype: torch.dtype, load: Callable[[str], Tensor], folder: Path) -> None:
+    """save_pretrained of a model that is nowhere whole: load(name) gives its tensors, one after another."""
+    ours, family = _shapes(config, dtype), FAMILIES["huggingface"]
+    settings, like, _ = family.write_weights(config, ours)
+
+    def theirs(name: str) -> Tensor:
+        own = name.removeprefix("transformer.")
+        if own not in ours:  # a bias that they have and we have not
+            return torch.zeros(like[name].shape, dtype=dtype, device="cpu")
+        return family.write_weights(config, {own: load(own)})[1][name]
+
+    with replacing(folder / WEIGHTS) as new:
+        stream_tensors(like, theirs, new, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as new:
+        new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def convert(

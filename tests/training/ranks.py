@@ -1,5 +1,8 @@
 """Processes that train together on this machine, as torchrun starts them; forked from one that has imported torch."""
 
+import dataclasses
+import datetime
+import gc
 import multiprocessing
 import os
 import shutil
@@ -12,11 +15,15 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed.fsdp
 
-from fastgpt import GPTConfig, cli, training
+from fastgpt import GPT, GPTConfig, cli, training
 from fastgpt.data.tokenizer import encoding
-from fastgpt.training import distributed, monitor
+from fastgpt.training import distributed, monitor, sharded, state
+from fastgpt.training.checkpoint import Checkpoints
+from fastgpt.training.optimizer import adamw
 from fastgpt.training.run import Run
+from fastgpt.training.saving import BackgroundSaver
 from fastgpt.training.settings import TrainConfig
 
 MODEL = dict(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
@@ -46,15 +53,8 @@ def launch(size: int, text: Path, out: Path, fault: str = "", resume: bool = Fal
 
 
 def _launch(size, text, out, fault, resume, model, changes) -> list[int]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.ranks"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     given = text, out, fault, resume, {**MODEL, **(model or {})}, {**SHORT, **changes}
-    processes = [context.Process(target=_rank, args=(rank, size, port, *given)) for rank in range(size)]
-    for process in processes:
-        process.start()
+    processes = started(size, _rank, *given)
     for process in processes:
         process.join(120)
         if process.is_alive():
@@ -64,6 +64,19 @@ def _launch(size, text, out, fault, resume, model, changes) -> list[int]:
     return [process.exitcode for process in processes]
 
 
+def started(size, act, *given) -> list:
+    """Processes that run act(rank, size, port, *given), with a port for them to meet at."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.ranks"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=act, args=(rank, size, port, *given)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
 def said(out: Path, rank: int) -> str:
     return out.with_name(f"{out.name}.{rank}").read_text()
 
@@ -71,9 +84,7 @@ def said(out: Path, rank: int) -> str:
 def _rank(rank, size, port, text, out, fault, resume, model, changes) -> None:
     sys.stdout = sys.stderr = open(out.with_name(f"{out.name}.{rank}"), "w", buffering=1)  # noqa: SIM115
     torch.set_num_threads(1)
-    if size > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    _as_torchrun_starts(rank, size, port)
     monitor.plot_losses = lambda rows, path: None
     if fault:
         FAULTS[fault](rank)
@@ -103,8 +114,14 @@ def _at_step(done: int, act) -> None:
 
 
 def _die(rank):
+    """Rank 1 is killed in step 5, once what was saved after step 3 is on the disk."""
+
+    def die(run):
+        run.saver.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if rank == 1:
-        _at_step(4, lambda run: os.kill(os.getpid(), signal.SIGKILL))
+        _at_step(4, die)
 
 
 def _terminate(rank):
@@ -145,3 +162,105 @@ FAULTS = {
     "one that stalls": _stall,
     "samples that fail": _spoil_samples,
 }
+
+
+def _as_torchrun_starts(rank, size, port) -> None:
+    if size > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def model_and_moments(config):
+    """A model, and AdamW after a step."""
+    model = GPT(config)
+    return model, _stepped(model)
+
+
+def _stepped(model):
+    optimizer = adamw(model, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+@torch.no_grad()
+def fill(model, optimizer, number) -> None:
+    for tensor in (*model.parameters(), *state.moments_of(model, optimizer).values()):
+        distributed.local_part(tensor).fill_(number)
+
+
+def saver(world, folder, say):
+    timeout = datetime.timedelta(seconds=60)
+    return BackgroundSaver(Checkpoints(folder / "checkpoints"), folder, world, say, timeout=timeout)
+
+
+def facts(config, step) -> dict:
+    shape = dataclasses.asdict(config)
+    kept = dict(step=step, windows=step, model=shape, rows=[], versions={}, encoding="byte", train={}, data={})
+    return kept
+
+
+def _laid_out(config, layout, rank, size, port):
+    torch.set_num_threads(1)
+    _as_torchrun_starts(rank, size, port)
+    world, model = distributed.join("cpu"), GPT(config)
+    if layout == "fsdp":
+        distributed.shard(model, world)
+    return world, model, _stepped(model)
+
+
+def save_on(rank, size, port, folder, layout, tell) -> None:
+    """Go on from the newest checkpoint, whose numbers must all be those of its step, and save until it is killed. Tells
+    of (found, step), then of (begun, step) and (done, step)."""
+    config = GPTConfig(**MODEL)
+    world, model, optimizer = _laid_out(config, layout, rank, size, port)
+    keeper, step = saver(world, folder, print), 0
+    newest, passed = keeper.checkpoints.newest()
+    assert not passed, passed
+    if newest is not None:
+        step = newest.step
+        state.restore(state.read(newest, config), model, optimizer, world, keeper.group)
+        for tensor in (*model.parameters(), *state.moments_of(model, optimizer).values()):
+            assert (distributed.local_part(tensor) == step).all(), step
+    tensors = world.agree(1)
+    if rank == 0:
+        tell.send(("found", step))
+    while tensors:
+        step += 1
+        fill(model, optimizer, step)
+        if rank == 0:
+            tell.send(("begun", step))
+        keeper.save(model, optimizer, facts(config, step), needed=False)
+        keeper.wait()
+        if rank == 0:
+            tell.send(("done", step))
+
+
+def measure_save(rank, size, port, folder, layout, tell) -> None:
+    """Tells of (rank, bytes of memory that a save took at its peak, bytes of the shards that it wrote)."""
+    first = GPTConfig(**MODEL)
+    world, model, optimizer = _laid_out(first, layout, rank, size, port)
+    keeper = saver(world, folder, print)  # once for all that is imported and started then
+    keeper.save(model, optimizer, facts(first, 1), needed=True)
+    large = GPTConfig(vocab_size=257, block_size=16, n_layer=12, n_head=2, n_embd=384)
+    model = GPT(large)
+    if layout == "fsdp":
+        distributed.shard(model, world)
+    optimizer = _stepped(model)
+    own = sharded.own_share({**model.state_dict(), **state.moments_of(model, optimizer)}, rank, size)
+    bytes_ = sum(distributed.local_part(t).numel() * t.element_size() for t in own.values())
+    keeper = saver(world, folder, print)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    keeper.save(model, optimizer, facts(large, 2), needed=True)
+    tell.send((rank, _status("VmHWM") - before, bytes_))
+    distributed.leave(world)
+
+
+def _status(what: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{what}:"))

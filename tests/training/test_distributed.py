@@ -1,5 +1,6 @@
 """Two processes train what one trains: copied or sharded, stopped and resumed; and none waits for one that is gone."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import fastgpt
@@ -56,8 +58,31 @@ def sharded(text, tmp_path_factory):
 
 
 def tensors(out, step=6):
+    """Weights by transformers' names and moments, of one process's checkpoint or put together from shards."""
     folder = out / f"checkpoints/step-{step:08d}"
-    return {**load_file(folder / "model/model.safetensors"), **load_file(folder / "optimizer.safetensors")}
+    found = load_file(folder / "model/model.safetensors")
+    if (folder / "optimizer.safetensors").exists():
+        return {**found, **load_file(folder / "optimizer.safetensors")}
+    return {**found, **{name: tensor for name, tensor in of_shards(folder).items() if "/" in name}}
+
+
+def of_shards(folder):
+    """By their names, put together as the headers say."""
+    parts = {}
+    for path in sorted((folder / "shards").iterdir()):
+        with safe_open(path, "pt") as file:
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118
+                parts.setdefault(name, []).append((places[name]["saved_offsets"], file.get_tensor(name)))
+    found = {}
+    for name, pieces in parts.items():
+        pieces.sort(key=lambda piece: piece[0])
+        whole = pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+        starts = [0, *itertools.accumulate(len(piece) for _, piece in pieces)] if whole.dim() else [0]
+        for start, (offset, _) in zip(starts, pieces, strict=False):
+            assert offset == [start, *[0] * (whole.dim() - 1)][: whole.dim()]
+        found[name] = whole
+    return found
 
 
 def digests(out, step=6):
@@ -173,7 +198,7 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
 
 def test_a_sharded_model_is_compiled_after_it_is_sharded(monkeypatch):
     done = []
-    monkeypatch.setattr(running, "shard", lambda model, world: done.append("sharded"))
+    monkeypatch.setattr(running, "shard", lambda model, world, *how: done.append("sharded"))
     monkeypatch.setattr(GPT, "compile", lambda self: done.append("compiled"))
     model = GPT(GPTConfig(**MODEL))
     assert running._distributed(model, TrainConfig(fsdp=True, compile=True), World(0, 1, torch.device("cpu"))) is model

@@ -77,7 +77,7 @@ def test_it_matters_what_is_restored(run, monkeypatch):
         patch.setattr(Run, "batches", lambda self, seen: batches(self, seen % 12))
         check("position")
     with monkeypatch.context() as patch:
-        patch.setattr(state, "restore", lambda s, m, o: (state_restore(s, m, o), o.state.clear()))
+        patch.setattr(state, "restore", lambda s, m, o, *a: (state_restore(s, m, o, *a), o.state.clear()))
         check("moments")
 
 

@@ -213,7 +213,7 @@ def test_a_run_may_begin_with_what_it_overwrites(run):
 
 def test_a_kill_between_the_last_checkpoint_and_the_model(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fastgpt.training.run.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("fastgpt.training.saving.save_model", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(max_iters=1)
     assert not (run.out / "model.safetensors").exists()

@@ -45,7 +45,7 @@ def test_the_generators_of_a_gpu_are_kept_and_put_back(monkeypatch):
     drawn, put = torch.arange(16, dtype=torch.uint8), []
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: drawn)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put.append((state, device)))
-    kept = state._generators(there)
+    kept = state.generators(there)
     assert sorted(kept) == ["cpu.0", "cuda.0"]
     assert state.restore_generators(state.Saved({}, {}, kept, {}), there)
     assert put == [(drawn, there.device)]
