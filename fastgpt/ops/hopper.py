@@ -250,7 +250,7 @@ def attention_qkv_bwd(
             dqkv, sums = attention_backward.attention_qkv_bwd_outputs(dout, qkv, out, lse, *options)
             inside = needs_bias and triton.__version__ in RAN["attention_bwd_sums"]
             partials = _kernels("attention_backward").attention_qkv_bwd(dout, qkv, out, lse, dqkv, heads, scale, inside)
-            if needs_bias:  # the kernel is worth more than the pass that adds up what it wrote
+            if needs_bias:  # by a pass over dqkv where they are not there: the kernel is worth more than that
                 torch.sum(dqkv.flatten(0, 1) if partials is None else partials, dim=0, dtype=sums.dtype, out=sums)
             return dqkv, sums
     return attention_backward.attention_qkv_bwd(dout, qkv, out, lse, *options)
