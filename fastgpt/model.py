@@ -138,9 +138,10 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
         if cache is not None:
-            y = cache.attend(self.layer, self.c_attn(x), self.scale)  # (B, T, C)
+            qkv = self.c_attn(x)  # (B, T, 3C)
+            y = cache.attend(self.layer, qkv, self.scale)  # (B, T, C)
         else:
-            qkv, bias = packed_projection(self.c_attn, x, self.backend)  # (B, T, 3C)
+            qkv, bias = packed_projection(self.c_attn, x, self.backend)
             dropout_p = self.dropout if self.training else 0.0
             options: Any = dict(dropout_p=dropout_p, documents=documents, qkv_bias=bias)
             y = ops.causal_attention_qkv(qkv, self.n_head, scale=self.scale, **options, backend=self.backend)

@@ -46,20 +46,27 @@ def check(qkv, bias, dout, heads, **options):
     assert_accurate(got[2], dqkv.sum((0, 1)), theirs.double().sum((0, 1)), size, logit_max=largest, name="dbias")
 
 
-@pytest.mark.parametrize("time", [1, 16, 31, 33, 70])
+@pytest.mark.parametrize("time", [1, 32, 45])
 def test_lengths(time, device):
     """Tiles that are full, and last ones that are not; in the interpreter a tile has 32 tokens of each kind."""
-    for heads, dim in ((1, 16), (3, 20)):
-        check(*operands(2, time, heads, dim, torch.float32, device), heads)
-    check(*operands(2, time, 2, 64, torch.float16, device), 2)
+    check(*operands(2, time, 2, 20, torch.float32, device), 2)
+    check(*operands(1, time, 1, 64, torch.float16, device), 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("time", [1, 63, 257, 1024])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_the_sizes_that_people_train(time, dim):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check(*operands(2, time, 3, dim, dtype, "cuda"), 3)
 
 
 def test_options(device):
-    tensors = operands(2, 45, 2, 16, torch.float32, device)
-    documents = (torch.arange(45, device=device) // 20).expand(2, -1)
-    key_mask = torch.arange(45, device=device) >= torch.tensor([[0], [7]], device=device)
+    tensors = operands(2, 37, 1, 16, torch.float32, device)
+    documents = (torch.arange(37, device=device) // 20).expand(2, -1)
+    key_mask = torch.arange(37, device=device) >= torch.tensor([[0], [7]], device=device)
     for options in (dict(scale=0.3), dict(dropout_p=0.2, seed=5), dict(documents=documents), dict(key_mask=key_mask)):
-        check(*tensors, 2, **options)
+        check(*tensors, 1, **options)
 
 
 @pytest.mark.interpreter
@@ -67,7 +74,7 @@ def test_options(device):
 def test_tiles_of_other_numbers_of_queries_than_of_keys(of_dq, of_dkdv, monkeypatch):
     sizes = {"fwd": (32, 32), "dq": (of_dq, 16), "dkdv": (16, of_dkdv)}
     monkeypatch.setattr(attention_tiles, "_tiles", lambda kernel, *_: attention_tiles.Tiles(*sizes[kernel], 4, 1))
-    check(*operands(2, 70, 2, 16, torch.float32, "cpu"), 2)
+    check(*operands(2, 45, 1, 16, torch.float32, "cpu"), 1)
 
 
 def test_what_lies_past_the_end_changes_no_bit(device):
@@ -111,14 +118,3 @@ def test_a_bias_that_needs_no_gradient_costs_nothing(dtype):
         found = record.launches(lambda a=qkv_bias, b=trained: step(a, b), 80)
         sums = [launch.name for launch in found if "sums_ptr" in launch.pointers]
         assert sums == (["attention_dq_kernel", "attention_dkdv_kernel"] if trained else [])
-
-
-def test_a_compiled_call_is_the_same(device):
-    qkv, bias, dout = operands(2, 33, 2, 16, torch.float32, device)
-    call = torch.compile(
-        lambda qkv, heads, qkv_bias: ops.causal_attention_qkv(qkv, heads, qkv_bias=qkv_bias, backend="triton"),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    got, expected = run(qkv, bias, dout, 2, call), run(qkv, bias, dout, 2, backend="triton")
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
