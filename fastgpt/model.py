@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.fields import build, check_fields, nearest
-from fastgpt.modules import free_embedding, free_linear, is_linear, occupied
+from fastgpt.modules import free_embedding, free_linear, is_linear, occupied, packed_projection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +137,13 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, add_bias: bool = True, documents: Tensor | None = None, cache: CachedPass | None = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
-        qkv = self.c_attn(x)  # (B, T, 3C)
         if cache is not None:
+            qkv = self.c_attn(x)  # (B, T, 3C)
             y = cache.attend(self.layer, qkv, self.scale)  # (B, T, C)
         else:
-            options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
+            qkv, bias = packed_projection(self.c_attn, x, self.backend)
+            dropout_p = self.dropout if self.training else 0.0
+            options: Any = dict(dropout_p=dropout_p, documents=documents, qkv_bias=bias)
             y = ops.causal_attention_qkv(qkv, self.n_head, scale=self.scale, **options, backend=self.backend)
         return self.c_proj(y) if add_bias else F.linear(y, self.c_proj.weight)
 
@@ -174,11 +176,11 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer. In training it launches these kernels, and no pass over activations that only copies, casts or adds
-    (`mm` and `addmm` are cuBLAS's; `sum` adds up a kernel's partial sums and, once, the rows of dqkv):
+    (`mm` and `addmm` are cuBLAS's; `sum` adds up a kernel's partial sums, each for one or more biases):
 
         forward    layer_norm_fwd  addmm  attention_fwd  mm  layer_norm_fwd  addmm  gelu_fwd  mm
         backward   mm  mm  gelu_bwd  sum  mm  mm  layer_norm_bwd  sum
-                   mm  mm  attention_dq  attention_dkdv  mm  mm  sum  layer_norm_bwd  sum
+                   mm  mm  attention_dq  attention_dkdv  sum  mm  mm  layer_norm_bwd  sum
 
     Under autocast each weight is cast once a step as well, and its gradient back. What a token of a layer keeps for the
     backward, in elements of the compute dtype: 2 C of stream, 2 C normed, 3 C qkv, C attended, 8 C of the MLP

@@ -18,6 +18,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops, private
@@ -230,6 +232,17 @@ def free_embedding(module: nn.Module) -> bool:
 def linear_weight(module: Any) -> Tensor:
     """(out, in): a Conv1D's is a view."""
     return module.weight if isinstance(module, nn.Linear) else module.weight.t()
+
+
+def packed_projection(linear: Any, x: Tensor, backend: Any) -> tuple[Tensor, Tensor | None]:
+    """A linear layer's queries, keys and values (B, T, 3C) for causal_attention_qkv alone, and what to give that as
+    qkv_bias: the layer's bias, where it was added as a constant and attention's kernels can make its gradient."""
+    kernels = backend in ("auto", "triton") and torch.is_grad_enabled() and ops.kernels_run_on(x.device)
+    if kernels and not ops.watcher() and free_linear(linear):
+        bias = linear.bias
+        if bias is not None and bias.requires_grad:
+            return F.linear(x, linear_weight(linear), bias.detach()), bias
+    return linear(x), None
 
 
 def dropout_p(module) -> float | None:

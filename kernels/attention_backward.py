@@ -8,7 +8,8 @@ in two kernels: dk and dv for a tile of keys, dq for a tile of queries. That is 
 has 5, but needs no float32 buffer for dq, and gives the same bits every time. The kernel for dq comes first and leaves
 Δ for the other. That one forms Sᵀ and dPᵀ at once (k qᵀ, v doᵀ), never by transposing an accumulator, which Hopper gets
 wrong, and walks over all query heads of its key head, so grouped heads need no atomics either. Gradients are written
-through strides, packed as qkv is.
+through strides, packed as qkv is. With sums_ptr each tile leaves the sums of its columns too, for the gradient of the
+bias in a packed projection: torch adds them up in a fixed order, in place of a pass over 3 C B T elements.
 
 Flops, causal: 14 B H T² D / 2 (one kernel would do with 10). One turn of the unmasked loops, as in attention.py:
 
@@ -45,6 +46,7 @@ from .attention_tiles import (
     span_of,
     spans,
     store_rows,
+    store_sums,
     strides,
 )
 from .launch import cdiv, statistics_dtype
@@ -106,6 +108,7 @@ def _attention_dkdv_kernel(
     seed_ptr, mask_ptr, ids_ptr,  # as in the forward
     spans_ptr,  # (B, tiles of keys, 2): of queries, where there are documents
     poison_ptr,
+    sums_ptr,  # (B tiles, 3, H, D), written here but for dq's, or None
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -176,6 +179,10 @@ def _attention_dkdv_kernel(
     dv_ptr = head_of(dv_ptr, batch, key_head, stride_dvb, stride_dvh)
     store_rows(dk_ptr, first, stride_dkt, stride_dkd, dk * scale, keys, D, BLOCK_N, BLOCK_D)
     store_rows(dv_ptr, first, stride_dvt, stride_dvd, dv, keys, D, BLOCK_N, BLOCK_D)
+    if sums_ptr is not None:
+        row = batch * tiles + tile
+        store_sums(sums_ptr, row, 1, heads, key_head, dk, scale, D, BLOCK_D)
+        store_sums(sums_ptr, row, 2, heads, key_head, dv, 1.0, D, BLOCK_D)
 
 
 @triton.jit
@@ -219,6 +226,7 @@ def _attention_dq_kernel(
     delta_ptr,  # (B, H, Tq), written here
     dq_ptr,
     seed_ptr, mask_ptr, ids_ptr, spans_ptr, poison_ptr,  # as in the forward
+    sums_ptr,  # as above
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
@@ -282,6 +290,8 @@ def _attention_dq_kernel(
             )  # fmt: skip
     dq_ptr = head_of(dq_ptr, batch, head, stride_dqb, stride_dqh)
     store_rows(dq_ptr, first, stride_dqt, stride_dqd, dq * scale, queries, D, BLOCK_M, BLOCK_D)
+    if sums_ptr is not None:
+        store_sums(sums_ptr, batch * tiles + tile, 0, heads, head, dq, scale, D, BLOCK_D)
 
 
 def attention_bwd(
@@ -319,29 +329,47 @@ def attention_qkv_bwd(
     heads: int,
     scale: float,
     dropout_p: float,
-) -> torch.Tensor:
-    """The gradient of qkv, packed as it is: (B, T, 3C)."""
-    dqkv = attention_qkv_bwd_outputs(dout, qkv)
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of qkv, packed as it is, (B, T, 3C), and if needs_bias that of a bias in it, its sums over tokens:
+    (3C,) float32."""
+    dqkv, sums = attention_qkv_bwd_outputs(
+        dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p, needs_bias
+    )
     (do,), (o,) = unpack(dout, 1, heads), unpack(out, 1, heads)
-    grads = unpack(dqkv, 3, heads)
-    _backward(do, *unpack(qkv, 3, heads), o, lse, *grads, seed, key_mask, documents, scale, dropout_p)
-    return dqkv
+    operands = do, *unpack(qkv, 3, heads), o, lse, *unpack(dqkv, 3, heads)
+    partials = _backward(*operands, seed, key_mask, documents, scale, dropout_p, needs_bias)
+    if partials is not None:
+        torch.sum(partials, dim=0, out=sums)
+    return dqkv, sums
 
 
-def attention_qkv_bwd_outputs(dout, qkv, *_):
+def attention_qkv_bwd_outputs(
+    dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p, needs_bias
+):  # fmt: skip
     """What attention_qkv_bwd allocates, so it serves as its fake too."""
-    return torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    shape = qkv.shape[2:] if needs_bias else (0,)
+    return dqkv, torch.empty(shape, dtype=statistics_dtype(qkv), device=qkv.device)
 
 
-def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p):
-    batch, heads, queries, _ = q.shape
+def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p, needs_sums=False):
+    """Writes dq, dk and dv. Returns partial sums (rows, 3 H D) of their columns if needs_sums, else None."""
+    batch, heads, queries, dim = q.shape
     key_heads, keys = k.shape[1:3]
     if q.numel() == 0:
         dk.zero_()
         dv.zero_()
-        return
+        return q.new_zeros((1, 3 * heads * dim), dtype=statistics_dtype(q)) if needs_sums else None
     do, q, k, v, o = (addressable(t) for t in (do, q, k, v, o))
     beyond = options(seed, key_mask, documents, dropout_p)
+    of_dq, of_dkdv = (settings(kernel, q, has_extras(beyond)) for kernel in ("dq", "dkdv"))
+    tiles, key_tiles = cdiv(queries, of_dq["BLOCK_M"]), cdiv(keys, of_dkdv["BLOCK_N"])
+    partials = None
+    if needs_sums:  # where one of the kernels has fewer rows than the other, its last ones stay zero
+        make = torch.empty if tiles == key_tiles else torch.zeros
+        shape = (batch * max(tiles, key_tiles), 3 * heads * dim)
+        partials = make(shape, dtype=statistics_dtype(q), device=q.device)
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -351,6 +379,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "delta_ptr": torch.empty((batch, heads, queries), dtype=statistics_dtype(q), device=q.device),
         **beyond,
         "poison_ptr": None if documents is None else poison_of(k, v),
+        "sums_ptr": partials,
         **strides(q=q, k=k, v=v, g=do),
         "heads": heads,
         "group": heads // key_heads,
@@ -359,23 +388,20 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
     }
-    constants = settings("dq", q, has_extras(beyond))
-    tiles = cdiv(queries, constants["BLOCK_M"])
     _attention_dq_kernel[(tiles * batch * heads,)](
         o_ptr=o,
         dq_ptr=dq,
-        spans_ptr=spans(key_mask, documents, constants["BLOCK_M"], tiles),
+        spans_ptr=spans(key_mask, documents, of_dq["BLOCK_M"], tiles),
         **shared,
         **strides(o=o, dq=dq),
-        **constants,
+        **of_dq,
     )
-    constants = settings("dkdv", q, has_extras(beyond))
-    tiles = cdiv(keys, constants["BLOCK_N"])
-    _attention_dkdv_kernel[(tiles * batch * key_heads,)](
+    _attention_dkdv_kernel[(key_tiles * batch * key_heads,)](
         dk_ptr=dk,
         dv_ptr=dv,
-        spans_ptr=spans(None, documents, constants["BLOCK_N"], tiles),  # a hidden token is a query all the same
+        spans_ptr=spans(None, documents, of_dkdv["BLOCK_N"], key_tiles),  # a hidden token is a query all the same
         **shared,
         **strides(dk=dk, dv=dv),
-        **constants,
+        **of_dkdv,
     )
+    return partials

@@ -137,6 +137,18 @@ def store_rows(
     tl.store(places, values.to(pointer.dtype.element_ty), inside)
 
 
+@triton.jit
+def store_sums(
+    sums_ptr,  # (rows, 3, H, D): of a tile's queries, keys, values
+    row, part, heads, head, values, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write scale times the sums of the columns of values [BLOCK, BLOCK_D]; what lies past the last token is zero."""
+    cols = tl.arange(0, BLOCK_D)
+    place = ((row.to(tl.int64) * 3 + part) * heads + head) * D
+    tl.store(sums_ptr + place + cols, tl.sum(values, axis=0) * scale, cols < D)
+
+
 def addressable(tensor):
     """A copy where rows or channels lie so far apart that offsets within a tile would not fit 32 bits."""
     return tensor if max(tensor.stride()[2:]) < MAX_ROW_STRIDE else tensor.contiguous()

@@ -43,7 +43,7 @@ def masked_attention(device, dtype):
 
 def causal_attention_qkv(device, dtype):
     mask = dict(key_mask=(torch.rand(2, 17) < 0.8).to(device))
-    return {**numbers(device, dtype, qkv=(2, 17, 72), d0=(2, 17, 24)), **mask}, dict(heads=2)
+    return {**numbers(device, dtype, qkv=(2, 17, 72), qkv_bias=(72,), d0=(2, 17, 24)), **mask}, dict(heads=2)
 
 
 def decode_attention(device, dtype):

@@ -39,6 +39,7 @@ SKIPS, OTHERS = (
     "test_attention_masks.py::test_foreign_tiles_are_not_walked_over",
     "test_attention_masks.py::test_another_document_changes_no_bit",
 )
+BIAS, BIAS_BACK = "test_qkv_bias.py::test_lengths", "test_hopper_backward.py::test_a_bias_gets_the_sums_over_tokens"
 GROUPS, CACHE = "test_attention_masks.py::test_grouped_heads", "test_decode.py::test_lengths"
 MLP_WIDTHS, POINTS = "test_mlp.py::test_widths", "test_mlp.py::test_gelu_point_by_point"
 WIDE = "test_layernorm.py::test_wide_rows"
@@ -163,6 +164,13 @@ MUTANTS = [
     Mutant("Δ added", BACK, "_dq_step", "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
     Mutant("dk not scaled", BACK, "_attention_dkdv_kernel", "dk * scale", "dk", LENGTHS),
     Mutant("dq not scaled", BACK, "_attention_dq_kernel", "dq * scale", "dq", LENGTHS),
+    Mutant("every tile's sums in one row", BACK, "_attention_dkdv_kernel", "row = batch * tiles + tile", "row = batch * tiles", BIAS),
+    Mutant("dq's sums of a batch's first tile", BACK, "_attention_dq_kernel", "batch * tiles + tile, 0", "batch * tiles, 0", BIAS),
+    Mutant("dk's sums not scaled", BACK, "_attention_dkdv_kernel", "key_head, dk, scale", "key_head, dk, 1.0", BIAS),
+    Mutant("sums of every head in one", TILES, "store_sums", "* heads + head)", "* heads)", BIAS),
+    Mutant("a bias's gradient in qkv's dtype", BACK, "attention_qkv_bwd_outputs", "dtype=statistics_dtype(qkv)", "dtype=qkv.dtype", "test_qkv_bias.py::test_the_gradient_is_not_rounded_on_its_way"),
+    Mutant("too few rows of sums", BACK, "_backward", "max(tiles, key_tiles)", "tiles", "test_qkv_bias.py::test_tiles_of_other_numbers_of_queries_than_of_keys"),
+    Mutant("sums for a bias that needs none", "fastgpt/ops/autograd.py", "CausalAttentionQKV.backward", "ctx.needs_input_grad[1]", "ctx.bias_dtype is not None", "test_qkv_bias.py::test_a_bias_that_needs_no_gradient_costs_nothing", False),
     Mutant("diagonal skipped in dkdv", BACK, "_attention_dkdv_kernel", "diagonal = tl.cdiv(tl.maximum(below - begin, 0), BLOCK_M)", "diagonal = 0", LENGTHS),
     Mutant("below the diagonal skipped in dkdv", BACK, "_attention_dkdv_kernel", "range(below, whole, BLOCK_M)", "range(below, below, BLOCK_M)", LENGTHS),
     Mutant("queries past the last whole tile skipped in dkdv", BACK, "_attention_dkdv_kernel", "diagonal + (whole < end)", "diagonal", LENGTHS),
@@ -588,6 +596,11 @@ MUTANTS = [
     Mutant("Hopper: rows of gradients past T are written", GRADIENTS, "_backward", "of_tensor = [batch, time, heads, dim]", "of_tensor = [batch, time + 1, heads, dim]", ANY_GRADIENT, False),
     Mutant("Hopper: too few stats", GRADIENTS, "_backward", "cdiv(time, 64)", "time // 64", ANY_GRADIENT, False),
     Mutant("Hopper: a whole scale is a constant", GRADIENTS, "_backward", "float(scale)", "scale", KEEPS + "test_a_scale_of_one_is_the_scale_of_any_other_call", False),
+    Mutant("Hopper: sums of a tile past T", "kernels/hopper/pipeline.py", "store_sums", " & (tile < tiles)", "", BIAS_BACK, False),
+    Mutant("Hopper: queries' sums in keys' place", "kernels/hopper/pipeline.py", "store_sums", "* 3 + part)", "* 3 + 1)", BIAS_BACK, False),
+    Mutant("Hopper: dq's sums without its scale", DQ, "_dq_consumer", "head, dq, scale, D", "head, dq, 1.0, D", BIAS_BACK, False),
+    Mutant("Hopper: dv's last keys are not summed", DKDV, "_dkdv_consumer", "2, heads, head, dv, 1.0", "2, heads, head, dv * (gl.expand_dims(keys + first, 1) + 1 < 64 * stat_tiles), 1.0", BIAS_BACK, False),
+    Mutant("Hopper: sums that have not run where the backward has", HOPPER_CHOICE, "attention_qkv_bwd", 'RAN["attention_bwd_sums"]', 'RAN["attention_bwd"]', KEEPS + "test_the_sums_for_a_bias_are_served_by_themselves", False),
     Mutant("Hopper: any gradient", HOPPER_CHOICE, "attention_form", "(q, k, v, *others)", "(q, k, v)", SIDEWAYS, False),
     Mutant("Hopper: any gradient of the packed", HOPPER_CHOICE, "attention_qkv_form", "(qkv, *others)", "(qkv,)", SIDEWAYS, False),
     Mutant("Hopper: the backward has run where the forward has", HOPPER_CHOICE, "_lookup", "RAN[kernel]", 'RAN["attention_fwd"]', KEEPS + "test_forward_and_backward_are_served_each_by_itself", False),

@@ -198,7 +198,8 @@ def _attention(_, dim: int, dtype: torch.dtype, heads: int = 12, extras: str = "
     ids = torch.zeros(2, 1024, dtype=torch.int32, device="cuda") if "documents" in extras else None
     options: dict = dict(key_mask=mask, documents=ids, dropout_p=0.1 if "dropout" in extras else 0.0)
     if packed:
-        (qkv,) = _tensors(dtype, (2, 1024, 3 * heads * dim))
+        qkv, bias = _tensors(dtype, (2, 1024, 3 * heads * dim), (3 * heads * dim,))
+        options["qkv_bias"] = bias if "bias" in extras else None
         _backward(ops.causal_attention_qkv(qkv, heads, **options))
     else:
         _backward(ops.causal_attention(*_tensors(dtype, *[(2, heads, 1024, dim)] * 3), **options))
@@ -245,6 +246,12 @@ def _hopper_attention(kernels: ModuleType, dim: int, dtype: torch.dtype, block_m
 def _hopper_attention_bwd(kernels: ModuleType, dim: int, dtype: torch.dtype) -> None:
     q, k, v, o, do, dq, dk, dv = torch.empty(8, 8, 1024, 6, dim, dtype=dtype, device="cuda").transpose(2, 3)
     kernels.attention_bwd(do, q, k, v, o, torch.empty(8, 6, 1024, device="cuda"), dq, dk, dv, 1.0)
+
+
+def _hopper_attention_sums(kernels: ModuleType, dtype: torch.dtype) -> None:
+    qkv, dout = (torch.empty(8, 1024, columns, dtype=dtype, device="cuda") for columns in (2304, 768))
+    lse = torch.empty(8, 12, 1024, device="cuda")
+    kernels.attention_qkv_bwd(dout, qkv, dout, lse, torch.empty_like(qkv), 12, 0.125, True)
 
 
 def _hopper_linear_gelu(kernels: ModuleType, dtype: torch.dtype, tanh: bool) -> None:
@@ -314,6 +321,7 @@ def ways() -> dict[str, Way]:
         for name, dtype in _DTYPES.items():
             if dim == 64 or dtype != FP16:
                 add(f"attention D {dim} {name}", _attention, dim, dtype)
+        add(f"attention D {dim} bias", _attention, dim, BF16, extras="bias")
         for extras in ("dropout", "documents", "dropout, mask, documents")[2 if dim == 256 else 0 :]:
             if dim != 80:
                 add(f"attention D {dim} {extras}", _attention, dim, BF16, extras=extras)
@@ -339,6 +347,8 @@ def ways() -> dict[str, Way]:
         for dim in (64, 128):
             call = functools.partial(_hopper_attention_bwd, dim=dim, dtype=dtype)
             add(f"Hopper's attention_backward D {dim} {name}", _on_hopper, call, "attention_backward")
+        call = functools.partial(_hopper_attention_sums, dtype=dtype)
+        add(f"Hopper's attention_backward with a bias {name}", _on_hopper, call, "attention_backward")
         for gelu, tanh in (("tanh", True), ("none", False)):
             for module, run in (
                 ("linear_gelu", _hopper_linear_gelu),

@@ -34,7 +34,7 @@ def _attention(given: dict[str, Tensor], products: int = 5, backward: bool = Tru
         return work.attention_fwd(*q.shape, q.element_size())
     whole = work.attention_bwd(*q.shape, q.element_size())
     moved = ("q_ptr", "k_ptr", "v_ptr", "do_ptr", "o_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "lse_ptr", "delta_ptr")
-    moved += ("stats_ptr",)  # of Hopper's own: lse and Δ
+    moved += ("stats_ptr", "sums_ptr")  # of Hopper's own: lse and Δ; of both, partial sums for a bias
     return Work(whole.flops * products / 5, sum(memory(given[name]) for name in moved if name in given))
 
 

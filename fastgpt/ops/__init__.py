@@ -141,19 +141,25 @@ def causal_attention_qkv(
     seed: int | Tensor | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
+    qkv_bias: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """causal_attention of a packed projection: queries, keys, values (B, T, 3C) -> heads merged again, (B, T, C)."""
+    """causal_attention of a packed projection: queries, keys, values (B, T, 3C) -> heads merged again, (B, T, C).
+
+    qkv_bias: (3C,), a bias that is in qkv already, added as a constant (`F.linear(x, weight, bias.detach())`); its
+    gradient, the sum of qkv's over all tokens, is made here, by the kernels that make qkv's.
+    """
     name = "causal_attention_qkv"
-    checks.floats(name, qkv=qkv)
+    checks.floats(name, qkv=qkv, qkv_bias=qkv_bias)
     if qkv.dim() != 3 or qkv.shape[2] % 3:
         raise ValueError(f"{name}: qkv has shape {tuple(qkv.shape)}, not (B, T, 3C)")
+    checks.shape(name, "qkv_bias", qkv_bias, qkv.shape[2:])
     batch, time, packed = qkv.shape
     if not isinstance(heads, int) or heads < 1 or (packed // 3) % heads or packed == 0:
         raise ValueError(f"{name}: {packed // 3} channels do not divide into {heads} heads")
     shape = (batch, heads, time, packed // 3 // heads)
     checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
-    options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
+    options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents, qkv_bias=qkv_bias)
     return backend_for(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
 
 

@@ -39,11 +39,13 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
     return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p))
 
 
-def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+def causal_attention_qkv(
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, qkv_bias=None
+):
     (qkv,) = cast(qkv)
     scale = 1 / math.sqrt(qkv.shape[-1] // 3 // heads) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, qkv.device)
-    return CausalAttentionQKV.apply(qkv, seed, key_mask, documents, heads, scale, float(dropout_p))
+    return CausalAttentionQKV.apply(qkv, qkv_bias, seed, key_mask, documents, heads, scale, float(dropout_p))
 
 
 def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
@@ -211,16 +213,19 @@ class CausalAttention(torch.autograd.Function):
 
 class CausalAttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, seed, key_mask, documents, heads, scale, dropout_p):
+    def forward(ctx, qkv, bias, seed, key_mask, documents, heads, scale, dropout_p):
         out, lse = attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
         ctx.save_for_backward(qkv, out, lse, seed, key_mask, documents)
         ctx.numbers = heads, scale, dropout_p
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
     @staticmethod
     def backward(ctx, dout):
         _refuse_second_derivative("causal_attention_qkv")
-        return attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
+        needs_bias = ctx.needs_input_grad[1]
+        dqkv, sums = attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers, needs_bias)
+        return dqkv, sums.to(ctx.bias_dtype) if needs_bias else None, *[None] * 6
 
 
 class GeluMLP(torch.autograd.Function):

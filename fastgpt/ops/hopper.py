@@ -23,6 +23,7 @@ TRITONS = ("3.6.0", "3.7.1")  # that `python -m bench compile` compiles these ke
 RAN: dict[str, tuple[str, ...]] = {
     "attention_fwd": ("3.6.0",),
     "attention_bwd": ("3.6.0",),
+    "attention_bwd_sums": (),  # the same with the sums of a packed projection's gradient, for its bias
     "linear_gelu_fwd": ("3.6.0",),
     "linear_gelu_bwd": ("3.6.0",),
 }
@@ -239,15 +240,20 @@ def attention_qkv_bwd(
     heads: int,
     scale: float,
     dropout_p: float,
-) -> torch.Tensor:
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/attention_backward.py has it."""
+    options = seed, key_mask, documents, heads, scale, dropout_p, needs_bias
     if qkv.is_cuda and not INTERPRETED:
         form = attention_qkv_form("attention_bwd", qkv, key_mask, documents, heads, dropout_p, dout, out)
         if form.row is not None:
-            dqkv = attention_backward.attention_qkv_bwd_outputs(dout, qkv)
-            _kernels("attention_backward").attention_qkv_bwd(dout, qkv, out, lse, dqkv, heads, scale)
-            return dqkv
-    return attention_backward.attention_qkv_bwd(dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p)
+            dqkv, sums = attention_backward.attention_qkv_bwd_outputs(dout, qkv, out, lse, *options)
+            inside = needs_bias and triton.__version__ in RAN["attention_bwd_sums"]
+            partials = _kernels("attention_backward").attention_qkv_bwd(dout, qkv, out, lse, dqkv, heads, scale, inside)
+            if needs_bias:  # by a pass over dqkv where they are not there: the kernel is worth more than that
+                torch.sum(dqkv.flatten(0, 1) if partials is None else partials, dim=0, dtype=sums.dtype, out=sums)
+            return dqkv, sums
+    return attention_backward.attention_qkv_bwd(dout, qkv, out, lse, *options)
 
 
 # The MLP

@@ -84,8 +84,12 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
     return _masked_attention(q, k, v, allowed, scale, dropout_p, seed)
 
 
-def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+def causal_attention_qkv(
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, qkv_bias=None
+):
     """The packed projection (B, T, 3C), queries then keys then values, -> heads merged again, (B, T, C)."""
+    if qkv_bias is not None:  # zeros with a derivative
+        qkv = qkv + _in(qkv.dtype, qkv_bias - qkv_bias.detach())
     batch, time, packed = qkv.shape
     # Split first, so that one cat makes qkv's gradient.
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv.split(packed // 3, dim=2))  # (B, H, T, D)

@@ -52,8 +52,13 @@ def visible(q, k, key_mask=None, documents=None):
     return allowed
 
 
-def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
-    """causal_attention of queries, keys and values packed side by side, (B, T, 3C) -> (B, T, C)."""
+def causal_attention_qkv(
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, qkv_bias=None
+):
+    """causal_attention of queries, keys and values packed side by side, (B, T, 3C) -> (B, T, C). qkv_bias is in qkv
+    already, as a constant."""
+    if qkv_bias is not None:
+        qkv = qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
     options = dict(scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents)
     return causal_attention(q, k, v, **options).transpose(1, 2).flatten(2)

@@ -16,6 +16,7 @@ from fastgpt.modules import (
     free_linear,
     linear_weight,
     own_type,
+    packed_projection,
     plain,
     swap_of,
     width_of,
@@ -71,7 +72,8 @@ def _heads(attn: Any, swap: Swap, x: Tensor, use_cache=False, cache=None) -> tup
     batch, time, _ = x.shape
     options: dict = dict(dropout_p=p, backend=swap.backend)
     if "qkv" in private.children(attn):
-        return ops.causal_attention_qkv(attn.qkv(x), attn.num_heads, **options), None
+        qkv, bias = packed_projection(attn.qkv, x, swap.backend)
+        return ops.causal_attention_qkv(qkv, attn.num_heads, qkv_bias=bias, **options), None
     k, v, q = (  # in the order of the book's forward, for the sake of hooks
         linear(x).view(batch, time, attn.num_heads, -1).transpose(1, 2)
         for linear in (attn.W_key, attn.W_value, attn.W_query)

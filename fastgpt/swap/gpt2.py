@@ -17,6 +17,7 @@ from fastgpt.modules import (
     free_linear,
     linear_weight,
     own_type,
+    packed_projection,
     plain,
     swap_of,
     width_of,
@@ -133,8 +134,11 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
         dropout_p=attn.attn_dropout.p if attn.training else 0.0,
         backend=swap.backend,
     )
-    qkv, keys = attn.c_attn(x), time
-    if past is not None:
+    keys, bias = time, None
+    if past is None:
+        qkv, bias = packed_projection(attn.c_attn, x, swap.backend)
+    else:  # what the cache keeps may have a derivative too
+        qkv = attn.c_attn(x)
         q, k, v = qkv.view(batch, time, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
         position = call.get("cache_position")
         more = () if position is None else ({"cache_position": position},)
@@ -147,7 +151,7 @@ def _heads(attn: Any, swap: Swap, x: Tensor, call: dict) -> Tensor | None:
     seen = None if seen is None else seen.expand(batch, -1)
     # transformers keeps a cache in training too, unless told not to: its first pass holds what qkv does
     if past is None or (keys == time and type(past).__name__ == "DynamicCache"):
-        return ops.causal_attention_qkv(qkv, attn.num_heads, key_mask=seen, **options)
+        return ops.causal_attention_qkv(qkv, attn.num_heads, key_mask=seen, qkv_bias=bias, **options)
     if mask is None and 1 < time < keys:  # transformers' word for the first pass over a static cache
         k, v = k[:, :, :time], v[:, :, :time]
     y = ops.causal_attention(q, k, v, key_mask=seen, **options)

@@ -15,6 +15,7 @@ from fastgpt.modules import (
     is_linear,
     linear_weight,
     of_one_input,
+    packed_projection,
     plain,
     swap_of,
     width_of,
@@ -53,7 +54,8 @@ def _heads(attn: Any, swap: Swap, x: Tensor) -> Tensor | None:
     p = _attention_dropout(attn)
     if p is None or x.dim() != 3 or not plain(x):
         return None
-    return ops.causal_attention_qkv(attn.c_attn(x), attn.n_head, dropout_p=p, backend=swap.backend)
+    qkv, bias = packed_projection(attn.c_attn, x, swap.backend)
+    return ops.causal_attention_qkv(qkv, attn.n_head, dropout_p=p, qkv_bias=bias, backend=swap.backend)
 
 
 @of_one_input

@@ -39,9 +39,10 @@ class Form(NamedTuple):
     dq_stages: int
     dkdv_stages: int
     keys_in_registers: bool  # k and v, in dkdv
+    sums: bool  # whether shared memory has room to add up columns over warps
 
 
-FORMS = {64: Form(128, 3, 4, True), 128: Form(64, 3, 3, False)}  # by head dim
+FORMS = {64: Form(128, 3, 4, True, True), 128: Form(64, 3, 3, False, False)}  # by head dim
 _ROWS = 128  # of two warpgroups
 # How a program's 64K registers are shared out, for each thread: what it starts with, and what it asks for then.
 _BEGUN_WITH, _REGISTERS, _PRODUCER_REGISTERS = 168, 240, 24
@@ -76,17 +77,24 @@ def attention_qkv_bwd(
     dqkv: torch.Tensor,
     heads: int,
     scale: float,
-) -> None:
+    needs_sums: bool = False,
+) -> torch.Tensor | None:
     """dout, out (B, T, C), the packed projection qkv (B, T, 3C), lse (B, H, T) -> dqkv (B, T, 3C), which is written;
-    all contiguous."""
+    all contiguous. Returns partial sums (B tiles, 3C) of its columns if needs_sums and D has a form for it, else None.
+    """
     batch, time, channels = out.shape
     dim = channels // heads
     packed, strides = [3 * time * channels, 3 * channels, dim, 1], [time * channels, channels, dim, 1]
     q, k, v, dq, dk, dv = ((Part(t, i * channels), packed) for t in (qkv, dqkv) for i in range(3))
-    _backward([(dout, strides), q, k, v, (out, strides), dq, dk, dv], (batch, heads, time, dim), lse, scale)
+    sums = None
+    if needs_sums and FORMS[dim].sums:
+        sums = torch.empty((batch * cdiv(time, 64), packed[1]), dtype=torch.float32, device=qkv.device)
+    operands = [(dout, strides), q, k, v, (out, strides), dq, dk, dv]
+    _backward(operands, (batch, heads, time, dim), lse, scale, sums)
+    return sums
 
 
-def _backward(operands, shape, lse, scale):
+def _backward(operands, shape, lse, scale, sums=None):
     """operands: of do, q, k, v, o, dq, dk, dv a tensor that begins where it does, and its strides as (B, T, H, D)."""
     batch, heads, time, dim = shape
     form = FORMS[dim]
@@ -103,20 +111,20 @@ def _backward(operands, shape, lse, scale):
     registers = {"REGISTERS": _REGISTERS, "PRODUCER_REGISTERS": _PRODUCER_REGISTERS}
     launch(
         _hopper_attention_dq_kernel,
-        ("attention_dq", dim, lse.data_ptr() % 16),
+        ("attention_dq", dim, lse.data_ptr() % 16, sums is None),
         programs,
         [q, do, o, dq, wide_k, wide_v],
-        (lse, stats, heads, time, items, tiles, stat_tiles, *scales),
+        (lse, stats, sums, heads, time, items, tiles, stat_tiles, *scales),
         {"D": dim, "BLOCK_N": form.keys, "STAGES": form.dq_stages, **registers},
         num_warps=4,
         maxnreg=_BEGUN_WITH,
     )
     launch(
         _hopper_attention_dkdv_kernel,
-        ("attention_dkdv", dim),
+        ("attention_dkdv", dim, sums is None),
         programs,
         [q, do, Map(stats, [stats.numel()], [1], (128,)), k, v, dk, dv],
-        (heads, items, tiles, stat_tiles, *scales),
+        (sums, heads, items, tiles, stat_tiles, *scales),
         {"D": dim, "STAGES": form.dkdv_stages, "KEYS_IN_REGISTERS": form.keys_in_registers, **registers},
         num_warps=4,
         maxnreg=_BEGUN_WITH,

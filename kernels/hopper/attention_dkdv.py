@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import barrier, barriers, next_slot, paired_tiles
+from .pipeline import barrier, barriers, next_slot, paired_tiles, store_sums
 
 _CONSUMERS = gl.constexpr(2)
 
@@ -108,7 +108,7 @@ def _dkdv_step(
 @gluon.jit
 def _dkdv_consumer(multiply, C: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr):
     """The warpgroup of keys 64 C to 64 C + 63 of every tile."""
-    dk_desc, dv_desc, of_queries, of_keys, rings, dk_smem, dv_smem, numbers, qk_scale, scale = multiply
+    dk_desc, dv_desc, sums_ptr, of_queries, of_keys, rings, dk_smem, dv_smem, numbers, qk_scale, scale = multiply
     q_full, do_full, empty = rings
     k_smem, v_smem, k_full, k_empty = of_keys
     heads, items, tiles, stat_tiles = numbers
@@ -177,6 +177,9 @@ def _dkdv_consumer(multiply, C: gl.constexpr, D: gl.constexpr, STAGES: gl.conste
                 mbarrier.wait(do_full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = next_slot(stage, phase, STAGES)
+            if sums_ptr is not None:
+                store_sums(sums_ptr, batch, first // 64, stat_tiles, 1, heads, head, dk, scale, D, g_layout)
+                store_sums(sums_ptr, batch, first // 64, stat_tiles, 2, heads, head, dv, 1.0, D, g_layout)
             dv_buf.reshape([64, D]).store(dv.to(DTYPE))
             dk_buf.reshape([64, D]).store((dk * scale).to(DTYPE))
             fence_async_shared()
@@ -193,6 +196,7 @@ def _hopper_attention_dkdv_kernel(
     stats_desc,  # as attention_dq.py leaves them, tiles [128]
     k_desc,  # (B, T, H, D), tiles [64, D]
     v_desc, dk_desc, dv_desc,
+    sums_ptr,  # (B, stat_tiles, 3, H, D): of dk's and dv's columns, written here, or None
     heads, items, tiles, stat_tiles, qk_scale, scale,
     D: gl.constexpr, STAGES: gl.constexpr, KEYS_IN_REGISTERS: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -217,7 +221,7 @@ def _hopper_attention_dkdv_kernel(
     rings = q_full, do_full, empty
     numbers = heads, items, tiles, stat_tiles
     load = q_desc, do_desc, stats_desc, k_desc, v_desc, of_queries, of_keys, rings, numbers
-    multiply = dk_desc, dv_desc, of_queries, of_keys, rings, dk_smem, dv_smem, numbers, qk_scale, scale
+    multiply = dk_desc, dv_desc, sums_ptr, of_queries, of_keys, rings, dk_smem, dv_smem, numbers, qk_scale, scale
     gl.warp_specialize([
         (_dkdv_consumer, (multiply, 0, D, STAGES, KEYS_IN_REGISTERS)),
         (_dkdv_consumer, (multiply, 1, D, STAGES, KEYS_IN_REGISTERS)),

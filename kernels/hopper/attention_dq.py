@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .pipeline import barrier, barriers, next_slot, paired_tiles
+from .pipeline import barrier, barriers, next_slot, paired_tiles, store_sums
 
 _CONSUMERS = gl.constexpr(2)
 
@@ -67,7 +67,7 @@ def _dq_producer(load, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.conste
 @gluon.jit
 def _dq_consumer(multiply, C: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """The warpgroup of queries 64 C to 64 C + 63 of every tile."""
-    dq_desc, lse_ptr, stats_ptr, tensors, numbers, qk_scale, scale = multiply
+    dq_desc, lse_ptr, stats_ptr, sums_ptr, tensors, numbers, qk_scale, scale = multiply
     q_smem, do_smem, o_smem, k_smem, v_smem, dq_smem, q_full, q_empty, k_full, v_full, empty = tensors
     heads, time, items, tiles, stat_tiles = numbers
     BLOCK_M: gl.constexpr = 64 * _CONSUMERS
@@ -150,6 +150,8 @@ def _dq_consumer(multiply, C: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constex
                 mbarrier.wait(v_full.index(stage), phase)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = next_slot(stage, phase, STAGES)
+            if sums_ptr is not None:
+                store_sums(sums_ptr, batch, first // 64, stat_tiles, 0, heads, head, dq, scale, D, dq_layout)
             dq_buf.reshape([64, D]).store((dq * scale).to(dq_desc.dtype))
             fence_async_shared()
             barrier()
@@ -165,6 +167,7 @@ def _hopper_attention_dq_kernel(
     v_desc,
     lse_ptr,  # (B, H, T)
     stats_ptr,  # (B, H, stat_tiles, {lse, Δ}, 64), written here
+    sums_ptr,  # (B, stat_tiles, 3, H, D): of dq's columns, written here, or None
     heads, time, items, tiles, stat_tiles, qk_scale, scale,
     D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -186,7 +189,7 @@ def _hopper_attention_dq_kernel(
     tensors = q_smem, do_smem, o_smem, k_smem, v_smem, dq_smem, q_full, q_empty, k_full, v_full, empty
     numbers = heads, time, items, tiles, stat_tiles
     load = q_desc, do_desc, o_desc, k_desc, v_desc, tensors, numbers
-    multiply = dq_desc, lse_ptr, stats_ptr, tensors, numbers, qk_scale, scale
+    multiply = dq_desc, lse_ptr, stats_ptr, sums_ptr, tensors, numbers, qk_scale, scale
     gl.warp_specialize([
         (_dq_consumer, (multiply, 0, D, BLOCK_N, STAGES)),
         (_dq_consumer, (multiply, 1, D, BLOCK_N, STAGES)),

@@ -50,6 +50,19 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     return found
 
 
+@gluon.jit
+def store_sums(
+    sums_ptr,  # (B, tiles, 3, H, D): of a tile's queries, keys, values
+    batch, tile, tiles, part, heads, head, values, scale,
+    D: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Write scale times the sums of the columns of values [64, D], of a tile that is there; what lies past the last
+    token is zero. Places are 32 bits: gradients of so many tiles fit no card."""
+    cols = gl.arange(0, D, gl.SliceLayout(0, layout))
+    place = (((batch * tiles + tile) * 3 + part) * heads + head) * D
+    gl.store(sums_ptr + place + cols, gl.sum(values, 0) * scale, mask=(cols < D) & (tile < tiles))
+
+
 class Part:
     """A tensor from one of its elements on, for a Map: a view of it would cost several µs a launch."""
 

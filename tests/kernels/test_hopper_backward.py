@@ -97,6 +97,43 @@ def test_a_second_launch_is_of_its_own_arguments():
             check(do, q, k, v, differentiate(do, q, k, v, o, lse, scale), scale)
 
 
+def biased(qkv, dout, o, lse, heads):
+    """The packed gradient, and its columns' sums."""
+    dqkv, scale = torch.empty_like(qkv), (qkv.shape[2] // 3 // heads) ** -0.5
+    args = dout, qkv, o.transpose(1, 2).flatten(-2), lse, dqkv, heads, scale, True
+    return dqkv, attention_backward.attention_qkv_bwd(*args).sum(0)
+
+
+def check_bias(sums, dqkv):
+    """What the sums of the gradient's columns may be off is what rounding took from its elements, which are right."""
+    info = torch.finfo(dqkv.dtype)
+    wide = dqkv.double()
+    rounding = (info.eps / 2 * wide.abs() + info.smallest_normal * info.eps).sum((0, 1))
+    assert ((sums.double() - wide.sum((0, 1))).abs() <= 1.01 * rounding).all()
+
+
+@pytest.mark.parametrize("time", [1, 64, 65, 130, 300])
+def test_a_bias_gets_the_sums_over_tokens(time):
+    """Of two rows whose tiles lie side by side in what is summed; the gradient keeps its bits."""
+    for dtype in HALVES:
+        qkv, dout = (torch.randn(2, time, columns).to(dtype) for columns in (3 * 128, 128))
+        o, lse = forward(*unpack(qkv, 3, 2))
+        with modelled(seed=time):
+            dqkv, sums = biased(qkv, dout, o, lse, 2)
+            expected = differentiate(*unpack(dout, 1, 2), *unpack(qkv, 3, 2), o, lse)
+        assert all(torch.equal(a, b) for a, b in zip(unpack(dqkv, 3, 2), expected, strict=True))
+        check_bias(sums, dqkv)
+
+
+def test_heads_of_128_leave_the_sums_to_others():
+    """Their tiles fill shared memory."""
+    qkv, dout = (torch.randn(1, 70, columns).to(torch.bfloat16) for columns in (3 * 128, 128))
+    o, lse = forward(*unpack(qkv, 3, 1))
+    with modelled():
+        args = dout, qkv, o.transpose(1, 2).flatten(-2), lse, torch.empty_like(qkv), 1, 128**-0.5, True
+        assert attention_backward.attention_qkv_bwd(*args) is None
+
+
 @pytest.mark.parametrize("dim", DIMS)
 def test_packed_gradients_have_the_bits_of_the_unpacked(dim):
     qkv = torch.randn(2, 77, 3 * 3 * dim).to(torch.bfloat16)

@@ -61,6 +61,20 @@ def test_attention_and_its_gradients(form, time, always):
         assert all(torch.equal(a, b) for a, b in zip(unpack(qkv.grad, 3, heads), grads, strict=True))
 
 
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 300, 1000, 1024, 2047, 4096])
+def test_a_bias_gets_the_sums_over_tokens(time, always):
+    always()
+    for dtype in HALVES:
+        for heads in (6, 3):  # of 64 and of 128, whose sums are a pass of their own
+            qkv, dout = (torch.randn(2, time, columns).to("cuda", dtype) for columns in (3 * 384, 384))
+            leaves = qkv.clone().requires_grad_(), torch.zeros(3 * 384, device="cuda", requires_grad=True)
+            ops.causal_attention_qkv(leaves[0], heads, qkv_bias=leaves[1]).backward(dout)
+            alone = qkv.clone().requires_grad_()
+            ops.causal_attention_qkv(alone, heads).backward(dout)
+            assert torch.equal(leaves[0].grad, alone.grad)
+            test_hopper_backward.check_bias(leaves[1].grad, alone.grad)
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_gradients_are_the_kernels(dim, always):
     """To the bit; with a gradient that the copy engine can't read they are the Triton kernel's, near to that."""
@@ -101,16 +115,18 @@ def test_gelu_mlp_and_its_gradients(rows, approximate, always):
                 test_mlp.check(test_mlp.operands(rows, channels, hidden, dtype, "cuda"), approximate=approximate)
 
 
-SERVED = ("attention", "attention of wide heads", "gelu_mlp")
+SERVED = ("attention", "attention and a bias", "attention of wide heads", "gelu_mlp")
 
 
 def served(always):
     """A call of each, and its operands."""
     always()
     qkv = torch.randn(3, 300, 3 * 6 * 64, device="cuda").bfloat16().requires_grad_()
+    bias = torch.zeros(3 * 6 * 64, device="cuda", requires_grad=True)
     given = [torch.randn(shape, device="cuda").mul(0.3).bfloat16().requires_grad_() for shape in MLP]
     return {
         "attention": (lambda qkv: ops.causal_attention_qkv(qkv, 6), [qkv]),
+        "attention and a bias": (lambda qkv, bias: ops.causal_attention_qkv(qkv, 6, qkv_bias=bias), [qkv, bias]),
         "attention of wide heads": (lambda qkv: ops.causal_attention_qkv(qkv, 3), [qkv]),
         "gelu_mlp": (ops.gelu_mlp, given),
     }
@@ -175,7 +191,9 @@ def test_opcheck(always):
     torch.library.opcheck(autograd.attention_qkv_fwd.op, (qkv, None, None, None, 2, 0.1, 0.0))
     out, lse = autograd.attention_qkv_fwd(qkv, None, None, None, 2, 0.1, 0.0)
     dout = torch.randn_like(out)
-    torch.library.opcheck(autograd.attention_qkv_bwd.op, (dout, qkv, out, lse, None, None, None, 2, 0.1, 0.0))
+    for needs_bias in (False, True):
+        given = (dout, qkv, out, lse, None, None, None, 2, 0.1, 0.0, needs_bias)
+        torch.library.opcheck(autograd.attention_qkv_bwd.op, given)
     q, k, v = (t.contiguous().transpose(1, 2) for t in qkv.view(2, 70, 3, 2, 64).unbind(2))
     torch.library.opcheck(autograd.attention_fwd.op, (q, k, v, None, None, None, 0.1, 0.0))
     o, lse = autograd.attention_fwd(q, k, v, None, None, None, 0.1, 0.0)

@@ -17,6 +17,11 @@ def attention(**options):
     return lambda: ops.causal_attention_qkv(qkv, 6, **options), [qkv]
 
 
+def attention_and_a_bias():
+    qkv, bias = draw(4, 300, 3 * 6 * 64), draw(3 * 6 * 64)
+    return lambda: ops.causal_attention_qkv(qkv, 6, qkv_bias=bias), [qkv, bias]
+
+
 def add_layer_norm():
     given = [draw(1500, 768), draw(1500, 768), draw(768), draw(768)]
     return lambda: torch.cat(ops.add_layer_norm(*given)), given
@@ -40,6 +45,7 @@ def embedding():
 
 FUNCTIONS = {
     "attention": attention,
+    "attention, a bias": attention_and_a_bias,
     "attention, dropout": lambda: attention(dropout_p=0.1, seed=3),
     "attention, documents": lambda: attention(documents=torch.arange(300, device="cuda").expand(4, 300) // 70),
     "add_layer_norm": add_layer_norm,

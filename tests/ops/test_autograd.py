@@ -61,7 +61,9 @@ def test_opcheck_of_attention(device):
         torch.library.opcheck(autograd.attention_bwd.op, grads)
         torch.library.opcheck(autograd.attention_qkv_fwd.op, (qkv, *masks, 3, 0.5, p))
         out, lse = autograd.attention_qkv_fwd(qkv, *masks, 3, 0.5, p)
-        torch.library.opcheck(autograd.attention_qkv_bwd.op, (torch.randn_like(out), qkv, out, lse, *masks, 3, 0.5, p))
+        for needs_bias in (False, True):
+            grads = (torch.randn_like(out), qkv, out, lse, *masks, 3, 0.5, p, needs_bias)
+            torch.library.opcheck(autograd.attention_qkv_bwd.op, grads)
 
 
 def test_opcheck_of_the_embedding(device):
@@ -93,6 +95,9 @@ def test_gradcheck_of_attention_in_float64():
     options = dict(dropout_p=0.3, seed=seed, key_mask=key_mask, documents=documents, backend="triton")
     packed = lambda qkv: ops.causal_attention_qkv(qkv, 3, **options)  # noqa: E731
     assert torch.autograd.gradcheck(packed, (qkv,), fast_mode=True)
+    biased = lambda x, bias: ops.causal_attention_qkv(x + bias.detach(), 3, qkv_bias=bias, **options)  # noqa: E731
+    bias = torch.randn(36, dtype=torch.float64, device=qkv.device, requires_grad=True)
+    assert torch.autograd.gradcheck(biased, (qkv, bias), fast_mode=True)
 
 
 def test_attention_of_any_length_compiles_once(device):
@@ -166,7 +171,7 @@ def test_a_whole_gpt_compiles_in_one_graph(device):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "causal_attention", "causal_attention_qkv"])
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "causal_attention", "causal_attention_qkv", "its bias"])
 def test_a_second_derivative_is_refused_by_name(name, device):
     x, residual, weight, *_ = rows(device)
     q, k, v, qkv = heads(device)
@@ -175,10 +180,15 @@ def test_a_second_derivative_is_refused_by_name(name, device):
         "add_layer_norm": (x, lambda x: ops.add_layer_norm(x, residual, weight, backend="triton")[0]),
         "causal_attention": (q, lambda q: ops.causal_attention(q, k, v, dropout_p=0.5, backend="triton")),
         "causal_attention_qkv": (qkv, lambda qkv: ops.causal_attention_qkv(qkv, 3, backend="triton")),
+        "its bias": (
+            qkv[0, 0].clone(),
+            lambda bias: ops.causal_attention_qkv(qkv, 3, qkv_bias=bias, backend="triton"),
+        ),
     }
     leaf, call = calls[name]
     leaf.requires_grad_()
-    with pytest.raises(RuntimeError, match=rf"^{name}: .*backend='torch'"):
+    function = name.replace("its bias", "causal_attention_qkv")
+    with pytest.raises(RuntimeError, match=rf"^{function}: .*backend='torch'"):
         torch.autograd.grad(call(leaf).sum(), leaf, create_graph=True)
 
 

@@ -24,7 +24,7 @@ ROWS = {
     ),
     "causal_attention_qkv": covering(
         heads=[1, 3], mask=[None, "left", "right", "random", "nothing"], documents=[None, "in order", "mixed"],
-        dropout_p=[0.0, 0.3], scale=[None, 0.7], dim=[5, 16], time=[1, 16, 35],
+        dropout_p=[0.0, 0.3], scale=[None, 0.7], dim=[5, 16], time=[1, 16, 35], bias=BOTH,
     ),
     "decode_attention": covering(
         group=[1, 2], new=[1, 3, 16], scale=[None, 0.7], dim=[5, 16], integers=["int32", "int64"]
@@ -83,7 +83,8 @@ def arguments(name, row):
         time, dim = row.pop("time"), row.pop("dim")
         masks = dict(key_mask=mask_of(row.pop("mask"), time), documents=documents_of(row.pop("documents"), time))
         if name == "causal_attention_qkv":
-            operands = random(qkv=(2, time, 3 * row["heads"] * dim))
+            packed = 3 * row["heads"] * dim
+            operands = random(qkv=(2, time, packed), qkv_bias=(packed,) if row.pop("bias") else None)
         else:
             group = row.pop("group")
             operands = random(q=(2, 2 * group, time, dim), k=(2, 2, time, dim), v=(2, 2, time, dim))
