@@ -32,23 +32,26 @@ def add_layer_norm(
     return AddLayerNorm.apply(x, residual, weight, bias, x_bias, seed, eps, residual_dtype or residual.dtype, dropout_p)
 
 
-def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None):
     q, k, v = cast(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, q.device)
-    return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p))
+    return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p), window)
 
 
-def causal_attention_qkv(qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+def causal_attention_qkv(
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None
+):
     (qkv,) = cast(qkv)
     scale = 1 / math.sqrt(qkv.shape[-1] // 3 // heads) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, qkv.device)
-    return CausalAttentionQKV.apply(qkv, seed, key_mask, documents, heads, scale, float(dropout_p))
+    return CausalAttentionQKV.apply(qkv, seed, key_mask, documents, heads, scale, float(dropout_p), window)
 
 
-def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None):
     q, k_cache, v_cache = cast(q, k_cache, v_cache)
-    return decode_attention_fwd(q, k_cache, v_cache, lengths, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return decode_attention_fwd(q, k_cache, v_cache, lengths, scale, window)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
@@ -196,30 +199,32 @@ class AddLayerNorm(torch.autograd.Function):
 
 class CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, seed, key_mask, documents, scale, dropout_p):
-        o, lse = attention_fwd(q, k, v, seed, key_mask, documents, scale, dropout_p)
+    def forward(ctx, q, k, v, seed, key_mask, documents, *numbers):
+        """numbers: scale, dropout_p, window."""
+        o, lse = attention_fwd(q, k, v, seed, key_mask, documents, *numbers)
         ctx.save_for_backward(q, k, v, o, lse, seed, key_mask, documents)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.numbers = numbers
         return o
 
     @staticmethod
     def backward(ctx, do):
         _refuse_second_derivative("causal_attention")
-        return *attention_bwd(do, *ctx.saved_tensors, ctx.scale, ctx.dropout_p), *[None] * 5
+        return *attention_bwd(do, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
 
 
 class CausalAttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, seed, key_mask, documents, heads, scale, dropout_p):
-        out, lse = attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+    def forward(ctx, qkv, seed, key_mask, documents, *numbers):
+        """numbers: heads, scale, dropout_p, window."""
+        out, lse = attention_qkv_fwd(qkv, seed, key_mask, documents, *numbers)
         ctx.save_for_backward(qkv, out, lse, seed, key_mask, documents)
-        ctx.numbers = heads, scale, dropout_p
+        ctx.numbers = numbers
         return out
 
     @staticmethod
     def backward(ctx, dout):
         _refuse_second_derivative("causal_attention_qkv")
-        return attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
+        return attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
 
 
 class GeluMLP(torch.autograd.Function):
