@@ -179,7 +179,7 @@ def _check_room(decoder: Decoder, prompts: list[list[int]], new: int, samples: i
         )
     rows, each = len(prompts) * samples, slots(decoder, longest, new)
     needed = (
-        Cache.size(decoder.gpt.config, rows, each, decoder.dtype)
+        Cache.size(decoder.gpt.config, rows, each, decoder.dtype, decoder.windows)
         + rows * (longest + new) * 8
         + rows * decoder.outputs * 4
     )
