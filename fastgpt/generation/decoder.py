@@ -17,6 +17,7 @@ from fastgpt.generation.cache import MAX_STEP as MAX_STEP
 from fastgpt.generation.cache import Cache, Prompts, Step
 from fastgpt.generation.view import Called, View, anatomy, is_plain_gpt, unwrapped
 from fastgpt.model import GPT, CachedPass
+from fastgpt.swap import trial
 
 _TRIAL_TOKENS = 16
 
@@ -223,7 +224,8 @@ class Decoder:
 
     def _try(self, model: Any) -> None:
         """ValueError unless the model's own forward gives the logits that its parts give."""
-        count = min(_TRIAL_TOKENS, self.context)
+        windows = [window for module in self._modules for window in trial.windows(module) if window < self.context]
+        count = min(max(_TRIAL_TOKENS, *(window + 1 for window in windows), 1), self.context)
         ids = torch.arange(count, dtype=torch.int64, device=self.device)[None] * 7919 % self.vocabulary
         kind = type(unwrapped(model)).__name__
         try:
