@@ -206,7 +206,7 @@ def decode_attention(
     steps, slots = q.shape[2], k_cache.shape[2]
     window = checks.window(name, window, slots + (steps == 1))  # one of all slots may go round
     ring = window is not None and window + steps - 1 <= slots
-    checks.in_range(name, "length", lengths, 2**62 if ring else slots + 1, f"a cache of {slots} slots")
+    checks.in_range(name, "length", lengths, 2**31 - 1 if ring else slots + 1, f"a cache of {slots} slots")
     return backend_for(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
         q, k_cache, v_cache, lengths, scale=scale, window=window
     )

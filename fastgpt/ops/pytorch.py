@@ -151,11 +151,14 @@ class Blocks:
         return x.unflatten(0, (batch, self._count)).transpose(1, 2).flatten(2, 3)[:, :, : self._queries]
 
 
-def causal_attention_qkv(qkv, heads, **options):
+def causal_attention_qkv(
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None
+):
     """The packed projection (B, T, 3C), queries then keys then values, -> heads merged again, (B, T, C)."""
     batch, time, packed = qkv.shape
     # Split first, so that one cat makes qkv's gradient.
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv.split(packed // 3, dim=2))  # (B, H, T, D)
+    options = dict(scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents, window=window)
     return causal_attention(q, k, v, **options).transpose(1, 2).reshape(batch, time, packed // 3)
 
 
