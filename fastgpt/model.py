@@ -37,11 +37,13 @@ class GPTConfig:
     residual: Literal["compute", "float32"] = "compute"  # dtype of the stream; "compute" is autocast's or the weights'
     activation_checkpointing: Literal["off", "mlp", "block"] = "off"  # what the backward computes again to save memory
     tie: bool = True  # the head's weight is the token embedding's
+    window: int | None = None  # tokens that a token sees in a windowed layer, itself included; None is no such layer
+    window_pattern: str = "SSSL"  # of the layers, over and over: S has the window, L and the last layer see all
     backend: ops.Backend = "auto"
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner"):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_inner", "window"):
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise ValueError(f"GPTConfig: {name} is {value}, not a whole number of at least 1 and below 2**31")
@@ -51,6 +53,19 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: dropout is {self.dropout}, not in [0, 1]")
         if not 0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps}, not a positive number")
+        if not self.window_pattern or self.window_pattern.strip("SL"):
+            raise ValueError(f"GPTConfig: window_pattern is {self.window_pattern!r}, not a word of S and L")
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of a layer, None of one that sees all of the context. The last layer does, whatever the pattern
+        says, as in nanochat: what is far away reaches the head by one step at least."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
+        return self.window if short and self.window is not None and self.window < self.block_size else None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, as window_of has it."""
+        return tuple(map(self.window_of, range(self.n_layer)))
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
@@ -126,12 +141,14 @@ class LayerNorm(nn.Module):
 
 class CausalSelfAttention(nn.Module):
     scale: float | None = None  # of the scores; None is 1 / sqrt(D)
+    window: int | None = None  # tokens that a token sees, itself included; None is all before it
 
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.n_head, self.dropout, self.backend, self.layer = config.n_head, config.dropout, config.backend, layer
+        self.window = config.window_of(layer)
 
     def forward(
         self, x: Tensor, add_bias: bool = True, documents: Tensor | None = None, cache: CachedPass | None = None
@@ -142,9 +159,9 @@ class CausalSelfAttention(nn.Module):
             y = cache.attend(self.layer, qkv, self.scale)  # (B, T, C)
         else:
             qkv, bias = packed_projection(self.c_attn, x, self.backend)
-            dropout_p = self.dropout if self.training else 0.0
-            options: Any = dict(dropout_p=dropout_p, documents=documents, qkv_bias=bias)
-            y = ops.causal_attention_qkv(qkv, self.n_head, scale=self.scale, **options, backend=self.backend)
+            options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
+            options |= dict(scale=self.scale, window=self.window, qkv_bias=bias)
+            y = ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend)
         return self.c_proj(y) if add_bias else F.linear(y, self.c_proj.weight)
 
 

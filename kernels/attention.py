@@ -16,8 +16,9 @@ read through strides, so that they may be views of one packed projection.
 A key mask or documents make every tile a masked one, and `_spans_kernel` finds which keys a tile can meet at all, so
 that foreign documents and padding at either end are never walked over. What a key mask hides is not read. A key of
 another document can't be hidden so, being another query's own; there a key that holds NaN or an infinity is read as
-zeros, and its scores are made NaN, before those that it may not touch are masked. All this is specialised away, down to
-the last instruction, where a call has neither.
+zeros, and its scores are made NaN, before those that it may not touch are masked. A window, of the last keys up to the
+query's own place, cuts off the tiles before it, and those on its edge are masked as those on the diagonal are. All this
+is specialised away, down to the last instruction, where a call has none of it.
 
 Flops, causal: 4 B H T² D / 2. Bytes: reads q, k, v and writes o, 4 B H T D elements, and 4 B H T bytes of lse.
 
@@ -62,6 +63,7 @@ from .attention_tiles import (
     spans,
     store_rows,
     strides,
+    window_of,
 )
 from .launch import cdiv, statistics_dtype
 from .philox import keep_mask
@@ -77,12 +79,12 @@ def _attend(
     l,  # [BLOCK_M]: the sum of exponentials so far
     k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
     stride_kt, stride_kd, stride_vt, stride_vd,
-    first, start, below, queries, keys, qk_scale, seed, plane, threshold,
+    first, start, above, below, queries, keys, window, qk_scale, seed, plane, threshold,
     D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running softmax. WHOLE: all of its keys are there, and below `below` every query sees
-    all of them; else each key is looked at."""
+    """One tile of keys into the running softmax. WHOLE: all of its keys are there, and from `above` up to `below` every
+    query sees all of them; else each key is looked at."""
     rows, cols = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     there = None
     if not WHOLE:
@@ -92,12 +94,12 @@ def _attend(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # [BLOCK_M, BLOCK_N]
     if ids_ptr is not None:
         s += poison[None, :]
-    if not WHOLE or start >= below:
-        seen = sees(first, start, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False)
+    if not WHOLE or start >= below or (window is not None and start < above):
+        seen = sees(first, start, queries, keys, window, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False)
         s = tl.where(seen, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, axis=1) * qk_scale)  # scaled after the maximum: the scale is positive
     base = m_new
-    if mask_ptr is not None or ids_ptr is not None:  # a query may have seen nothing yet
+    if mask_ptr is not None or ids_ptr is not None or window is not None:  # a query may have seen nothing yet
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * qk_scale - base[:, None])
     rescale = tl.exp2(m - base)
@@ -121,7 +123,9 @@ def _attention_fwd_kernel(
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
     stride_ob, stride_oh, stride_ot, stride_od,
-    heads, group, queries, keys, qk_scale, threshold, keep_scale,
+    heads, group, queries, keys,
+    window,  # keys that a query sees at most, or None
+    qk_scale, threshold, keep_scale,
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -133,12 +137,15 @@ def _attention_fwd_kernel(
     k_ptr = head_of(k_ptr, batch, head // group, stride_kb, stride_kh)
     v_ptr = head_of(v_ptr, batch, head // group, stride_vb, stride_vh)
 
-    begin = 0
+    begin, above = 0, 0
     below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N  # keys in whole tiles that the first query sees
     end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
+    if window is not None:
+        begin, above = window_of(first, queries, keys, window, BLOCK_M, BLOCK_N)
     if spans_ptr is not None:
-        begin, stop = span_of(spans_ptr, batch, tile, tiles)
-        begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+        opens, stop = span_of(spans_ptr, batch, tile, tiles)
+        opens, end = opens // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+        begin = opens if window is None else tl.maximum(begin, opens)
     if mask_ptr is not None:
         mask_ptr += batch.to(tl.int64) * keys
     if ids_ptr is not None:
@@ -155,11 +162,11 @@ def _attention_fwd_kernel(
     l = tl.zeros([BLOCK_M], ACC)
     if spans_ptr is None:
         whole = end // BLOCK_N * BLOCK_N
-        if whole > 0:
-            for start in range(0, whole, BLOCK_N):
+        if whole > begin:
+            for start in range(begin, whole, BLOCK_N):
                 acc, m, l = _attend(
                     q, acc, m, l, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
-                    first, start, below, queries, keys, qk_scale, seed, plane, threshold,
+                    first, start, above, below, queries, keys, window, qk_scale, seed, plane, threshold,
                     D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
                 )  # fmt: skip
         begin = whole
@@ -167,7 +174,7 @@ def _attention_fwd_kernel(
         for start in range(begin, end, BLOCK_N):
             acc, m, l = _attend(
                 q, acc, m, l, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr, stride_kt, stride_kd, stride_vt, stride_vd,
-                first, start, start, queries, keys, qk_scale, seed, plane, threshold,
+                first, start, above, start, queries, keys, window, qk_scale, seed, plane, threshold,
                 D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
             )  # fmt: skip
 
@@ -190,17 +197,19 @@ def attention_fwd(
     documents: torch.Tensor | None,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), in memory (B, Tq, H, D), and lse (B, H, Tq).
 
-    seed: (1,) int64, needed where dropout_p > 0. key_mask: (B, Tk) bool. documents: (B, Tk) integers.
+    seed: (1,) int64, needed where dropout_p > 0. key_mask: (B, Tk) bool. documents: (B, Tk) integers. window: the last
+    keys that a query sees, itself included, fewer than Tk.
     """
-    o, lse = attention_fwd_outputs(q, k, v, seed, key_mask, documents, scale, dropout_p)
-    _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p)
+    o, lse = attention_fwd_outputs(q, k, v)
+    _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p, window)
     return o, lse
 
 
-def attention_fwd_outputs(q, k, v, seed, key_mask, documents, scale, dropout_p):
+def attention_fwd_outputs(q, k, v, *_):
     """What attention_fwd allocates, so it serves as its fake too."""
     batch, heads, queries, dim = q.shape
     o = torch.empty((batch, queries, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
@@ -215,14 +224,16 @@ def attention_qkv_fwd(
     heads: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The packed projection qkv (B, T, 3C) -> out (B, T, C) and lse (B, H, T)."""
-    out, lse = attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p)
-    _forward(*unpack(qkv, 3, heads), *unpack(out, 1, heads), lse, seed, key_mask, documents, scale, dropout_p)
+    out, lse = attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads)
+    options = seed, key_mask, documents, scale, dropout_p, window
+    _forward(*unpack(qkv, 3, heads), *unpack(out, 1, heads), lse, *options)
     return out, lse
 
 
-def attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p):
+def attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, *_):
     """What attention_qkv_fwd allocates, so it serves as its fake too."""
     batch, time, packed = qkv.shape
     out = torch.empty((batch, time, packed // 3), dtype=qkv.dtype, device=qkv.device)
@@ -235,7 +246,7 @@ def unpack(packed: torch.Tensor, parts: int, heads: int) -> tuple[torch.Tensor, 
     return packed.unflatten(-1, (parts, heads, dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
+def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p, window):
     batch, heads, queries, _ = q.shape
     if q.numel() == 0:
         return
@@ -257,6 +268,7 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p):
         group=heads // k.shape[1],
         queries=queries,
         keys=k.shape[2],
+        window=window,
         qk_scale=scale * math.log2(math.e),
         **constants,
     )

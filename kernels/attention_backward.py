@@ -48,6 +48,7 @@ from .attention_tiles import (
     store_rows,
     store_sums,
     strides,
+    window_of,
 )
 from .launch import cdiv, statistics_dtype
 from .philox import keep_mask
@@ -62,7 +63,7 @@ def _dkdv_step(
     poison,  # [BLOCK_N]: of the keys
     q_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, ids_ptr,
     stride_qt, stride_qd, stride_gt, stride_gd,
-    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+    first, start, queries, keys, window, qk_scale, seed, plane, threshold, keep_scale,
     D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BELOW: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def _dkdv_step(
         st += poison[:, None]
     pt = tl.exp2(st * qk_scale - lse[None, :])
     if not BELOW:
-        seen = sees(start, first, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, True)
+        seen = sees(start, first, queries, keys, window, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, True)
         pt = tl.where(seen, pt, 0.0)
     dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)
     kept = pt
@@ -115,7 +116,7 @@ def _attention_dkdv_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd,
     stride_dkb, stride_dkh, stride_dkt, stride_dkd,
     stride_dvb, stride_dvh, stride_dvt, stride_dvd,
-    heads, group, queries, keys, qk_scale, scale, threshold, keep_scale,
+    heads, group, queries, keys, window, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -131,13 +132,18 @@ def _attention_dkdv_kernel(
     below = tl.cdiv(tl.maximum(first + BLOCK_N - 1 - (keys - queries), 0), BLOCK_M) * BLOCK_M  # all see all from here
     below = tl.minimum(below, queries)
     end = queries
+    if window is not None:
+        in_all = tl.minimum(first + window - (keys - queries), queries)  # the queries from below on, before it, see all
+        end = tl.minimum(first + BLOCK_N - 1 + window - (keys - queries), queries)
+        below = tl.minimum(below, end)
     if mask_ptr is not None:
         mask_ptr += batch.to(tl.int64) * keys
         below = end
     if ids_ptr is not None:
         ids_ptr += batch.to(tl.int64) * keys
         poison_ptr += key_plane.to(tl.int64) * keys
-        _, end = span_of(spans_ptr, batch, tile, tiles)
+        _, stop = span_of(spans_ptr, batch, tile, tiles)
+        end = stop if window is None else tl.minimum(end, stop)
         below = end
     seed = None
     if seed_ptr is not None:
@@ -155,15 +161,19 @@ def _attention_dkdv_kernel(
         do_head = head_of(do_ptr, batch, head, stride_gb, stride_gh)
         lse_head, delta_head = lse_ptr + plane.to(tl.int64) * queries, delta_ptr + plane.to(tl.int64) * queries
         diagonal = tl.cdiv(tl.maximum(below - begin, 0), BLOCK_M)
-        whole = below + tl.maximum(end - below, 0) // BLOCK_M * BLOCK_M  # from here on some queries are past the end
-        tested = diagonal + (whole < end)
-        if ids_ptr is None or tested > 0:  # nearly always without documents, and ptxas does worse with the `if`
+        sighted = end if window is None else in_all
+        whole = below + tl.maximum(sighted - below, 0) // BLOCK_M * BLOCK_M  # past it some do not see all, or are none
+        tested = diagonal + (whole < end if window is None else tl.cdiv(tl.maximum(end - whole, 0), BLOCK_M))
+        # nearly always without documents and windows, and ptxas does worse with the `if`
+        if (ids_ptr is None and window is None) or tested > 0:
             for tile_of_queries in range(0, tested):
                 start = tl.where(tile_of_queries < diagonal, begin + tile_of_queries * BLOCK_M, whole)
+                if window is not None:
+                    start += tl.maximum(tile_of_queries - diagonal, 0) * BLOCK_M
                 dk, dv = _dkdv_step(
                     k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, mask_ptr, ids_ptr,
                     stride_qt, stride_qd, stride_gt, stride_gd,
-                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    first, start, queries, keys, window, qk_scale, seed, plane, threshold, keep_scale,
                     D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
                 )  # fmt: skip
         if mask_ptr is None and ids_ptr is None and below < whole:
@@ -171,7 +181,7 @@ def _attention_dkdv_kernel(
                 dk, dv = _dkdv_step(
                     k, v, dk, dv, poison, q_head, do_head, lse_head, delta_head, None, None,
                     stride_qt, stride_qd, stride_gt, stride_gd,
-                    first, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    first, start, queries, keys, window, qk_scale, seed, plane, threshold, keep_scale,
                     D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
                 )  # fmt: skip
 
@@ -194,11 +204,11 @@ def _dq_step(
     dq,  # [BLOCK_M, BLOCK_D]: the sum so far
     k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
     stride_kt, stride_kd, stride_vt, stride_vd,
-    first, start, below, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+    first, start, above, below, queries, keys, window, qk_scale, seed, plane, threshold, keep_scale,
     D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into dq. WHOLE, below: as in the forward."""
+    """One tile of keys into dq. WHOLE, above, below: as in the forward."""
     rows, cols = first + tl.arange(0, BLOCK_M), start + tl.arange(0, BLOCK_N)
     there = None
     if not WHOLE:
@@ -209,8 +219,8 @@ def _dq_step(
     if ids_ptr is not None:
         s += poison[None, :]
     p = tl.exp2(s * qk_scale - lse[:, None])
-    if not WHOLE or start >= below:
-        p = tl.where(sees(first, start, queries, keys, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False), p, 0.0)
+    if not WHOLE or start >= below or (window is not None and start < above):
+        p = tl.where(sees(first, start, queries, keys, window, mask_ptr, ids_ptr, BLOCK_M, BLOCK_N, False), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
     if seed is not None:
         keep = keep_mask(seed, rows, start, plane, ATTENTION_SITE, threshold, BLOCK_M, BLOCK_N)
@@ -233,7 +243,7 @@ def _attention_dq_kernel(
     stride_gb, stride_gh, stride_gt, stride_gd,
     stride_ob, stride_oh, stride_ot, stride_od,
     stride_dqb, stride_dqh, stride_dqt, stride_dqd,
-    heads, group, queries, keys, qk_scale, scale, threshold, keep_scale,
+    heads, group, queries, keys, window, qk_scale, scale, threshold, keep_scale,
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -246,12 +256,15 @@ def _attention_dq_kernel(
     q_ptr = head_of(q_ptr, batch, head, stride_qb, stride_qh)
     do_ptr = head_of(do_ptr, batch, head, stride_gb, stride_gh)
 
-    begin = 0
+    begin, above = 0, 0
     below = (first + (keys - queries) + 1) // BLOCK_N * BLOCK_N
     end = tl.minimum(first + BLOCK_M + (keys - queries), keys)
+    if window is not None:
+        begin, above = window_of(first, queries, keys, window, BLOCK_M, BLOCK_N)
     if spans_ptr is not None:
-        begin, stop = span_of(spans_ptr, batch, tile, tiles)
-        begin, end = begin // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+        opens, stop = span_of(spans_ptr, batch, tile, tiles)
+        opens, end = opens // BLOCK_N * BLOCK_N, tl.minimum(end, stop)
+        begin = opens if window is None else tl.maximum(begin, opens)
     if mask_ptr is not None:
         mask_ptr += batch.to(tl.int64) * keys
     if ids_ptr is not None:
@@ -272,11 +285,11 @@ def _attention_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     if spans_ptr is None:
         whole = end // BLOCK_N * BLOCK_N
-        if whole > 0:
-            for start in range(0, whole, BLOCK_N):
+        if whole > begin:
+            for start in range(begin, whole, BLOCK_N):
                 dq = _dq_step(
                     q, do, lse, delta, dq, k_ptr, v_ptr, None, None, None, stride_kt, stride_kd, stride_vt, stride_vd,
-                    first, start, below, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                    first, start, above, below, queries, keys, window, qk_scale, seed, plane, threshold, keep_scale,
                     D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, True
                 )  # fmt: skip
         begin = whole
@@ -285,7 +298,7 @@ def _attention_dq_kernel(
             dq = _dq_step(
                 q, do, lse, delta, dq, k_ptr, v_ptr, mask_ptr, ids_ptr, poison_ptr,
                 stride_kt, stride_kd, stride_vt, stride_vd,
-                first, start, start, queries, keys, qk_scale, seed, plane, threshold, keep_scale,
+                first, start, above, start, queries, keys, window, qk_scale, seed, plane, threshold, keep_scale,
                 D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, False
             )  # fmt: skip
     dq_ptr = head_of(dq_ptr, batch, head, stride_dqb, stride_dqh)
@@ -306,10 +319,11 @@ def attention_bwd(
     documents: torch.Tensor | None,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, each of its shape and laid out as attention_fwd lays out o."""
     dq, dk, dv = attention_bwd_outputs(do, q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p)
-    _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p)
+    _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p, window)
     return dq, dk, dv
 
 
@@ -329,23 +343,24 @@ def attention_qkv_bwd(
     heads: int,
     scale: float,
     dropout_p: float,
-    needs_bias: bool,
+    window: int | None = None,
+    needs_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradient of qkv, packed as it is, (B, T, 3C), and if needs_bias that of a bias in it, its sums over tokens:
     (3C,) float32."""
     dqkv, sums = attention_qkv_bwd_outputs(
-        dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p, needs_bias
+        dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p, window, needs_bias
     )
     (do,), (o,) = unpack(dout, 1, heads), unpack(out, 1, heads)
     operands = do, *unpack(qkv, 3, heads), o, lse, *unpack(dqkv, 3, heads)
-    partials = _backward(*operands, seed, key_mask, documents, scale, dropout_p, needs_bias)
+    partials = _backward(*operands, seed, key_mask, documents, scale, dropout_p, window, needs_bias)
     if partials is not None:
         torch.sum(partials, dim=0, out=sums)
     return dqkv, sums
 
 
 def attention_qkv_bwd_outputs(
-    dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p, needs_bias
+    dout, qkv, out, lse, seed, key_mask, documents, heads, scale, dropout_p, window=None, needs_bias=False
 ):  # fmt: skip
     """What attention_qkv_bwd allocates, so it serves as its fake too."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -353,7 +368,7 @@ def attention_qkv_bwd_outputs(
     return dqkv, torch.empty(shape, dtype=statistics_dtype(qkv), device=qkv.device)
 
 
-def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p, needs_sums=False):
+def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale, dropout_p, window, needs_sums=False):
     """Writes dq, dk and dv. Returns partial sums (rows, 3 H D) of their columns if needs_sums, else None."""
     batch, heads, queries, dim = q.shape
     key_heads, keys = k.shape[1:3]
@@ -385,6 +400,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "group": heads // key_heads,
         "queries": queries,
         "keys": keys,
+        "window": window,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
     }

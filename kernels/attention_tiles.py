@@ -13,8 +13,8 @@ from .launch import accumulator, cdiv, dropout_numbers, matmul_precision, next_p
 
 MAX_ROW_STRIDE = 2**23  # times 256 rows of a tile it still fits 32 bits; tensors past it are copied first
 ATTENTION_SITE = tl.constexpr(0)  # attention's dropout, in the counter of philox.keep_mask
-# Lengths are not specialised: one compiled kernel serves every T.
-LENGTHS = ["queries", "keys", "length"]
+# Lengths are not specialised: one compiled kernel serves every T, and every window.
+LENGTHS = ["queries", "keys", "length", "window"]
 
 
 class Tiles(NamedTuple):
@@ -177,16 +177,19 @@ def open_keys(cols, keys, mask_ptr, poison_ptr):
 
 @triton.jit
 def sees(
-    first_query, first_key, queries, keys, mask_ptr, ids_ptr,
+    first_query, first_key, queries, keys, window, mask_ptr, ids_ptr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Whether each query of a tile sees each key of another, [BLOCK_M, BLOCK_N], or with KEYS_FIRST its transpose.
 
-    mask_ptr, ids_ptr: the batch row's key mask and documents, or None.
+    window: the keys that a query sees at most, itself included, or None. mask_ptr, ids_ptr: the batch row's key mask
+    and documents, or None.
     """
     q = tl.expand_dims(tl.arange(0, BLOCK_M), 0 if KEYS_FIRST else 1)
     k = tl.expand_dims(tl.arange(0, BLOCK_N), 1 if KEYS_FIRST else 0)
     seen = k <= q + (first_query + (keys - queries) - first_key)  # the last query sees the last key, none sees past it
+    if window is not None:
+        seen = seen & (k > q + (first_query + (keys - queries) - first_key) - window)
     q, k = first_query + q, first_key + k
     if mask_ptr is not None:
         seen = seen & tl.load(mask_ptr + k, k < keys, False).to(tl.int1)
@@ -209,6 +212,14 @@ def options(seed, key_mask, documents, dropout_p) -> dict[str, Any]:
 
 def has_extras(beyond: dict[str, Any]) -> bool:
     return any(beyond[name] is not None for name in ("seed_ptr", "mask_ptr", "ids_ptr"))
+
+
+@triton.jit
+def window_of(first_query, queries, keys, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of a tile of queries: where the tiles of keys begin that a window reaches, and the key from which on it reaches
+    all, for every query."""
+    oldest = first_query + (keys - queries) - window + 1  # that the first query sees
+    return tl.maximum(oldest, 0) // BLOCK_N * BLOCK_N, oldest + BLOCK_M - 1
 
 
 @triton.jit

@@ -8,6 +8,10 @@ lengths are read on the device, so a CUDA graph serves any lengths: programs pas
 
 Slots from the length on are never read. A row of no length gives zeros, and a length past Tmax counts as Tmax.
 
+In a window of the last keys, splits begin at the oldest key that the first new token sees, and there are only as many
+as the window takes. A cache that holds it, window + Tq - 1 slots or more, may be a ring: the token at place p lies in
+slot p % Tmax. Without a window all this is specialised away.
+
 Bytes: 2 B Hkv length D elements of the cache; beside them only the splits' results, 4 B H Tq D bytes a split, which a
 split of 128 keys makes Tq H / (32 Hkv) of that at most (bf16).
 
@@ -38,7 +42,7 @@ class Tiles(NamedTuple):
 
 
 def _tiles(rows: int, head_dim: int, dtype: torch.dtype, slots: int, on_card: bool) -> Tiles:
-    """Tiles for `rows` queries a key head and a cache of `slots`.
+    """Tiles for `rows` queries a key head and a cache of `slots`, or a window that reaches so many.
 
     Splits of 128 keys give one sequence of GPT-2 (12 heads, 1024 slots) 96 programs for some 132 multiprocessors; past
     8192 slots they grow, so that there are at most 64. Tiles fit the 99 KB of a consumer card. Measured on an H200 with
@@ -55,7 +59,21 @@ def _tiles(rows: int, head_dim: int, dtype: torch.dtype, slots: int, on_card: bo
     return Tiles(block_m, 64 if head_dim <= 128 else 32, split, 4, 3 if head_dim <= 64 else 2)
 
 
-@triton.jit(do_not_specialize=["steps", "slots"])
+@triton.jit
+def _reach_of(lengths_ptr, batch, steps, slots, window):
+    """The first and one past the last place that the new tokens of a row see."""
+    length = tl.load(lengths_ptr + batch)
+    oldest = 0
+    if window is None:
+        length = tl.minimum(length, slots).to(tl.int32)
+    else:
+        ring = slots >= window + steps - 1
+        length = tl.where(ring, length, tl.minimum(length, slots)).to(tl.int32)
+        oldest = tl.maximum(length - steps + 1 - window, 0)
+    return oldest, length
+
+
+@triton.jit(do_not_specialize=["steps", "slots", "window"])
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr,
     lengths_ptr,  # (B,)
@@ -64,7 +82,9 @@ def _decode_kernel(
     stride_qb, stride_qh, stride_qt, stride_qd,
     stride_kb, stride_kh, stride_kt, stride_kd,
     stride_vb, stride_vh, stride_vt, stride_vd,
-    key_heads, group, steps, slots, qk_scale,
+    key_heads, group, steps, slots,
+    window,  # keys that a query sees at most, or None
+    qk_scale,
     D: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +92,8 @@ def _decode_kernel(
     row_tiles = tl.cdiv(group * steps, BLOCK_M)
     plane, split = tl.program_id(0) // row_tiles, tl.program_id(1)
     batch, key_head = plane // key_heads, plane % key_heads
-    length = tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)
-    begin = split * SPLIT
+    oldest, length = _reach_of(lengths_ptr, batch, steps, slots, window)
+    begin = oldest + split * SPLIT
     if SPLITS == 1 or begin < length:
         rows = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
         head, step = key_head * group + rows // steps, rows % steps
@@ -90,10 +110,18 @@ def _decode_kernel(
         l = tl.zeros([BLOCK_M], ACC)
         for start in range(begin, tl.minimum(begin + SPLIT, length), BLOCK_N):
             cols = start + tl.arange(0, BLOCK_N)
-            k = load_rows(k_ptr, start, stride_kt, stride_kd, cols < length, D, BLOCK_N, BLOCK_D)
-            v = load_rows(v_ptr, start, stride_vt, stride_vd, cols < length, D, BLOCK_N, BLOCK_D)
+            if window is None:
+                k = load_rows(k_ptr, start, stride_kt, stride_kd, cols < length, D, BLOCK_N, BLOCK_D)
+                v = load_rows(v_ptr, start, stride_vt, stride_vd, cols < length, D, BLOCK_N, BLOCK_D)
+            else:
+                there = (cols < length)[:, None] & (channels[None, :] < D)
+                slot = (cols % slots).to(tl.int64)[:, None]
+                k = tl.load(k_ptr + slot * stride_kt + channels[None, :] * stride_kd, there, 0.0)
+                v = tl.load(v_ptr + slot * stride_vt + channels[None, :] * stride_vd, there, 0.0)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC) * qk_scale  # [BLOCK_M, BLOCK_N]
             s = tl.where(cols[None, :] <= last[:, None], s, float("-inf"))
+            if window is not None:
+                s = tl.where(cols[None, :] > last[:, None] - window, s, float("-inf"))
             m_new = tl.maximum(m, tl.max(s, axis=1))
             base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row may have seen nothing yet
             p = tl.exp2(s - base[:, None])
@@ -110,20 +138,22 @@ def _decode_kernel(
         tl.store(o_ptr + slot[:, None] * D + channels[None, :], o.to(o_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["steps", "slots"])
+@triton.jit(do_not_specialize=["steps", "slots", "window"])
 def _merge_kernel(
     o_ptr,  # (B, H, Tq, SPLITS, D)
     lse_ptr,  # (B, H, Tq, SPLITS)
     lengths_ptr,  # (B,)
     out_ptr,  # (B, Tq, H, D)
-    heads, steps, slots,
+    heads, steps, slots, window,
     D: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One query: the splits that hold its row's keys into its result."""
     row = tl.program_id(0)
     batch, head, step = row // (heads * steps), row // steps % heads, row % steps
-    length = tl.minimum(tl.load(lengths_ptr + batch), slots).to(tl.int32)
+    oldest, length = _reach_of(lengths_ptr, batch, steps, slots, window)
+    if window is not None:
+        length -= oldest
     channels = tl.arange(0, BLOCK_D)
     o_ptr += row.to(tl.int64) * SPLITS * D
     lse_ptr += row.to(tl.int64) * SPLITS
@@ -154,14 +184,18 @@ def _append_kernel(
     stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt,
     steps, slots,
-    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, RING: tl.constexpr,
 ):  # fmt: skip
     """The keys and values of one token, 2 H D numbers, to their slots."""
     token = tl.program_id(0)
     batch, step = (token // steps).to(tl.int64), token % steps
     place = (tl.load(lengths_ptr + batch) - steps + step).to(tl.int64)
     channels = tl.arange(0, BLOCK)
-    there = (channels < H * D) & (place >= 0) & (place < slots)
+    there = (channels < H * D) & (place >= 0)
+    if RING:
+        place = place % slots
+    else:
+        there = there & (place < slots)
     head, channel = (channels // D).to(tl.int64), channels % D
     qkv_ptr += token.to(tl.int64) * 3 * H * D + channels
     k = tl.load(qkv_ptr + H * D, there, 0.0)
@@ -170,9 +204,12 @@ def _append_kernel(
     tl.store(v_ptr + batch * stride_vb + place * stride_vt + head * stride_vh + channel, v, there)
 
 
-def append(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor) -> None:
+def append(
+    qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, ring: bool = False
+) -> None:
     """Writes the newest tokens' keys and values, of qkv (B, Tq, 3C), into caches (B, H, Tmax, D) whose rows are in one
-    piece. lengths: (B,), with the new tokens counted in; what would fall outside of a cache is dropped."""
+    piece. lengths: (B,), with the new tokens counted in; what would fall outside of a cache is dropped, or in a ring
+    takes the place of what is Tmax tokens older."""
     batch, steps, _ = qkv.shape
     heads, slots, dim = k_cache.shape[1:]
     _append_kernel[(batch * steps,)](
@@ -187,23 +224,30 @@ def append(qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, leng
         H=heads,
         D=dim,
         BLOCK=next_power_of_2(heads * dim),
+        RING=ring,
         num_warps=4,
     )
 
 
 def decode_attention_fwd(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor, scale: float
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """q (B, H, Tq, D), caches (B, Hkv, Tmax, D), lengths (B,) -> o (B, H, Tq, D), in memory (B, Tq, H, D)."""
-    out = decode_attention_fwd_outputs(q, k_cache, v_cache, lengths, scale)
+    out = decode_attention_fwd_outputs(q)
     batch, heads, steps, dim = q.shape
     key_heads, slots = k_cache.shape[1:3]
     if out.numel() == 0 or slots == 0:
         return out.zero_()
     q, k_cache, v_cache = (addressable(t) for t in (q, k_cache, v_cache))
     group = heads // key_heads
-    tiles = _tiles(group * steps, dim, q.dtype, slots, card_of(q) is not None)
-    splits = cdiv(slots, tiles.split)
+    reach = slots if window is None else min(slots, window + steps - 1)
+    tiles = _tiles(group * steps, dim, q.dtype, reach, card_of(q) is not None)
+    splits = cdiv(reach, tiles.split)
     partial, lse = out, out  # of a single split
     if splits > 1:
         partial = torch.empty((batch, heads, steps, splits, dim), dtype=statistics_dtype(q), device=q.device)
@@ -228,6 +272,7 @@ def decode_attention_fwd(
         group=group,
         steps=steps,
         slots=slots,
+        window=window,
         qk_scale=scale * math.log2(math.e),
         **constants,
         PRECISION=matmul_precision(),
@@ -247,6 +292,7 @@ def decode_attention_fwd(
         heads,
         steps,
         slots,
+        window,
         **constants,
         BLOCK_S=min(16, next_power_of_2(splits)),
         num_warps=4,
@@ -254,7 +300,7 @@ def decode_attention_fwd(
     return out
 
 
-def decode_attention_fwd_outputs(q, k_cache, v_cache, lengths, scale):
+def decode_attention_fwd_outputs(q, *_):
     """What decode_attention_fwd allocates, so it serves as its fake too."""
     batch, heads, steps, dim = q.shape
     return torch.empty((batch, steps, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)

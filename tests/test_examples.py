@@ -9,6 +9,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from fastgpt import GPT, GPTConfig, cli, generate
 from fastgpt.cli.text import load
@@ -80,6 +82,30 @@ def test_the_books_chapter_as_a_notebook(here, capsys):
         exec(compile(lines, "book.ipynb", "exec"), names)
     assert names["CHARACTERS"] == 20_000 and names["CONFIG"]["n_layers"] == 1
     assert len(names["before"][0]) == len(names["after"][0]) > 0 and "seconds: " in capsys.readouterr().out
+
+
+def test_in_place_of_flash_attention(here):
+    """Against SDPA with the mask that FlashAttention's documentation describes: query i sees from key i - left on."""
+    ((_, *command),) = commands("python examples/flash_attn_func.py")
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.startswith("(2, 512, 6, 64) causal_attention runs on"), done.stderr
+    names: dict = {"__name__": "example"}
+    exec(Path("examples/flash_attn_func.py").read_text(), names)
+    theirs = names["flash_attn_func"]
+    tensors = [torch.randn(2, 40, heads, 16, dtype=torch.float64).requires_grad_() for heads in (6, 2, 2)]
+    distance = torch.arange(40)[:, None] - torch.arange(40)
+    upstream = torch.randn(2, 40, 6, 16, dtype=torch.float64)
+    for left in (-1, 0, 1, 15, 39, 100):
+        seen = (distance >= 0) & (distance <= (left if left >= 0 else 40))
+        heads = [t.transpose(1, 2) for t in tensors]
+        plain = F.scaled_dot_product_attention(*heads, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+        found = theirs(*tensors, causal=True, window_size=(left, 0))
+        for y in (found, plain):
+            y.grads = torch.autograd.grad(y, tensors, upstream)
+        torch.testing.assert_close((found, *found.grads), (plain, *plain.grads))
+    for wrong in (dict(), dict(causal=True, window_size=(3, 3))):
+        with pytest.raises(ValueError, match="attention is causal, and causal="):
+            theirs(*tensors, **wrong)
 
 
 def test_hugging_faces_trainer(here):

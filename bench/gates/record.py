@@ -71,7 +71,8 @@ class Launch(NamedTuple):
         absent = [name.removesuffix("_ptr") for name in self.kernel.arg_names if self._is_absent(name)]
         words = [f"{name}={_word(value)}" for name, value in self.constexprs.items() if value not in (False, None, "")]
         without = [f"no {', '.join(absent)}"] if absent else []
-        return "; ".join([dtypes, " ".join(words), *without])
+        told = ["window"] if self.signature.get("window", "constexpr") != "constexpr" else []
+        return "; ".join([dtypes, " ".join(words), *without, *told])
 
     def _is_absent(self, name: str) -> bool:
         place = (self.kernel.arg_names.index(name),)

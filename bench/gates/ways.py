@@ -164,6 +164,11 @@ def _generate(model: Any, rows: int, prompt: int = 16, dtype: torch.dtype | None
     fastgpt.generate(model, prompts, 4, dtype=dtype, **how)
 
 
+def _generate_windowed(_, rows: int, prompt: int, **how) -> None:
+    """From rings, which the prompts fill."""
+    _generate(_gpt("124M", window=256), rows, prompt, **how)
+
+
 def _token_in_one_launch(model: Any, dtype: torch.dtype | None = BF16) -> None:
     """Of a kernel that no table chooses yet on every Triton. On other cards there is nothing to launch. dtype: None for
     a model whose norms and embeddings are halves too, for they are not cast."""
@@ -193,10 +198,12 @@ def _norms(_, columns: int, dtype: torch.dtype, p: float) -> None:
     )
 
 
-def _attention(_, dim: int, dtype: torch.dtype, heads: int = 12, extras: str = "", packed: bool = True) -> None:
+def _attention(
+    _, dim: int, dtype: torch.dtype, heads: int = 12, extras: str = "", packed: bool = True, window: int | None = None
+) -> None:
     mask = torch.ones(2, 1024, dtype=torch.bool, device="cuda") if "mask" in extras else None
     ids = torch.zeros(2, 1024, dtype=torch.int32, device="cuda") if "documents" in extras else None
-    options: dict = dict(key_mask=mask, documents=ids, dropout_p=0.1 if "dropout" in extras else 0.0)
+    options: dict = dict(key_mask=mask, documents=ids, dropout_p=0.1 if "dropout" in extras else 0.0, window=window)
     if packed:
         qkv, bias = _tensors(dtype, (2, 1024, 3 * heads * dim), (3 * heads * dim,))
         options["qkv_bias"] = bias if "bias" in extras else None
@@ -205,10 +212,10 @@ def _attention(_, dim: int, dtype: torch.dtype, heads: int = 12, extras: str = "
         _backward(ops.causal_attention(*_tensors(dtype, *[(2, heads, 1024, dim)] * 3), **options))
 
 
-def _decoding(_, dim: int, dtype: torch.dtype, steps: int = 1) -> None:
+def _decoding(_, dim: int, dtype: torch.dtype, steps: int = 1, window: int | None = None) -> None:
     q, cache = torch.zeros(32, 12, steps, dim, device="cuda"), torch.zeros(32, 12, 1024, dim, device="cuda")
     lengths = torch.full((32,), 1024, device="cuda")
-    ops.decode_attention(q.to(dtype), cache.to(dtype), cache.to(dtype), lengths)
+    ops.decode_attention(q.to(dtype), cache.to(dtype), cache.to(dtype), lengths, window=window)
 
 
 def _mlp(_, dtype: torch.dtype, approximate: Any, recompute: bool) -> None:
@@ -285,6 +292,10 @@ def ways() -> dict[str, Way]:
     add("train, document masks", _train, end=50256)
     add("train, document masks, dropout", _train, end=50256, dropout=0.1)
     add("train, residual float32", _train, residual="float32")
+    add("train, windows", _train, window=256)
+    add("train, windows, dropout", _train, window=256, dropout=0.1)
+    add("train, windows, document masks", _train, window=256, end=50256)
+    add("train, windows, float32", _train, autocast=None, window=256)
     for family in FAMILIES:
         for p in (0.0, 0.1):
             for loss in (False, True):
@@ -331,6 +342,15 @@ def ways() -> dict[str, Way]:
     add("attention, mask", _attention, 64, BF16, extras="mask")
     add("attention, 25 heads", _attention, 64, BF16, 25)
     add("decode_attention, 5 tokens", _decoding, 64, BF16, 5)
+    for dim in (64, 80, 128, 256):
+        for name, dtype in _DTYPES.items():
+            add(f"attention D {dim} window {name}", _attention, dim, dtype, window=256)
+            add(f"decode_attention D {dim} window {name}", _decoding, dim, dtype, window=256)
+        for extras in ("dropout", "documents", "dropout, mask, documents")[2 if dim == 256 else 0 :]:
+            add(f"attention D {dim} window, {extras}", _attention, dim, BF16, extras=extras, window=256)
+    add("decode_attention window, 5 tokens", _decoding, 64, BF16, 5, window=900)
+    for rows in (1, 64):
+        add(f"generate {rows}, windows", _generate_windowed, rows, 600, dtype=BF16, temperature=0.0)
     for name, dtype in _DTYPES.items():
         for approximate in ("tanh", "none"):
             add(f"gelu_mlp {approximate} {name}", _mlp, dtype, approximate, False)

@@ -33,6 +33,8 @@ _MODEL = {
     "residual": "dtype of the sum that runs through the blocks; compute is that of matmuls",
     "activation_checkpointing": "what the backward computes again to save memory",
     "tie": "the head shares the token embedding's weight",
+    "window": "tokens that a token sees in a windowed layer (default: none has one)",
+    "window_pattern": "of layers, over and over: S has the window, L and the last see all",
     "backend": "of fastgpt's functions: Triton's kernels or PyTorch",
 }
 _TRAINING = {

@@ -24,6 +24,7 @@ class Layer(NamedTuple):
     mlp: nn.Module
     dropouts: tuple[nn.Module, ...]  # what generation leaves out
     scale: float | None  # of the scores; None is 1 / sqrt(D)
+    window: int | None = None  # tokens that a token sees, itself included; None is all before it
 
 
 class Anatomy(NamedTuple):

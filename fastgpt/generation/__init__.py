@@ -191,7 +191,7 @@ def _check_context(decoder: Decoder, longest: int, new: int, overflow: str) -> N
 def _check_memory(decoder: Decoder, planned: Plan, helper: Decoder | None) -> None:
     """ValueError for what the memory of the device does not hold, once what calls before left there is given back."""
     pairs = [decoder] if helper is None else [decoder, helper]
-    caches = [Cache.size(each.gpt.config, planned.rows, planned.slots, each.dtype) for each in pairs]
+    caches = [Cache.size(each.gpt.config, planned.rows, planned.slots, each.dtype, each.windows) for each in pairs]
     needed = sum(caches) + planned.rows * planned.room * 8 + planned.rows * decoder.outputs * 4
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,51 +12,124 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.model import GPTConfig
 
+MAX_STEP = 16  # new tokens that decode_attention takes at once
+
+Windows = Sequence[int | None]  # of each layer; None is one that sees all tokens
+
 
 class Cache:
-    """Keys and values of `rows` sequences of up to `slots` tokens, allocated once."""
+    """Keys and values of `rows` sequences of up to `slots` tokens, allocated once.
 
-    def __init__(self, config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device):
+    A layer with a window has a ring: place p lies in slot p % ring, and the ring is as long as its window and the
+    newest tokens of a step together. So a step may be taken back, as speculation does, and what the tokens in its
+    place see is still there.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        rows: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        windows: Windows = (),
+    ):
+        """windows: () is None for every layer."""
         self.rows, self.slots = rows, slots
-        self.whole = torch.zeros(_shape(config, rows, slots), dtype=dtype, device=device)
+        self.windows = tuple(None if w is None or w >= slots else w for w in windows or [None] * config.n_layer)
+        ring = _ring(self.windows, slots)
+        self.rings = tuple(w is not None and ring > 0 for w in self.windows)  # whether a layer has one
+        full, rounds = _shapes(config, rows, slots, self.windows)
+        self.whole = torch.zeros(full, dtype=dtype, device=device)  # of the layers without a ring
+        self.round = torch.zeros(rounds, dtype=dtype, device=device)
         self.words: torch.Tensor | None = None  # where one kernel writes a token: its programs' own
-        self.k, self.v = (half.unbind() for half in self.whole)  # of each layer, (rows, H, slots, D)
+        self.k, self.v = self.halves(self.whole)  # of each layer, (rows, H, slots, D)
+
+    def halves(self, whole: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Keys and values by layer; whole: self.whole, or its first slots."""
+        keys, values = (self.by_layer(*(x.unbind() for x in half)) for half in zip(whole, self.round, strict=True))
+        return keys, values
+
+    def by_layer(self, whole: Sequence[Tensor], rounds: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is of each layer, of what is of those without a ring and of those with one."""
+        if not any(self.rings):
+            return whole
+        kinds = iter(whole), iter(rounds)
+        return [next(kinds[ring]) for ring in self.rings]
 
     def clear(self) -> None:
         """Zeros, as it was made."""
         self.whole.zero_()
+        self.round.zero_()
         if self.words is not None:
             self.words.zero_()
 
     @staticmethod
-    def size(config: GPTConfig, rows: int, slots: int, dtype: torch.dtype) -> int:
+    def size(config: GPTConfig, rows: int, slots: int, dtype: torch.dtype, windows: Windows = ()) -> int:
         """Bytes."""
-        return math.prod(_shape(config, rows, slots)) * dtype.itemsize
+        return sum(map(math.prod, _shapes(config, rows, slots, windows))) * dtype.itemsize
 
 
-def _shape(config: GPTConfig, rows: int, slots: int) -> tuple[int, ...]:
-    return 2, config.n_layer, rows, config.n_head, slots, config.n_embd // config.n_head
+def _ring(windows: Windows, slots: int) -> int:
+    """Slots of the rings, 0 where there would be no fewer than `slots`."""
+    ring = max((window + MAX_STEP - 1 for window in windows if window is not None), default=slots)
+    return ring if ring < slots else 0
+
+
+def _shapes(config: GPTConfig, rows: int, slots: int, windows: Windows) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of what the layers without a ring have, and of the rings."""
+    ring = _ring(windows, slots)
+    count = sum(window is not None for window in windows) if ring else 0
+    head_dim = config.n_embd // config.n_head
+    return (
+        (2, config.n_layer - count, rows, config.n_head, slots, head_dim),
+        (2, count, rows, config.n_head, ring, head_dim),
+    )
 
 
 class Prompts:
     """A pass over B prompts, each token over those of its prompt up to itself.
 
-    cache: keeps them, unless None; of a multiple of B rows, each prompt that many times, in a row.
+    cache: keeps them, unless None; of a multiple of B rows, each prompt that many times, in a row. lengths: (B,), of
+    the prompts, which rings are filled by; None where all are T long. windows: of a pass without a cache.
     """
 
     positions = None  # the first ones
 
-    def __init__(self, steps: ops.DecodingSteps, heads: int, prompts: int, cache: Cache | None = None):
+    def __init__(
+        self,
+        steps: ops.DecodingSteps,
+        heads: int,
+        prompts: int,
+        cache: Cache | None = None,
+        lengths: Tensor | None = None,
+        windows: Windows = (),
+    ):
         self._causal_attention, self._heads = steps.causal_attention, heads
         self._cache, self._copies = cache, 1 if cache is None else cache.rows // prompts
+        self._lengths, self._windows = lengths, windows if cache is None else cache.windows
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
         """(B, T, 3C) -> (B, T, C)."""
         if self._cache is not None:
             _, k, v = _split(qkv, self._heads)
-            for kept, new in ((self._cache.k, k), (self._cache.v, v)):
-                kept[layer].unflatten(0, (-1, self._copies))[:, :, :, : qkv.shape[1]] = new[:, None]
-        return self._causal_attention(qkv, self._heads, scale)
+            for kept, new in ((self._cache.k[layer], k), (self._cache.v[layer], v)):
+                if new.shape[2] > kept.shape[2]:
+                    new = self._last(new, kept.shape[2])
+                kept.unflatten(0, (-1, self._copies))[:, :, :, : new.shape[2]] = new[:, None]
+        window = self._windows[layer] if self._windows else None
+        if window is not None and window >= qkv.shape[1]:
+            window = None
+        return self._causal_attention(qkv, self._heads, scale, window)
+
+    def _last(self, new: Tensor, ring: int) -> Tensor:
+        """(B, H, T, D) -> (B, H, ring, D), the last tokens of each prompt in their slots."""
+        batch, heads, time, dim = new.shape
+        slots = torch.arange(ring, dtype=torch.int64, device=new.device)
+        last = torch.full_like(slots[:1], time) if self._lengths is None else self._lengths
+        last = last[:, None] - 1
+        places = (last - (last - slots) % ring).clamp(min=0)  # of a slot without a token, which is never read, any
+        return new.gather(2, places[:, None, :, None].expand(batch, heads, ring, dim))
 
 
 class Step:
@@ -68,6 +142,7 @@ class Step:
 
     def __init__(self, steps: ops.DecodingSteps, cache: Cache, lengths: Tensor, new: int):
         self._steps, self._lengths, whole = steps, lengths, cache.whole
+        self._windows, self._rings, self._of_rings = cache.windows, cache.rings, lengths
         reached = None if steps.on_kernels else _on_the_host(lengths)  # a kernel reads no further by itself
         if reached is not None:
             longest = max(reached)
@@ -75,22 +150,24 @@ class Step:
             if min(reached) == longest:
                 self._lengths = None
                 self.positions = torch.arange(longest - new, longest, dtype=torch.int64, device=lengths.device)
-                self._newest = whole[..., longest - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
+                newest = whole[..., longest - new :, :].unbind(1)  # of each layer, (2, B, H, Tq, D)
+                self._newest = cache.by_layer(newest, cache.round.unbind(1))
         if self._lengths is not None:
             self.positions = lengths[:, None] - 1  # of the new tokens
             if new > 1:
                 self.positions = self.positions + torch.arange(1 - new, 1, dtype=torch.int64, device=lengths.device)
-        self._k, self._v = (half.unbind() for half in whole)
+        self._k, self._v = cache.halves(whole)
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
         """(B, Tq, 3C) -> (B, Tq, C), each token over all of its row up to itself."""
-        keys, values = self._k[layer], self._v[layer]
+        keys, values, ring = self._k[layer], self._v[layer], self._rings[layer]
+        lengths = self._of_rings if ring else self._lengths
         packed = _split(qkv, keys.shape[1])
-        if self._lengths is None:
+        if lengths is None:
             self._newest[layer].copy_(packed[1:])
         else:
-            self._steps.append(qkv, keys, values, self._lengths)
-        y = self._steps.attend(packed[0], keys, values, self._lengths, scale)
+            self._steps.append(qkv, keys, values, lengths, ring)
+        y = self._steps.attend(packed[0], keys, values, lengths, scale, self._windows[layer])
         return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 

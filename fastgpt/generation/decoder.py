@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.generation.cache import MAX_STEP as MAX_STEP
 from fastgpt.generation.cache import Cache, Prompts, Step
 from fastgpt.generation.view import Called, View, anatomy, is_plain_gpt, unwrapped
 from fastgpt.model import GPT, CachedPass
+from fastgpt.swap import trial
 
-MAX_STEP = 16  # new tokens that decode_attention takes at once
 _TRIAL_TOKENS = 16
 
 
@@ -86,6 +87,7 @@ class Decoder:
              block.ln_2.form, mlp.c_fc.form, mlp.gelu, mlp.c_proj.form)
             for block, attn, mlp in ((block, block.attn, block.mlp) for block in self.gpt.h if self._fused)
         ]  # fmt: skip
+        self.windows: tuple[int | None, ...] = tuple(block.attn.window for block in self.gpt.h)
         self._whole_token = self._one_launch()
         self._weights = [part.weight for part in self.gpt.h.modules() if isinstance(part, nn.Linear)]
         if not is_plain_gpt(inner):
@@ -133,6 +135,8 @@ class Decoder:
         gpt, head = self.gpt, getattr(self.gpt.lm_head, "form", None)
         if not self._fused or self.calls or head is None:
             return "it is made for models of which no part must be called"
+        if window := next(filter(None, self.windows), None):
+            return f"it is made for layers that see all tokens, and there is one with a window of {window}"
         tables = gpt.wte.weight, gpt.wpe.weight
         return self.steps.whole_token(self._layers, gpt.ln_f.form, tables, head, gpt.config.n_head, self._stream_dtype)
 
@@ -150,7 +154,7 @@ class Decoder:
 
     def cache(self, rows: int, slots: int) -> Cache:
         """For so many sequences of up to `slots` tokens."""
-        cache = Cache(self.gpt.config, rows, slots, self.dtype, self.device)
+        cache = Cache(self.gpt.config, rows, slots, self.dtype, self.device, self.windows)
         if rows == 1 and slots <= self.context and not self.one_launch:
             cache.words = self._whole_token.words()
         return cache
@@ -163,7 +167,7 @@ class Decoder:
         lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row.
         """
         with self._inference():
-            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), cache))
+            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), cache, lengths))
             return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
 
     def decode(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
@@ -179,7 +183,7 @@ class Decoder:
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
         with self._inference():
-            return self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids)))
+            return self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), windows=self.windows))
 
     def _walk(self, ids: Tensor, cache: Prompts | Step) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C)."""
@@ -242,7 +246,8 @@ class Decoder:
 
     def _try(self, model: Any) -> None:
         """ValueError unless the model's own forward gives the logits that its parts give."""
-        count = min(_TRIAL_TOKENS, self.context)
+        windows = [window for module in self._modules for window in trial.windows(module) if window < self.context]
+        count = min(max(_TRIAL_TOKENS, *(window + 1 for window in windows), 1), self.context)
         ids = torch.arange(count, dtype=torch.int64, device=self.device)[None] * 7919 % self.vocabulary
         kind = type(unwrapped(model)).__name__
         try:

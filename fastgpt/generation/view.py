@@ -29,14 +29,17 @@ def unwrapped(model: Any) -> Any:
 def _own_anatomy(model: GPT) -> Anatomy:
     blocks: Any = model.h
     layers = (
-        Layer(b, b.ln_1, b.attn, (b.attn.c_attn,), b.attn.c_proj, b.ln_2, b.mlp, (), getattr(b.attn, "scale", None))
-        for b in blocks
+        Layer(b, b.ln_1, b.attn, (b.attn.c_attn,), b.attn.c_proj, b.ln_2, b.mlp, (), *_numbers(b.attn)) for b in blocks
     )
     head = model.wte if model.lm_head is None else model.lm_head
     config = model.config
     return Anatomy(
         model.wte, model.wpe, tuple(layers), model.ln_f, head, config.n_head, (model, blocks), config.backend
     )
+
+
+def _numbers(attn: Any) -> tuple[float | None, int | None]:
+    return getattr(attn, "scale", None), getattr(attn, "window", None)
 
 
 def is_plain_gpt(model: Any) -> bool:
@@ -196,6 +199,7 @@ class View:
             c_attn=self._packed(layer.qkv),
             c_proj=self._linear(layer.out),
             **dict(n_head=heads, dropout=0.0, backend=self._backend, layer=number, scale=layer.scale),
+            window=layer.window,
         )
         return bare(
             Block, ln_1=self._norm(layer.norm_1), attn=attn, ln_2=self._norm(layer.norm_2), mlp=self._mlp(layer.mlp)

@@ -109,6 +109,7 @@ def causal_attention(
     seed: int | Tensor | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
+    window: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Softmax(scale q kᵀ) v, each query over the keys up to its own place: (B, H, Tq, D) -> (B, H, Tq, D).
@@ -116,10 +117,13 @@ def causal_attention(
     k, v: (B, Hkv, Tk, D), where Hkv divides H (grouped heads) and Tq <= Tk: the last query sits at the last key.
     scale: 1 / sqrt(D) if None. key_mask: (B, Tk) bool, False hides a key (padding on either side). documents: (B, T)
     integers, a query sees only keys of its own document; numbered in order they cost least (`document_ids` makes them
-    from cu_seqlens). A query that sees no key gives zeros and zero gradients. What a query does not see changes no bit
-    of its result, NaN in hidden keys and other documents included. One exception: NaN or infinity in the value of a
-    later key may reach it, as in PyTorch, where zero times it is a term of the sum.
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
+    from cu_seqlens). window: a query sees the last `window` keys up to its own place, itself included; the time and
+    memory of what lies before is not spent. FlashAttention's window_size=(left, 0) is a window of left + 1.
+    A query that sees no key gives zeros and zero gradients. What a query does not see changes no bit of its result, NaN
+    in hidden keys and other documents included. One exception: NaN or infinity in the value of a key that is later, or
+    before the window, may reach it, as in PyTorch, where zero times it is a term of the sum.
+    Sources: Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1; of the window: Beltagy, Peters, Cohan,
+    "Longformer: The Long-Document Transformer", 2020, section 3.1.
     """
     name = "causal_attention"
     checks.heads(name, q=q, k=k, v=v)
@@ -127,8 +131,8 @@ def causal_attention(
         raise ValueError(
             f"{name}: {q.shape[2]} queries but only {k.shape[2]} keys; the last query sits at the last key"
         )
-    checks.attention_options(name, q.shape, k.shape[2], q.device, scale, dropout_p, seed, key_mask, documents)
-    options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
+    asked = scale, dropout_p, seed, key_mask, documents, window
+    options = checks.attention_options(name, q.shape, k.shape[2], q.device, *asked)
     return backend_for(name, backend, q).causal_attention(q, k, v, seed=seed, **options)
 
 
@@ -141,6 +145,7 @@ def causal_attention_qkv(
     seed: int | Tensor | None = None,
     key_mask: Tensor | None = None,
     documents: Tensor | None = None,
+    window: int | None = None,
     qkv_bias: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -158,8 +163,8 @@ def causal_attention_qkv(
     if not isinstance(heads, int) or heads < 1 or (packed // 3) % heads or packed == 0:
         raise ValueError(f"{name}: {packed // 3} channels do not divide into {heads} heads")
     shape = (batch, heads, time, packed // 3 // heads)
-    checks.attention_options(name, shape, time, qkv.device, scale, dropout_p, seed, key_mask, documents)
-    options = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents, qkv_bias=qkv_bias)
+    asked = scale, dropout_p, seed, key_mask, documents, window
+    options = checks.attention_options(name, shape, time, qkv.device, *asked) | dict(qkv_bias=qkv_bias)
     return backend_for(name, backend, qkv, heads=heads).causal_attention_qkv(qkv, heads, seed=seed, **options)
 
 
@@ -187,13 +192,16 @@ def decode_attention(
     lengths: Tensor,
     *,
     scale: float | None = None,
+    window: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Attention of the newest 1 to 16 tokens over a preallocated cache: (B, H, Tq, D) -> (B, H, Tq, D).
 
     k_cache, v_cache: (B, Hkv, Tmax, D), where Hkv divides H. lengths: (B,) int32 or int64, the filled slots of each
     row with q's own tokens, which are the last Tq of them, counted in. Slots past a row's length are never read into
-    the result, whatever they hold. A length out of range is a ValueError on a CPU; elsewhere one past Tmax counts as
+    the result, whatever they hold. window: as in causal_attention. With one, a cache of
+    window + Tq - 1 slots or more may be a ring: the token at place p lies in slot p % Tmax, and lengths may pass Tmax.
+    A length out of range is a ValueError on a CPU; elsewhere one past Tmax that no ring allows counts as
     Tmax. Only the fallback has a derivative, so "auto" takes it where one is required.
     """
     name = "decode_attention"
@@ -203,9 +211,12 @@ def decode_attention(
     checks.attention_scale(name, scale)
     checks.integers(name, q.device, lengths=lengths)
     checks.shape(name, "lengths", lengths, q.shape[:1])
-    checks.in_range(name, "length", lengths, k_cache.shape[2] + 1, f"a cache of {k_cache.shape[2]} slots")
+    steps, slots = q.shape[2], k_cache.shape[2]
+    window = checks.window(name, window, slots + (steps == 1))  # one of all slots may go round
+    ring = window is not None and window + steps - 1 <= slots
+    checks.in_range(name, "length", lengths, 2**31 - 1 if ring else slots + 1, f"a cache of {slots} slots")
     return backend_for(name, backend, q, k_cache=k_cache, v_cache=v_cache).decode_attention(
-        q, k_cache, v_cache, lengths, scale=scale
+        q, k_cache, v_cache, lengths, scale=scale, window=window
     )
 
 

@@ -32,25 +32,27 @@ def add_layer_norm(
     return AddLayerNorm.apply(x, residual, weight, bias, x_bias, seed, eps, residual_dtype or residual.dtype, dropout_p)
 
 
-def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None):
     q, k, v = cast(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, q.device)
-    return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p))
+    return CausalAttention.apply(q, k, v, seed, key_mask, documents, scale, float(dropout_p), window)
 
 
 def causal_attention_qkv(
-    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, qkv_bias=None
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None, qkv_bias=None
 ):
     (qkv,) = cast(qkv)
     scale = 1 / math.sqrt(qkv.shape[-1] // 3 // heads) if scale is None else scale
     seed = _seed_tensor(seed, dropout_p, qkv.device)
-    return CausalAttentionQKV.apply(qkv, qkv_bias, seed, key_mask, documents, heads, scale, float(dropout_p))
+    numbers = heads, scale, float(dropout_p), window
+    return CausalAttentionQKV.apply(qkv, qkv_bias, seed, key_mask, documents, *numbers)
 
 
-def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None):
     q, k_cache, v_cache = cast(q, k_cache, v_cache)
-    return decode_attention_fwd(q, k_cache, v_cache, lengths, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    return decode_attention_fwd(q, k_cache, v_cache, lengths, scale, window)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):
@@ -199,24 +201,26 @@ class AddLayerNorm(torch.autograd.Function):
 
 class CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, seed, key_mask, documents, scale, dropout_p):
-        o, lse = attention_fwd(q, k, v, seed, key_mask, documents, scale, dropout_p)
+    def forward(ctx, q, k, v, seed, key_mask, documents, *numbers):
+        """numbers: scale, dropout_p, window."""
+        o, lse = attention_fwd(q, k, v, seed, key_mask, documents, *numbers)
         ctx.save_for_backward(q, k, v, o, lse, seed, key_mask, documents)
-        ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.numbers = numbers
         return o
 
     @staticmethod
     def backward(ctx, do):
         _refuse_second_derivative("causal_attention")
-        return *attention_bwd(do, *ctx.saved_tensors, ctx.scale, ctx.dropout_p), *[None] * 5
+        return *attention_bwd(do, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
 
 
 class CausalAttentionQKV(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, bias, seed, key_mask, documents, heads, scale, dropout_p):
-        out, lse = attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+    def forward(ctx, qkv, bias, seed, key_mask, documents, *numbers):
+        """numbers: heads, scale, dropout_p, window."""
+        out, lse = attention_qkv_fwd(qkv, seed, key_mask, documents, *numbers)
         ctx.save_for_backward(qkv, out, lse, seed, key_mask, documents)
-        ctx.numbers = heads, scale, dropout_p
+        ctx.numbers = numbers
         ctx.bias_dtype = None if bias is None else bias.dtype
         return out
 
@@ -225,7 +229,7 @@ class CausalAttentionQKV(torch.autograd.Function):
         _refuse_second_derivative("causal_attention_qkv")
         needs_bias = ctx.needs_input_grad[1]
         dqkv, sums = attention_qkv_bwd(dout, *ctx.saved_tensors, *ctx.numbers, needs_bias)
-        return dqkv, sums.to(ctx.bias_dtype) if needs_bias else None, *[None] * 6
+        return dqkv, sums.to(ctx.bias_dtype) if needs_bias else None, *[None] * 7
 
 
 class GeluMLP(torch.autograd.Function):

@@ -105,8 +105,8 @@ def heads(name, **tensors):
         raise ValueError(f"{name}: the head dimension is 0")
 
 
-def attention_options(name, queries_shape, keys, device, scale, dropout_p, seed, key_mask, documents):
-    """queries_shape: (B, H, Tq, D)."""
+def attention_options(name, queries_shape, keys, device, scale, dropout_p, seed, key_mask, documents, window_size):
+    """queries_shape: (B, H, Tq, D). Returns the options for the backends' functions, but for the seed."""
     attention_scale(name, scale)
     dropout(name, dropout_p, seed, device)
     if key_mask is not None:
@@ -117,6 +117,19 @@ def attention_options(name, queries_shape, keys, device, scale, dropout_p, seed,
         shape(name, "documents", documents, (queries_shape[0], keys))
         if queries_shape[2] != keys:
             raise ValueError(f"{name}: documents need as many queries as keys, not {queries_shape[2]} and {keys}")
+    given = dict(scale=scale, dropout_p=dropout_p, key_mask=key_mask, documents=documents)
+    return dict(given, window=window(name, window_size, keys))
+
+
+def window(name, size, keys):
+    """The window that a call has, which is None where it reaches all keys. It holds the query's own key at least."""
+    if size is None:
+        return None
+    if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
+        raise TypeError(f"{name}: window is {size!r}, not a whole number of keys or None")
+    if size < 1:
+        raise ValueError(f"{name}: window is {size}; a query sees 1 key at least, its own")
+    return size if size < keys else None
 
 
 def in_range(name, what, values, limit, place, ignored=None):

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgpt.ops import decoding, loss, plain, pytorch
+from fastgpt.ops import checks, decoding, loss, plain, pytorch
 from fastgpt.ops.cpu import logits, mlp
 from fastgpt.ops.transforms import watcher
 
@@ -75,6 +75,9 @@ def explain(function: Callable, *args, **kwargs) -> str:
     label = next(name for name, a in arguments.items() if isinstance(a, Tensor) and a.is_floating_point())
     operand = arguments.pop(label)
     name = function.__name__
+    if arguments.get("window") is not None:  # as the call has it
+        keys = arguments.get("k", operand).shape[-2]
+        arguments["window"] = checks.window(name, arguments["window"], keys)
     chosen, sentence = _choose(name, backend, operand, arguments)
     form = ""
     if chosen is pytorch and name in _FORMS:

@@ -31,28 +31,43 @@ class OnPyTorch:
         """ops.embedding of ids (B, Tq) at positions (B, Tq) or (Tq,), or the first ones."""
         return pytorch.embedding(ids, token_weight, position_weight, positions, dtype=dtype)
 
-    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
-        """ops.causal_attention_qkv: (B, T, 3C) -> (B, T, C)."""
-        return pytorch.causal_attention_qkv(qkv, heads, scale=scale)
+    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None, window: int | None = None) -> Tensor:
+        """ops.causal_attention_qkv: (B, T, 3C) -> (B, T, C). window: None or below T."""
+        return pytorch.causal_attention_qkv(qkv, heads, scale=scale, window=window)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor | None, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor | None,
+        scale: float | None,
+        window: int | None = None,
+    ) -> Tensor:
         """ops.decode_attention: q (B, H, Tq, D) over the caches (B, H, Tmax, D). lengths: None where the caches are
         full in every row, which only this backend is told."""
         if lengths is not None:
-            return pytorch.decode_attention(q, keys, values, lengths, scale=scale)
+            return pytorch.decode_attention(q, keys, values, lengths, scale=scale, window=window)
+        if window is not None:
+            reach = window + q.shape[2] - 1
+            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
+            window = window if window < keys.shape[2] else None
+            return pytorch.causal_attention(q, keys, values, scale=scale, window=window)
         if q.shape[2] == 1:  # nothing to be hidden: no mask
             return F.scaled_dot_product_attention(q, keys, values, scale=scale)
         return pytorch.causal_attention(q, keys, values, scale=scale)
 
-    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, ring: bool = False) -> None:
         """The keys and values of the newest tokens, in qkv (B, Tq, 3HD), into the caches (B, H, Tmax, D).
 
-        lengths: (B,), with the new tokens counted in.
+        lengths: (B,), with the new tokens counted in. ring: a token's slot is its place modulo Tmax.
         """
         batch, new, heads = *qkv.shape[:2], keys.shape[1]
         k, v = qkv.view(batch, new, 3, heads, -1)[:, :, 1:].unbind(2)  # (B, Tq, H, D)
         rows = torch.arange(batch, dtype=torch.int64, device=qkv.device)[:, None]
         places = (lengths[:, None] - new) + torch.arange(new, dtype=torch.int64, device=qkv.device)
+        if ring:
+            places = places % keys.shape[2]
         keys[rows, :, places] = k
         values[rows, :, places] = v
 
@@ -107,16 +122,24 @@ class OnKernels(OnPyTorch):
         functions = self._choose("embedding", token_weight)
         return functions.embedding(ids, token_weight, position_weight, positions, dtype=dtype)
 
-    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None) -> Tensor:
+    def causal_attention(self, qkv: Tensor, heads: int, scale: float | None, window: int | None = None) -> Tensor:
         functions = self._choose("causal_attention_qkv", qkv, heads=heads)
-        return functions.causal_attention_qkv(qkv, heads, scale=scale)
+        return functions.causal_attention_qkv(qkv, heads, scale=scale, window=window)
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, lengths: Any, scale: float | None) -> Tensor:
+    def attend(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Any,
+        scale: float | None,
+        window: int | None = None,
+    ) -> Tensor:
         functions = self._choose("decode_attention", q, k_cache=keys, v_cache=values)
-        return functions.decode_attention(q, keys, values, lengths, scale=scale)
+        return functions.decode_attention(q, keys, values, lengths, scale=scale, window=window)
 
-    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
-        self._append(qkv, keys, values, lengths)
+    def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, ring: bool = False) -> None:
+        self._append(qkv, keys, values, lengths, ring)
 
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
         return width <= self._widest and dtype != torch.float64

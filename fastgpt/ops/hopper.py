@@ -116,22 +116,32 @@ def _kernels(name: str) -> Any:
 _LAYOUT = "its operands' heads do not lie side by side in rows at multiples of 16 bytes"
 
 
-def _beyond(key_mask: Any, documents: Any, dropout_p: float) -> str:
+def _beyond(key_mask: Any, documents: Any, dropout_p: float, window: int | None) -> str:
     """What the call asks for that these kernels lack."""
+    if window is not None:
+        return f"there is a window of {window} keys"
     if dropout_p != 0.0:
         return f"dropout_p is {dropout_p}"
     return "there is a key mask" if key_mask is not None else "there are documents" if documents is not None else ""
 
 
 def attention_form(
-    kernel: str, q: Tensor, k: Tensor, v: Tensor, key_mask: Any, documents: Any, dropout_p: float, *others: Tensor
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Any,
+    documents: Any,
+    dropout_p: float,
+    window: int | None,
+    *others: Tensor,
 ) -> Form:
     """Of q, k, v (B, H, T, D); others: what the backward reads beside them, do and o."""
     batch, heads, time, dim = q.shape
     form = _lookup(kernel, q, (dim,), batch * heads * time, time=time)
     if form is _OTHER_CARD:
         return form
-    if beyond := _beyond(key_mask, documents, dropout_p):
+    if beyond := _beyond(key_mask, documents, dropout_p, window):
         return Form(None, beyond)
     if k.shape[1] != heads:
         return Form(None, f"{heads} query heads share {k.shape[1]} key heads")
@@ -143,14 +153,21 @@ def attention_form(
 
 
 def attention_qkv_form(
-    kernel: str, qkv: Tensor, key_mask: Any, documents: Any, heads: int, dropout_p: float, *others: Tensor
+    kernel: str,
+    qkv: Tensor,
+    key_mask: Any,
+    documents: Any,
+    heads: int,
+    dropout_p: float,
+    window: int | None,
+    *others: Tensor,
 ) -> Form:
     """Of the packed projection qkv (B, T, 3C); others: what the backward reads beside it, dout and out."""
     batch, time, packed = qkv.shape
     form = _lookup(kernel, qkv, (packed // 3 // heads,), batch * heads * time, time=time)
     if form is _OTHER_CARD:
         return form
-    if beyond := _beyond(key_mask, documents, dropout_p):
+    if beyond := _beyond(key_mask, documents, dropout_p, window):
         return Form(None, beyond)
     if form.row is not None and not all(t.is_contiguous() and _begins_aligned(t) for t in (qkv, *others)):
         return Form(None, _LAYOUT)
@@ -176,15 +193,16 @@ def attention_fwd(
     documents: torch.Tensor | None,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/attention.py has it."""
     if q.is_cuda and not INTERPRETED:
-        row = attention_form("attention_fwd", q, k, v, key_mask, documents, dropout_p).row
+        row = attention_form("attention_fwd", q, k, v, key_mask, documents, dropout_p, window).row
         if row is not None:
-            o, lse = attention.attention_fwd_outputs(q, k, v, seed, key_mask, documents, scale, dropout_p)
+            o, lse = attention.attention_fwd_outputs(q, k, v)
             _kernels("attention").attention_fwd(q, k, v, o, lse, scale, row.block_m)
             return o, lse
-    return attention.attention_fwd(q, k, v, seed, key_mask, documents, scale, dropout_p)
+    return attention.attention_fwd(q, k, v, seed, key_mask, documents, scale, dropout_p, window)
 
 
 def attention_qkv_fwd(
@@ -195,15 +213,16 @@ def attention_qkv_fwd(
     heads: int,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/attention.py has it."""
     if qkv.is_cuda and not INTERPRETED:
-        row = attention_qkv_form("attention_fwd", qkv, key_mask, documents, heads, dropout_p).row
+        row = attention_qkv_form("attention_fwd", qkv, key_mask, documents, heads, dropout_p, window).row
         if row is not None:
-            out, lse = attention.attention_qkv_fwd_outputs(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+            out, lse = attention.attention_qkv_fwd_outputs(qkv, None, None, None, heads)
             _kernels("attention").attention_qkv_fwd(qkv, out, lse, heads, scale, row.block_m)
             return out, lse
-    return attention.attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p)
+    return attention.attention_qkv_fwd(qkv, seed, key_mask, documents, heads, scale, dropout_p, window)
 
 
 def attention_bwd(
@@ -218,15 +237,16 @@ def attention_bwd(
     documents: torch.Tensor | None,
     scale: float,
     dropout_p: float,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As kernels/attention_backward.py has it."""
     if q.is_cuda and not INTERPRETED:
-        form = attention_form("attention_bwd", q, k, v, key_mask, documents, dropout_p, do, o)
+        form = attention_form("attention_bwd", q, k, v, key_mask, documents, dropout_p, window, do, o)
         if form.row is not None:
             dq, dk, dv = attention_backward.attention_bwd_outputs(do, q, k, v, o, lse, None, None, None, scale, 0.0)
             _kernels("attention_backward").attention_bwd(do, q, k, v, o, lse, dq, dk, dv, scale)
             return dq, dk, dv
-    return attention_backward.attention_bwd(do, q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p)
+    return attention_backward.attention_bwd(do, q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p, window)
 
 
 def attention_qkv_bwd(
@@ -240,12 +260,13 @@ def attention_qkv_bwd(
     heads: int,
     scale: float,
     dropout_p: float,
-    needs_bias: bool,
+    window: int | None = None,
+    needs_bias: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As kernels/attention_backward.py has it."""
-    options = seed, key_mask, documents, heads, scale, dropout_p, needs_bias
+    options = seed, key_mask, documents, heads, scale, dropout_p, window, needs_bias
     if qkv.is_cuda and not INTERPRETED:
-        form = attention_qkv_form("attention_bwd", qkv, key_mask, documents, heads, dropout_p, dout, out)
+        form = attention_qkv_form("attention_bwd", qkv, key_mask, documents, heads, dropout_p, window, dout, out)
         if form.row is not None:
             dqkv, sums = attention_backward.attention_qkv_bwd_outputs(dout, qkv, out, lse, *options)
             inside = needs_bias and triton.__version__ in RAN["attention_bwd_sums"]
@@ -334,7 +355,7 @@ def in_words(name: str, operands: tuple, arguments: dict) -> str:
     operands: its tensors as autocast casts them. A backward's gradient is taken to lie as the result does.
     """
     if name != "gelu_mlp":
-        asked = [arguments[label] for label in ("key_mask", "documents", "dropout_p")]
+        asked = [arguments[label] for label in ("key_mask", "documents", "dropout_p", "window")]
         form_of: Callable[..., Form] = attention_form
         if name == "causal_attention_qkv":
             form_of = attention_qkv_form

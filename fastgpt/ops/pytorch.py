@@ -16,6 +16,7 @@ from fastgpt.ops.cpu import logits, mlp
 
 # The site of the dropout counter: equal seeds in two functions must not give equal masks. As in kernels/.
 ATTENTION_SITE, RESIDUAL_SITE, EMBEDDING_SITE = 0, 1, 2
+_SMALLEST_BLOCK = 64  # queries of a windowed attention at once; fewer would be many small products
 
 
 def layer_norm(x, weight, bias=None, eps=1e-5):
@@ -52,15 +53,22 @@ def add_layer_norm(
     return _in(x.dtype, layer_norm(total, weight, bias, eps)), total
 
 
-def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
+def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None):
     """(B, H, T, D) -> (B, H, T, D): softmax(scale q kᵀ) v, each query over the keys up to its own place.
 
     Without masks and explicit seeds this is scaled_dot_product_attention's own causal form; with them a (Tq, Tk) mask
-    is built, and with a seed the probabilities too.
+    is built, and with a seed the probabilities too; of a window both are of blocks of queries and what those see.
     """
     queries, keys = q.shape[-2], k.shape[-2]
     grouped = bool(q.shape[1] != k.shape[1])  # a tensor, where a trace records it
     explicit_dropout = dropout_p > 0 and seed is not None
+    if window is not None and q.numel() > 0:
+        blocks = Blocks(queries, keys, window)
+        seen = (blocks.of_queries(q), *map(blocks.of_keys, (k, v)), blocks.allowed(len(q), q.device))
+        ids = None if documents is None else (blocks.of_queries(documents, 1), blocks.of_keys(documents, 1))
+        mask = None if key_mask is None else blocks.of_keys(key_mask, 1)
+        keep = blocks.keep(seed, dropout_p, q.shape[:2], q.device) if explicit_dropout else None
+        return blocks.joined(_hiding(*seen, mask, ids, scale, dropout_p, keep, broken=True), len(q))
     if queries == keys and key_mask is None and documents is None and not explicit_dropout:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
@@ -68,24 +76,83 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
 
     offset = keys - queries  # causal is aligned at the end: the last query sees every key
     allowed = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(offset)
+    ids = None if documents is None else (documents, documents)
+    shape = (*q.shape[:3], keys)
+    keep = dropout_mask(seed, dropout_p, shape, ATTENTION_SITE, q.device) if explicit_dropout else None
+    return _hiding(q, k, v, allowed, key_mask, ids, scale, dropout_p, keep, broken=documents is not None)
+
+
+def _hiding(q, k, v, allowed, key_mask, ids, scale, dropout_p, keep, broken):
+    """Attention where `allowed`, of keys that key_mask (B, Tk) leaves and of equal ids, (B, Tq) and (B, Tk).
+
+    broken: whether a key that holds NaN or an infinity may be one that a query must not see. It is multiplied by zero,
+    which NaN survives: such keys are read as zeros, and what sees one is NaN.
+    """
     if key_mask is not None:
         k = k.masked_fill(~key_mask[:, None, :, None], 0)  # 0 times NaN would be NaN
         v = v.masked_fill(~key_mask[:, None, :, None], 0)
         allowed = allowed & key_mask[:, None, None, :]
-    if documents is not None:
-        allowed = allowed & (documents[:, None, :, None] == documents[:, None, None, :])
-        # Other documents' keys are multiplied by zero, which NaN survives: such keys are read as zeros, and what sees
-        # one is NaN.
-        broken = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
-        k, v = (t.masked_fill(broken[..., None], 0) for t in (k, v))
-        poisoned = (allowed & broken[:, :, None]).any(-1, keepdim=True)  # (B, Hkv, Tq, 1)
-        poisoned = poisoned.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        return torch.where(poisoned, math.nan, _masked_attention(q, k, v, allowed, scale, dropout_p, seed))
-    return _masked_attention(q, k, v, allowed, scale, dropout_p, seed)
+    if ids is not None:
+        allowed = allowed & (ids[0][:, None, :, None] == ids[1][:, None, None, :])
+    if not broken:
+        return _masked_attention(q, k, v, allowed, scale, dropout_p, keep)
+    bad = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
+    k, v = (t.masked_fill(bad[..., None], 0) for t in (k, v))
+    poisoned = (allowed[:, 0].float() @ bad.mT.float() > 0).mT[..., None]  # (B, Hkv, Tq, 1)
+    poisoned = poisoned.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return torch.where(poisoned, math.nan, _masked_attention(q, k, v, allowed, scale, dropout_p, keep))
+
+
+class Blocks:
+    """Queries in `count` blocks of S, each with the L keys that the windows of its queries reach: a batch of small
+    attentions, whose time and memory grow with Tq and not with its square."""
+
+    def __init__(self, queries: int, keys: int, window: int):
+        self._queries, self._keys, self._window = queries, keys, window
+        self._offset = keys - queries
+        # Both are such that a block begins and its keys begin at a multiple of 4, as Philox's columns do.
+        self._size = -(-min(max(window, _SMALLEST_BLOCK), queries) // 4) * 4
+        self._before = window - 1 + (self._offset - window + 1) % 4  # keys before a block's first query
+        self._count = -(-queries // self._size)
+        self._spare = self._count * self._size - queries  # queries that are not there
+
+    def of_queries(self, x, axis=2):
+        """(B, H, Tq, D) -> (B · count, H, S, D), or with axis 1 (B, Tq) -> (B · count, S)."""
+        x = F.pad(x, (0, 0) * (x.dim() - axis - 1) + (0, self._spare)).unflatten(axis, (self._count, self._size))
+        return x.transpose(1, axis).flatten(0, 1)
+
+    def of_keys(self, x, axis=2):
+        """(B, H, Tk, D) -> (B · count, H, L, D), or with axis 1 (B, Tk) -> (B · count, L)."""
+        x = F.pad(x, (0, 0) * (x.dim() - axis - 1) + (self._before - self._offset, self._spare))
+        x = x.unfold(axis, self._before + self._size, self._size)
+        return x.movedim(axis, 1).flatten(0, 1).movedim(-1, axis)
+
+    def allowed(self, batch, device):
+        """(B · count, 1, S, L)."""
+        whole: Any = dict(dtype=torch.int64, device=device)
+        own, places = torch.arange(self._size, **whole)[:, None], torch.arange(-self._before, self._size, **whole)
+        band = (places <= own) & (places > own - self._window)
+        there = places >= -self._offset - self._size * torch.arange(self._count, **whole)[:, None]
+        return (band & there[:, None]).repeat(batch, 1, 1)[:, None]
+
+    def keep(self, seed, p, planes, device):
+        """What dropout keeps, (B · count, H, S, L)."""
+        whole: Any = dict(dtype=torch.int64, device=device)
+        starts = torch.arange(self._count, **whole) * self._size
+        first = torch.div(starts + self._offset - self._before, 4, rounding_mode="floor")
+        seen = self._before + self._size
+        groups = first[:, None, None, None] + torch.arange(-(-seen // 4), **whole)
+        rows = starts[:, None, None, None] + torch.arange(self._size, **whole)[:, None]
+        plane = torch.arange(planes[0] * planes[1], **whole).view(planes[0], 1, planes[1], 1, 1)
+        return _kept(seed, p, groups, rows, plane, ATTENTION_SITE)[..., :seen].flatten(0, 1)
+
+    def joined(self, x, batch):
+        """(B · count, H, S, D) -> (B, H, Tq, D)."""
+        return x.unflatten(0, (batch, self._count)).transpose(1, 2).flatten(2, 3)[:, :, : self._queries]
 
 
 def causal_attention_qkv(
-    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, qkv_bias=None
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None, qkv_bias=None
 ):
     """The packed projection (B, T, 3C), queries then keys then values, -> heads merged again, (B, T, C)."""
     if qkv_bias is not None:  # zeros with a derivative
@@ -93,25 +160,30 @@ def causal_attention_qkv(
     batch, time, packed = qkv.shape
     # Split first, so that one cat makes qkv's gradient.
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv.split(packed // 3, dim=2))  # (B, H, T, D)
-    out = causal_attention(q, k, v, scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents)
-    return out.transpose(1, 2).reshape(batch, time, packed // 3)
+    options = dict(scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents, window=window)
+    return causal_attention(q, k, v, **options).transpose(1, 2).reshape(batch, time, packed // 3)
 
 
-def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None):
     """q (B, H, Tq, D) over the first lengths[b] slots of the caches (B, Hkv, Tmax, D), q's own the last Tq of them."""
-    if _full(q, k_cache, lengths):
+    if window is None and _full(q, k_cache, lengths):
         grouped = bool(q.shape[1] != k_cache.shape[1])
         return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale, enable_gqa=grouped)
-    return decode_masked(q, k_cache, v_cache, lengths, scale=scale)
+    return decode_masked(q, k_cache, v_cache, lengths, scale=scale, window=window)
 
 
-def decode_masked(q, k_cache, v_cache, lengths, *, scale=None):
+def decode_masked(q, k_cache, v_cache, lengths, *, scale=None, window=None):
     """decode_attention, whatever the caches hold."""
     slots = torch.arange(k_cache.shape[-2], dtype=torch.int64, device=q.device)
     steps = torch.arange(q.shape[-2], dtype=torch.int64, device=q.device)
     filled = slots < lengths[:, None]  # (B, Tmax)
     visible_to = lengths[:, None] - q.shape[-2] + steps  # (B, Tq): the last slot that each query sees
     allowed = (slots <= visible_to[..., None])[:, None]  # (B, 1, Tq, Tmax)
+    if window is not None:  # the cache may be a ring
+        newest = lengths[:, None, None] - 1
+        places = newest - (newest - slots) % k_cache.shape[-2]  # (B, 1, Tmax): of what each slot holds
+        allowed = (places >= 0) & (places <= visible_to[..., None]) & (places > visible_to[..., None] - window)
+        filled, allowed = allowed.any(1), allowed[:, None]
     k = k_cache.masked_fill(~filled[:, None, :, None], 0)
     v = v_cache.masked_fill(~filled[:, None, :, None], 0)
     return _masked_attention(q, k, v, allowed, scale, 0.0, None)
@@ -124,12 +196,13 @@ def _full(q, k_cache, lengths) -> bool:
     return bool((lengths == k_cache.shape[-2]).all())
 
 
-def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
-    """allowed broadcasts to (B, H, Tq, Tk). A query that may see nothing gives zeros, and zero gradients."""
+def _masked_attention(q, k, v, allowed, scale, dropout_p, keep):
+    """allowed broadcasts to (B, H, Tq, Tk). keep: what dropout with a seed keeps, or None. A query that may see nothing
+    gives zeros, and zero gradients."""
     sees_something = allowed.any(-1, keepdim=True)
     allowed = allowed | ~sees_something  # softmax needs a key; the row is zeroed below
     grouped = bool(q.shape[1] != k.shape[1])  # a tensor, where a trace records it
-    if dropout_p == 0 or seed is None:
+    if keep is None:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
         )
@@ -138,7 +211,6 @@ def _masked_attention(q, k, v, allowed, scale, dropout_p, seed):
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         probabilities = scores.masked_fill(~allowed, -math.inf).softmax(-1)
-        keep = dropout_mask(seed, dropout_p, scores.shape, ATTENTION_SITE, q.device)
         out = _apply_mask(probabilities, keep, dropout_p) @ v
     return torch.where(sees_something, out, 0)
 
@@ -241,14 +313,22 @@ def dropout_mask(seed, p, shape, site, device):
     """
     batch, heads, rows, cols = shape
     whole: Any = dict(dtype=torch.int64, device=device)
+    planes = torch.arange(batch * heads, **whole)[:, None, None]
+    kept = _kept(seed, p, torch.arange((cols + 3) // 4, **whole), torch.arange(rows, **whole)[:, None], planes, site)
+    return kept[..., :cols].view(shape)
+
+
+def _kept(seed, p, groups, rows, planes, site):
+    """dropout_mask of the four columns of each group, by planes b * H + h: they broadcast to (…, G) -> (…, 4 G)."""
+    whole: Any = dict(dtype=torch.int64, device=groups.device)
     words = _philox(
-        torch.arange((cols + 3) // 4, **whole),
-        torch.arange(rows, **whole)[:, None],
-        torch.arange(batch * heads, **whole)[:, None, None],
+        groups,
+        rows,
+        planes,
         torch.full((), site, **whole),  # filled on the device: a copy from the host would wait for it
         seed.reshape(()) if isinstance(seed, torch.Tensor) else torch.full((), seed, **whole),
     )
-    return torch.stack(words, dim=-1).flatten(-2)[..., :cols].view(shape) >= int(p * 2**32)
+    return torch.stack(words, dim=-1).flatten(-2) >= int(p * 2**32)
 
 
 def _philox(c0, c1, c2, c3, seed):

@@ -33,18 +33,22 @@ def add_layer_norm(
     return layer_norm(total, weight, bias, eps).to(x.dtype), total
 
 
-def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None):
-    """softmax(scale q kᵀ) v over the keys up to the query's own place; the last query sits at the last key.
+def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None):
+    """softmax(scale q kᵀ) v over the keys up to the query's own place, or the last `window` of them; the last query
+    sits at the last key.
 
     A key that key_mask hides may be NaN; one of another document makes the result NaN, which ops does not allow.
     """
-    return _attention(q, k, v, visible(q, k, key_mask, documents), scale, dropout_p, seed)
+    return _attention(q, k, v, visible(q, k, key_mask, documents, window), scale, dropout_p, seed)
 
 
-def visible(q, k, key_mask=None, documents=None):
+def visible(q, k, key_mask=None, documents=None, window=None):
     """Whether each query sees each key; broadcasts to (B, H, Tq, Tk)."""
     places = torch.arange(k.shape[2], dtype=torch.int64, device=q.device)
-    allowed = (places <= places[k.shape[2] - q.shape[2] :, None])[None, None]
+    own = places[k.shape[2] - q.shape[2] :, None]
+    allowed = (places <= own)[None, None]
+    if window is not None:
+        allowed = allowed & (own - places < window)
     if key_mask is not None:
         allowed = allowed & key_mask[:, None, None, :]
     if documents is not None:
@@ -53,22 +57,28 @@ def visible(q, k, key_mask=None, documents=None):
 
 
 def causal_attention_qkv(
-    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, qkv_bias=None
+    qkv, heads, *, scale=None, dropout_p=0.0, seed=None, key_mask=None, documents=None, window=None, qkv_bias=None
 ):
     """causal_attention of queries, keys and values packed side by side, (B, T, 3C) -> (B, T, C). qkv_bias is in qkv
     already, as a constant."""
     if qkv_bias is not None:
         qkv = qkv + (qkv_bias - qkv_bias.detach()).to(qkv.dtype)
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=2))
-    options = dict(scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents)
+    options = dict(scale=scale, dropout_p=dropout_p, seed=seed, key_mask=key_mask, documents=documents, window=window)
     return causal_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
-def decode_attention(q, k_cache, v_cache, lengths, *, scale=None):
-    """Attention over the first lengths[b] slots of the caches; q are the last tokens of them."""
+def decode_attention(q, k_cache, v_cache, lengths, *, scale=None, window=None):
+    """Attention over the first lengths[b] slots of the caches; q are the last tokens of them. Of more tokens than slots
+    each lies in the slot of its place modulo their number, over an older one."""
     slots, steps = (torch.arange(n, dtype=torch.int64, device=q.device) for n in (k_cache.shape[2], q.shape[2]))
     own = lengths[:, None] - q.shape[2] + steps  # (B, Tq): each query's slot
-    return _attention(q, k_cache, v_cache, (slots <= own[..., None])[:, None], scale, 0.0, None)
+    newest = lengths[:, None, None] - 1
+    places = newest - (newest - slots) % k_cache.shape[2]  # (B, 1, Tmax): of what each slot holds, negative if nothing
+    allowed = (places >= 0) & (places <= own[..., None])
+    if window is not None:
+        allowed = allowed & (own[..., None] - places < window)
+    return _attention(q, k_cache, v_cache, allowed[:, None], scale, 0.0, None)
 
 
 def gelu_mlp(x, w_in, b_in, w_out, b_out=None, *, approximate="tanh", recompute=False):

@@ -50,13 +50,14 @@ def accelerate(
     restore(model)
     tried: dict[Any, str | None] = {}
     rows, losses = [], 0
+    largest = max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=0)
     for name, module, found in reversed(all_found):  # children first: a block's trial asks for them
         kind = modules.own_type(module).__name__
         if isinstance(found, str):
             rows.append(Row(name, kind, None, found))
         elif found is not None and flags[found.flag]:
             losses += found.flag == "loss"
-            why = _install(module, found._replace(backend=backend), tried)
+            why = _install(module, found._replace(backend=backend), tried, largest)
             rows.append(Row(name, kind, None if why else found.what, why))
     if loss and not losses:
         why = "loss=True was asked for, and it holds no model that computes its own loss"
@@ -113,7 +114,7 @@ def _put_in(module: nn.Module, swap: Swap) -> None:
         module.__class__ = modules.swapped_class(type(module))
 
 
-def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
+def _install(module: nn.Module, swap: Swap, tried: dict, largest: int) -> str | None:
     """Put the swap in, or say why not."""
     if "forward" in module.__dict__:
         return "it has a forward of its own"
@@ -125,7 +126,7 @@ def _install(module: nn.Module, swap: Swap, tried: dict) -> str | None:
         return "its class was made of a swapped module's"
     key = trial.key(module, swap)
     if key not in tried:
-        tried[key] = trial.why_not(module, swap)
+        tried[key] = trial.why_not(module, swap, largest)
     if tried[key] is None:
         _put_in(module, swap)
     return tried[key]

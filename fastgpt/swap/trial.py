@@ -1,7 +1,8 @@
 """The trial: whether what would take a module's place gives the numbers that the module gives.
 
 A copy of the module with random weights, on the CPU in float64, must give the same by its class's forward and by ours,
-in eval and in training mode. One trial serves all modules of a class and shape: `key` says which those are.
+in eval and in training mode. Attention is tried once more, in float32, on as many tokens as the model takes: it may
+look back no further than a window. One trial serves all modules of a class and shape: `key` says which those are.
 """
 
 import copy
@@ -16,6 +17,8 @@ from fastgpt.modules import Swap, class_forward, own_type, swap_of, swapped_clas
 from fastgpt.swap.layers import aside
 
 _TOKENS = 16  # the vocabulary and context of a whole model's trial
+_LONGEST = 2048  # tokens of attention's second trial at most: its scores take the square of them
+_CONTEXTS = ("block_size", "n_positions", "max_position_embeddings", "context_length", "n_ctx")
 _DROPOUT = 0.25  # of a trial in training, so that its place shows
 
 
@@ -48,10 +51,18 @@ def _bytes(buffer: Tensor) -> int:
         return id(buffer)
 
 
-def why_not(module: nn.Module, swap: Swap) -> str | None:
-    """Why the swap won't do for modules like this one: other numbers, or an error. None if it will."""
+def why_not(module: nn.Module, swap: Swap, rows: int) -> str | None:
+    """Why the swap won't do for modules like this one: other numbers, or an error. None if it will.
+
+    rows: of the largest embedding in the model, which has that many tokens or places; 0 where there is none.
+    """
     if swap.width == 0:
         return None
+    why = _why_not_at_first(module, swap)
+    return _looks_back_less(module, swap, rows) if why is None and swap.flag == "attention" else why
+
+
+def _why_not_at_first(module: nn.Module, swap: Swap) -> str | None:
     if not any(buffer.is_meta for buffer in module.buffers()):
         why = _tried(module, swap)
         if why is None and any(map(_is_empty, module.buffers())):  # which may be filled later
@@ -60,6 +71,44 @@ def why_not(module: nn.Module, swap: Swap) -> str | None:
     # what a buffer on the meta device will hold is not known: a mask may say where to look, or where not to
     lower = _tried(module, swap, torch.tril)
     return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower
+
+
+def windows(module: nn.Module) -> list[int]:
+    """What its settings, or those of its config, call a window."""
+    owners = module.__dict__, getattr(module.__dict__.get("config"), "__dict__", {})
+    named = [value for owner in owners for name, value in owner.items() if "window" in name]
+    return [value for value in named if isinstance(value, int) and not isinstance(value, bool)]
+
+
+def _looks_back_less(module: nn.Module, swap: Swap, rows: int) -> str | None:
+    """Why attention of as many tokens as it takes is not ours: each row of the result must agree by itself, for a
+    window may be one token short of them."""
+    owners = module.__dict__, getattr(module.__dict__.get("config"), "__dict__", {})
+    said = [owner.get(name) for owner in owners for name in _CONTEXTS]
+    squares = [b.shape[-1] for b in module.buffers() if b.dim() > 1 and b.shape[-1] == b.shape[-2] > 1]
+    limits = [*squares, *(value for value in said if isinstance(value, int) and value > 0)]
+    time = min([*limits, max(rows or _LONGEST, _TOKENS), _LONGEST])
+    kind = own_type(module).__name__
+    beyond = [window for window in windows(module) if _LONGEST <= window < min(limits, default=rows)]
+    if beyond:
+        return f"this {kind} has a window of {beyond[0]}, and a trial has no more than {_LONGEST} tokens"
+    whose = "a copy of it"
+    try:
+        with aside(), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            twin = _twin(module, swap, torch.tril, False).float().eval()
+            x = torch.randn(1, time, swap.width, dtype=torch.float32, device="cpu")
+            whose = "its own forward"
+            expected = class_forward(twin, x)
+            whose = "fastgpt's"
+            actual = twin.fastgpt_swap.function(twin, twin.fastgpt_swap, x)
+            a, e = (t[0] if isinstance(t, tuple) else t for t in (actual, expected))
+            if not bool(((a - e).norm(dim=-1) <= 3e-5 * e.norm(dim=-1)).all()):
+                return f"this {kind} computes something else of {time} tokens, as with a window"
+    except Exception as error:  # a stranger's code
+        said_so = str(error).splitlines()[0] if str(error) else ""
+        return f"a trial of {whose} on {time} tokens failed with {type(error).__name__}: {said_so}"
+    return None
 
 
 def _is_empty(buffer: Tensor) -> bool:

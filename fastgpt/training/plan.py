@@ -91,11 +91,14 @@ def plan_run(
     return Plan(shape, train, encoding, source, folder, resume, weights)
 
 
+_GIVEN = ("vocab_size", "block_size", "window", "window_pattern")  # that a model takes on with others' weights
+
+
 def pretrained(source: str, shape: GPTConfig | None = None, **changes) -> GPT:
     """The weights at `source` of any family, or of a checkpoint of ours, as a GPT to train on; `changes` replace fields
     of its GPTConfig, where a smaller block_size crops the positions. ValueError if it is not of the `shape`."""
     if shape is not None:
-        changes = {name: getattr(shape, name) for name in (*state.FREE, "vocab_size", "block_size")}
+        changes = {name: getattr(shape, name) for name in (*state.FREE, *_GIVEN)}
     block = changes.pop("block_size", None)
     model = from_pretrained(source, **changes)
     if block is not None and block != model.config.block_size:

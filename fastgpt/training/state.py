@@ -1,6 +1,7 @@
 """What is in a checkpoint: all that a run needs to go on as if it had never stopped.
 
-    model/                 config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them
+    model/                 config.json and model.safetensors, as transformers' GPT2LMHeadModel loads them; of a model
+                           with windows, which that has not, as fastgpt's own folder
     optimizer.safetensors  AdamW's moments and step counts, Muon's momenta, by parameter
     shards/                where several processes train, in its place: each one's part of weights and moments
     random.safetensors     the states of torch's generators, a tensor for each rank and device
@@ -28,6 +29,7 @@ from fastgpt.training.distributed import SHARDS, World, local_part, placed, whol
 from fastgpt.training.optimizer import by_muon
 from fastgpt.weights import from_pretrained, save_pretrained, stream_pretrained
 from fastgpt.weights.files import read_tensors, write_tensors
+from fastgpt.weights.saving import save_model
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
@@ -84,7 +86,11 @@ def versions(device: torch.device) -> dict[str, Any]:
 def write(folder: Path, config: GPTConfig, taken: Snapshot, facts: dict) -> None:
     """The files of a checkpoint but for its manifest; OSError if the disk fails."""
     (folder / MODEL).mkdir()
-    save_pretrained(assembled(config, taken.weights), folder / MODEL)
+    model = assembled(config, taken.weights)
+    if any(config.windows):
+        save_model(model, folder / MODEL, facts["encoding"])
+    else:
+        save_pretrained(model, folder / MODEL)
     write_tensors(taken.moments, folder / OPTIMIZER)
     write_tensors(taken.random, folder / RANDOM)
     (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -127,6 +133,7 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
     if not isinstance(said, dict) or not isinstance(facts.get("windows"), int) or facts.get("step") != checkpoint.step:
         raise ValueError(f"{path / STATE} is not the state of a run at step {checkpoint.step}")
     now = dataclasses.asdict(config)
+    said = {field.name: field.default for field in dataclasses.fields(config)} | said  # of a field that came later
     changed = [
         f"{name} = {said.get(name)!r} there, {value!r} now"
         for name, value in now.items()

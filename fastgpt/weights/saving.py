@@ -182,6 +182,10 @@ def write_family(
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, folder, encoding)
         return []
+    windowed = [(layer, window) for layer, window in enumerate(model.config.windows) if window is not None]
+    if windowed:
+        has = "layer {} has one of {} tokens".format(*windowed[0])
+        raise ValueError(f"{to} has no windows, and {has}; fastgpt's own folder does")
     more = (variant,) if to == "book" else ()
     settings, tensors, notes = FAMILIES[to].write_weights(model.config, model.state_dict(), *more)
     settings |= changes or {}

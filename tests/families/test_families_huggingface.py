@@ -133,3 +133,90 @@ def test_attention_sinks_are_refused():
     q = torch.randn(2, 4, 7, 8)
     with pytest.raises(ValueError, match="no attention sinks"):
         fastgpt.families.huggingface.attention_function(nn.Module(), q, q, q, None, s_aux=torch.ones(4))
+
+
+# Sliding windows
+
+
+def sliding(kind):
+    """A tiny model of random weights whose layers see 7 tokens, all of them or some."""
+    shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    shape |= dict(num_key_value_heads=2, max_position_embeddings=64, sliding_window=7, head_dim=8)
+    more = {
+        "Mistral": dict(),
+        "Gemma2": dict(attn_logit_softcapping=None),
+        "Gemma3": dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"]),
+        "Qwen2": dict(use_sliding_window=True, max_window_layers=1),
+    }[kind]
+    config = {"Gemma3": "Gemma3Text"}.get(kind, kind) + "Config"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, config)(**shape, **more))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.set_attn_implementation("eager")
+    return model.eval()  # in float64 eager attention's lowest number is float32's -inf, and padding becomes NaN
+
+
+KINDS = ["Mistral", "Gemma2", "Gemma3", "Qwen2"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sliding_windows_through_the_door(kind, monkeypatch):
+    """Longer than the window, padded and not: logits and gradients are eager attention's, and the window counts."""
+    seen, attention = [], fastgpt.families.huggingface.ops.causal_attention
+    record = lambda *args, **options: seen.append(options["window"]) or attention(*args, **options)  # noqa: E731
+    monkeypatch.setattr(fastgpt.families.huggingface.ops, "causal_attention", record)
+    model = sliding(kind)
+    twin = door(model)
+    idx, mask = torch.randint(1, VOCAB, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :5] = 0
+    for padding in (None, mask):
+        seen.clear()
+        got, expected = (results(each, idx, attention_mask=mask, use_cache=False) if padding is not None
+                         else results(each, idx, use_cache=False) for each in (twin, model))  # fmt: skip
+        assert len(seen) == 3 and 7 in seen
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", [True, False, "static"])
+def test_generate_in_a_sliding_window(kind, cache):
+    model = sliding(kind)
+    idx, mask = torch.randint(1, VOCAB, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    options = dict(max_new_tokens=12, pad_token_id=0, eos_token_id=None, use_cache=bool(cache), attention_mask=mask)
+    options |= dict(do_sample=False)
+    if cache == "static":
+        options.update(cache_implementation="static", disable_compile=True)
+    assert torch.equal(door(model).generate(idx, **options), model.generate(idx, **options))
+
+
+def test_a_second_prompt_in_a_sliding_window():
+    model = sliding("Mistral")
+    idx = torch.randint(1, VOCAB, (2, 20))
+    found = []
+    for each in (door(model), model):
+        first = each(idx[:, :9], use_cache=True)
+        found.append(each(idx[:, 9:], past_key_values=first.past_key_values).logits)
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_a_window_of_a_call_that_asks_for_more_is_spelled_out():
+    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = torch.ones(2, 9, dtype=torch.bool)
+    seen[0, :2] = False
+    attention = fastgpt.families.huggingface.attention_function
+    for mask in (seen[:, None].expand(2, 3, 9), torch.ones(1, 3, 0, dtype=torch.bool)):
+        expected, _ = attention(nn.Module(), q, k, v, mask)
+        found, _ = attention(nn.Module(), q, k, v, mask, head_mask=torch.ones(4))
+        torch.testing.assert_close(found[:, 2:], expected[:, 2:])
+
+
+def test_a_soft_cap_is_refused_by_transformers_itself():
+    """Gemma 2's own setting; no mask is at fault."""
+    model = door(sliding("Gemma2"))
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match="does not support `softcap`"):
+        model(IDX)

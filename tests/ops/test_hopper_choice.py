@@ -94,11 +94,19 @@ def test_the_form_is_the_one_that_was_measured():
         assert launch.pointers == dict.fromkeys(("q_desc", "k_desc", "v_desc", "o_desc"), "bf16") | {"lse_ptr": "fp32"}
 
 
+@pytest.mark.parametrize("call", [qkv, separate])
+def test_a_window_of_all_keys_is_none(call):
+    said, launched = said_and_launched(lambda: call(window=1024))
+    assert said == said_and_launched(call)[0] and launched >= HOPPERS
+
+
 MASK = lambda: torch.ones(32, 1024, dtype=torch.bool, device="cuda")  # noqa: E731
 KEPT = {
     "dropout_p is 0.1": lambda: qkv(dropout_p=0.1),
     "there is a key mask": lambda: qkv(key_mask=MASK()),
     "there are documents": lambda: qkv(documents=MASK().int()),
+    "there is a window of 1023 keys": lambda: qkv(window=1023),
+    "there is a window of 256 keys": lambda: separate(window=256),
     "12 query heads share 4 key heads": lambda: separate(keys=lambda: tensor(32, 1024, 4, 64).transpose(1, 2)),
     "1024 queries have 1030 keys": lambda: separate(keys=lambda: tensor(32, 1030, 12, 64).transpose(1, 2)),
     "not measured for heads of 64 in torch.float16": lambda: qkv(dtype=FP16),

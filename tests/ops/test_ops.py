@@ -104,6 +104,23 @@ BAD = {
         ValueError,
         "5 queries but only 3 keys",
     ),
+    "window zero": (lambda: ops.causal_attention(Q, Q, Q, window=0), ValueError, "window is 0; a query sees 1 key"),
+    "window negative": (lambda: ops.causal_attention_qkv(QKV, 2, window=-3), ValueError, "window is -3"),
+    "window true": (
+        lambda: ops.causal_attention(Q, Q, Q, window=True),
+        TypeError,
+        "window is True, not a whole number",
+    ),
+    "window of a float": (
+        lambda: ops.causal_attention_qkv(QKV, 2, window=2.0),
+        TypeError,
+        "window is 2.0, not a whole",
+    ),
+    "window of a cache": (
+        lambda: ops.decode_attention(Q[:, :, :1], CACHE, CACHE, ids(9, 9), window=0),
+        ValueError,
+        "decode_attention: window is 0",
+    ),
     "scale zero": (lambda: ops.causal_attention(Q, Q, Q, scale=0.0), ValueError, "scale is 0.0"),
     "scale negative": (lambda: ops.causal_attention(Q, Q, Q, scale=-1.0), ValueError, "scale is -1.0"),
     "scale infinite": (lambda: ops.causal_attention(Q, Q, Q, scale=float("inf")), ValueError, "scale is inf"),

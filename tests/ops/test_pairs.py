@@ -21,13 +21,14 @@ ROWS = {
     "causal_attention": covering(
         group=[1, 2], mask=[None, "left", "right", "random", "nothing"], documents=[None, "in order", "mixed"],
         dropout_p=[0.0, 0.3], scale=[None, 0.7], dim=[5, 16], nan=BOTH, time=[1, 16, 35],
+        window=[None, 1, 17],
     ),
     "causal_attention_qkv": covering(
         heads=[1, 3], mask=[None, "left", "right", "random", "nothing"], documents=[None, "in order", "mixed"],
-        dropout_p=[0.0, 0.3], scale=[None, 0.7], dim=[5, 16], time=[1, 16, 35], bias=BOTH,
+        dropout_p=[0.0, 0.3], scale=[None, 0.7], dim=[5, 16], time=[1, 16, 35], bias=BOTH, window=[None, 1, 17],
     ),
     "decode_attention": covering(
-        group=[1, 2], new=[1, 3, 16], scale=[None, 0.7], dim=[5, 16], integers=["int32", "int64"]
+        group=[1, 2], new=[1, 3, 16], scale=[None, 0.7], dim=[5, 16], integers=["int32", "int64"], window=[None, 9],
     ),
     "gelu_mlp": covering(
         b_in=BOTH, b_out=BOTH, approximate=["tanh", "none"], recompute=BOTH, turned=BOTH, rows=[1, 6],
