@@ -100,8 +100,9 @@ def _torch() -> Iterator[Finding]:
 
 
 _OLD_CARD = (
-    "nothing; all of fastgpt runs on it by PyTorch's own functions, and no faster than these: fastgpt train takes float16 "
-    "with loss scaling there, for the card has no bfloat16; generate has --dtype float16; accelerate leaves models alone"
+    "nothing; all of fastgpt runs on it by PyTorch's own functions, and no faster than these: fastgpt train takes "
+    "float16 with loss scaling there, for the card has no bfloat16; generate has --dtype float16; accelerate leaves "
+    "models alone"
 )
 
 
