@@ -1,6 +1,7 @@
 """What a training step would take on many GPUs, on paper: time, memory and what bounds it, for DDP and for FSDP2.
 
     python -m bench plan --preset gpt2-1558M --gpus 64
+    python -m bench plan --batch 32 --tokens 1e10 --price 3     a whole run: its hours, and its money
     python -m bench plan --check                            the same arithmetic against every committed training step
 
 The step's kernels are those of bench.work, each at its floor on the card's rates; what the processes send each other is
@@ -88,6 +89,11 @@ def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster,
     return Plan(
         forward, backward, optimizer, exposed, 2 * everything, memory, matmuls / (forward + backward), batch * time * n
     )
+
+
+def hours(each: Plan, tokens: float) -> float:
+    """Of a run of so many tokens, evaluations and checkpoints not counted."""
+    return tokens / each.tokens * each.step / 3600
 
 
 def _seconds(line: Line, card: Card) -> float:
@@ -207,6 +213,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reached", type=float, default=0.8, help="the share of a link that collectives reach")
     parser.add_argument("--memory", type=float, default=80, help="GB of a device")
     parser.add_argument("--checkpointing", choices=("off", "mlp", "block"), default="off")
+    parser.add_argument("--tokens", type=float, help="of a whole run, whose hours are told")
+    parser.add_argument("--price", type=float, help="of a GPU for an hour, for the run's money")
     parser.add_argument("--check", action="store_true", help="against every committed training step instead")
 
 
@@ -225,16 +233,32 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"plan: time is {time}, not from 1 to the context of {config.block_size}")
     if not (options.nvlink > 0 and options.network > 0 and 0 < options.reached <= 1 and options.memory > 0):
         raise ValueError("plan: links and memory are above 0, and what is reached of a link lies in (0, 1]")
+    if options.price is not None and options.tokens is None:
+        raise ValueError("plan: a price is of a run, whose --tokens are missing")
+    for name in ("tokens", "price"):
+        if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
+            raise ValueError(f"plan: {name} is {value}, not a finite number above 0")
     cluster = Cluster(options.gpus, options.per_node, 1e9 * options.nvlink, 1e9 * options.network, options.reached)
     card = CARDS[options.card]
     plans = {kind: plan(config, options.batch, time, card, cluster, kind == "FSDP2") for kind in ("DDP", "FSDP2")}
-    print(table(options.preset, config, options.batch, time, card, cluster, plans, 1e9 * options.memory))
+    whole_run = options.tokens, options.price
+    print(table(options.preset, config, options.batch, time, card, cluster, plans, 1e9 * options.memory, *whole_run))
     return int(all(each.memory > 1e9 * options.memory for each in plans.values()))
 
 
 def table(
-    preset: str, config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, plans: dict, memory: float
+    preset: str,
+    config: GPTConfig,
+    batch: int,
+    time: int,
+    card: Card,
+    cluster: Cluster,
+    plans: dict,
+    memory: float,
+    tokens: float | None = None,
+    price: float | None = None,
 ) -> str:
+    """tokens: of a whole run. price: of a GPU for an hour."""
     lines = [
         f"{preset}, {work.parameters(config):,} parameters, {cluster.gpus} GPUs, {batch} rows of {time} tokens each",
         "",
@@ -251,6 +275,11 @@ def table(
         "GB a device": lambda p: f"{p.memory / 1e9:.1f}" + ("" if p.memory <= memory else " !"),
         "bound by": lambda p: p.bottleneck,
     }
+    if tokens is not None:
+        rows["hours of the run"] = lambda p: f"{hours(p, tokens):,.2f}"
+        rows["GPU-hours of the run"] = lambda p: f"{cluster.gpus * hours(p, tokens):,.1f}"
+        if price is not None:
+            rows["its price"] = lambda p: f"{price * cluster.gpus * hours(p, tokens):,.0f}"
     for label, cell in rows.items():
         lines.append(f"{label:24}{cell(plans['DDP']):>12}{cell(plans['FSDP2']):>12}")
     if any(each.memory > memory for each in plans.values()):

@@ -100,6 +100,13 @@ def _torch() -> Iterator[Finding]:
         yield Finding("PyTorch", found)
 
 
+_OLD_CARD = (
+    "nothing; all of fastgpt runs on it by PyTorch's own functions, and no faster than these: fastgpt train takes "
+    "float16 with loss scaling there, for the card has no bfloat16; generate has --dtype float16; accelerate leaves "
+    "models alone"
+)
+
+
 def _gpus() -> Iterator[Finding]:
     if DRIVER.exists():
         yield Finding("driver", DRIVER.read_text().splitlines()[0].removeprefix("NVRM version: "))
@@ -120,7 +127,7 @@ def _gpus() -> Iterator[Finding]:
         name += "" if shared is None else f", {shared / 2**10:.0f} KiB shared memory a block"
         if torch.version.hip is None and card.major < 8:
             problem = f"{card.name} has compute capability {card.major}.{card.minor}, the kernels need 8.0 or newer"
-            yield Finding(f"GPU {index}", name, problem, "nothing: PyTorch's own functions serve on it")
+            yield Finding(f"GPU {index}", name, problem, _OLD_CARD)
         else:
             yield Finding(f"GPU {index}", name)
 

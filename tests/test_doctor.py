@@ -116,6 +116,20 @@ def test_an_old_card(machine):
     found, diagnosis = problems()
     assert found == ["Tesla T4 has compute capability 7.5, the kernels need 8.0 or newer"]
     assert all("7.5" in sentence for sentence in diagnosis.functions.values())
+    assert "train takes float16 with loss scaling" in str(diagnosis) and "accelerate leaves models" in str(diagnosis)
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0)])
+def test_a_card_that_nothing_was_timed_on(machine, capability):
+    """The kernels serve, and the line that is about all of them says what their tiles are worth."""
+    machine.card("a card at home", *capability)
+    found, diagnosis = problems()
+    assert found == []
+    said = "with tiles chosen by arithmetic: none was timed on compute capability {}.{}".format(*capability)
+    assert str(diagnosis).count(said) == 1 and all(said in each for each in diagnosis.functions.values())
+    machine.card("NVIDIA H100", 9, 0)
+    assert "arithmetic" not in str(problems()[1])
 
 
 @needs_triton

@@ -1,6 +1,7 @@
 """examples/: each as its page has it, at a smaller size."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,34 @@ def test_fine_tuning(here, capsys):
     assert cli.main([*(word.strip('"') for word in write[1:]), "--max_new_tokens", "3"]) == 0
     assert cli.main(convert[1:]) == 0
     assert json.loads((here / "finetuned" / "config.json").read_text())["train"]["learning_rate"] == 3e-5
+
+
+@pytest.mark.slow
+def test_gpt2_124m_at_a_hundredth_of_its_size(here, capsys):
+    """195 steps of 19,560, from files as llm.c writes them, in which every other token follows from the one before."""
+    (here / "fineweb10B").mkdir()
+    draw = np.random.default_rng(0)
+    follows = draw.integers(0, 256, 256)
+    for name, count in {"val_000000": 10_000, "train_000001": 40_000, "train_000002": 40_000}.items():
+        ids = draw.integers(0, 16, count)
+        ids[1::2] = follows[ids[::2]]
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, count
+        content = header.tobytes() + ids.astype("<u2").tobytes()
+        (here / "fineweb10B" / f"fineweb_{name}.bin").write_bytes(content)
+    (command,) = commands("fastgpt train --config examples/gpt2-124M.toml")
+    small = "--encoding byte --vocab_size 257 --n_layer 1 --n_head 2 --n_embd 32 --block_size 64 --max_iters 195"
+    small += " --total_batch_size 256 --batch_size 2 --warmup_iters 7 --eval_interval 65 --eval_iters 4"
+    small += " --sample_tokens 5 --learning_rate 1e-2 --device cpu"
+    assert cli.main([*command[1:], *small.split()]) == 0
+    said = capsys.readouterr().out
+    assert "195 steps of 4 x 64 tokens in 2 x 1 batches" in said and "80,000 tokens to train on" in said
+    rows = [line.split(",") for line in (here / "gpt2-124M" / "metrics.csv").read_text().splitlines()]
+    losses = [float(row[rows[0].index("val_loss")]) for row in rows[1:]]
+    even = 0.5 * (math.log(16) + math.log(32))  # who knows the ids that occur, and not what follows
+    assert len(losses) == 3 and losses[2] < losses[0] < math.log(257) and losses[2] < even, losses
+    config = json.loads((here / "gpt2-124M" / "config.json").read_text())["train"]
+    assert (config["dtype"], config["order"], config["beta2"], config["min_lr"]) == ("bfloat16", "epoch", 0.95, 0.0)
 
 
 def test_the_books_chapter_as_a_notebook(here, capsys):

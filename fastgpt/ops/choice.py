@@ -82,10 +82,23 @@ def explain(function: Callable, *args, **kwargs) -> str:
     form = ""
     if chosen is pytorch and name in _FORMS:
         form = _FORMS[name](operand, **arguments)
-    elif chosen is autograd and not autograd.INTERPRETED and name in _OPERANDS:
-        operands = [operand, *(arguments[label] for label in _OPERANDS[name])]
-        form = autograd.hopper.in_words(name, autograd.cast(*operands), arguments)
+    elif chosen is autograd and not autograd.INTERPRETED:
+        sentence += _untimed(operand.device)
+        if name in _OPERANDS:
+            operands = [operand, *(arguments[label] for label in _OPERANDS[name])]
+            form = autograd.hopper.in_words(name, autograd.cast(*operands), arguments)
     return f"{sentence}; {form}" if form else sentence
+
+
+def _untimed(device: torch.device) -> str:
+    """What a kernel's tiles are worth there, as the end of a sentence; "" where they were measured."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability == _TIMED:
+        return ""
+    return f", with tiles chosen by arithmetic: none was timed on compute capability {capability[0]}.{capability[1]}"
+
+
+_TIMED = (9, 0)  # the compute capability of the cards that bench/results has times of
 
 
 def interpreted() -> bool:

@@ -72,7 +72,10 @@ def _note(model: nn.Module, losses: int) -> str:
     if weight is None or weight.is_meta or ops.kernels_run_on(weight.device):
         return ""
     but = ", but for the loss" if losses else ""
-    return f"while the model is on {weight.device}, where no kernel runs, each module does what its class says{but}"
+    where = f"on {weight.device}, where no kernel runs"
+    if weight.is_cuda:
+        where += f" ({ops.backend_in_words('auto', weight).partition(': ')[2]})"
+    return f"while the model is {where}, each module does what its class says{but}"
 
 
 def _recognised(module: nn.Module) -> Swap | str | None:

@@ -99,6 +99,11 @@ def test_the_command_prints_what_it_assumes(capsys):
     assert "64 GPUs" in text and "cuBLAS 600 TFLOP/s" in text and "None of it was measured" in text
     assert main(["plan", "--preset", "gpt2-1558M", "--batch", "64", "--memory", "80"]) == 1
     assert "! more than a device's 80 GB" in capsys.readouterr().out
+    assert main(["plan", "--gpus", "8", "--batch", "32", "--tokens", "10.26e9", "--price", "3"]) == 0
+    rows = {line[:24].strip(): line[24:].split() for line in capsys.readouterr().out.splitlines()}
+    speed, time = (float(rows[name][0].replace(",", "")) for name in ("tokens a second", "hours of the run"))
+    assert time == pytest.approx(10.26e9 / speed / 3600, rel=0.01)
+    assert float(rows["its price"][0]) == pytest.approx(3 * 8 * time, abs=0.6)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,8 @@ def test_the_command_prints_what_it_assumes(capsys):
         ("--gpus 0", "gpus is 0, not at least 1"),
         ("--time 2048", "time is 2048, not from 1 to the context of 1024"),
         ("--reached 1.5", "links and memory are above 0"),
+        ("--price 3", "a price is of a run, whose --tokens are missing"),
+        ("--tokens 0", "tokens is 0.0, not a finite number above 0"),
         ("--memory 0", "links and memory are above 0"),
         ("--network 0", "links and memory are above 0"),
     ],

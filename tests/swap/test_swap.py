@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fastgpt
+from bench.gates import feign
 from fastgpt import restore
 from fastgpt.testing import assert_accurate
 from tests.models import book, hugging_face, logits_and_loss, nanogpt, randomised
@@ -65,6 +66,17 @@ def test_where_no_kernel_runs_each_forward_is_its_class(family):
     assert str(fastgpt.accelerate(model, loss=True)).endswith((told, f"{told}, but for the loss"))
     assert told not in str(fastgpt.accelerate(model, backend="torch"))
     assert not torch.equal(results(model, idx, targets)["logits"], before["logits"])
+
+
+@pytest.mark.skipif(fastgpt.ops.no_triton() is not None, reason="then that is what the report tells")
+def test_the_report_tells_that_a_card_is_too_old(monkeypatch):
+    """A Tesla T4, which free notebooks have."""
+    monkeypatch.setitem(feign.CARDS, 75, feign.Card(75, 65_536, 40))
+    with feign.card(75):
+        model = nn.Sequential(nn.LayerNorm(8, device="cuda"))
+        told = str(fastgpt.accelerate(model)).splitlines()[-1]
+    old = "the GPU has compute capability 7.5, the kernels need 8.0 or newer"
+    assert told == f"while the model is on cuda:0, where no kernel runs ({old}), each module does what its class says"
 
 
 @pytest.mark.parametrize("loss", [False, True])
