@@ -146,7 +146,6 @@ def test_verdicts(old, new, verdict, tree, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command(tree, tmp_path):
-    pytest.importorskip("coverage")
     for name in ("mutate", "mutate_random", "mutate_rules", "mutants", "reached"):
         (tree / "tests" / f"{name}.py").write_text((mutate_random.ROOT / "tests" / f"{name}.py").read_text())
     (tree / "kernels").mkdir()
