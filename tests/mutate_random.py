@@ -10,6 +10,7 @@ Killed is a mutant for which a test fails, by an assertion or by any error, for 
 to meet is a survivor, which someone reads: `--at FILE:LINE --seconds 1000` meets it with more of them.
 """
 
+import ast
 import collections
 import contextlib
 import os
@@ -45,8 +46,11 @@ class Lines(dict[tuple[str, int], list[Case]]):
     def of(self, file: str, place: Place) -> list[Case]:
         """Those that can see a mutant, one of each test function and the quick ones first: the likeliest to see it."""
         found = {test for line in range(place.first, place.last + 1) for test in self.get((file, line), ())}
-        if not found and not place.function:  # entered by an import: whoever enters the file
-            found = {test for (other, _), tests in self.items() if other == file for test in tests}
+        if (begin_end := _entered_instead(ROOT / file, place)) is not None:
+            begin, end = begin_end
+            found |= {
+                test for (other, n), tests in self.items() if other == file and begin <= n <= end for test in tests
+            }
         quick = sorted(found, key=lambda test: (test.seconds, test.name))
         turn: collections.Counter = collections.Counter()
         order = []
@@ -55,6 +59,19 @@ class Lines(dict[tuple[str, int], list[Case]]):
             order.append((turn[function], test))
             turn[function] += 1
         return [test for _, test in sorted(order, key=lambda each: each[0])]
+
+
+def _entered_instead(path: Path, place: Place) -> tuple[int, int] | None:
+    """Of a line that an import runs, and so hardly a test: the lines of the function whose defaults or decorators it
+    has, or all of the file. None for a line in a function."""
+    functions = [
+        (node.lineno, node.body[0].lineno, node.end_lineno)
+        for node in (ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else ())
+        if isinstance(node, ast.FunctionDef)
+    ]
+    if any(body <= place.first <= end for _, body, end in functions):
+        return None
+    return next(((body, end) for begin, body, end in functions if begin <= place.first < body), (1, 1 << 30))
 
 
 def lines(already: bool = False) -> Lines:

@@ -1,6 +1,6 @@
 """Which tests enter each line of fastgpt/ and kernels/, and how long each takes: what tests.mutate_random asks.
 
-`known(files, interpreted)` runs those test files under coverage (`pip install coverage`), as ordinary tests or in
+`known(files, interpreted)` runs those test files under coverage, as ordinary tests or in
 Triton's interpreter, in one process and the ones that it starts, and keeps what it saw in a folder beside other
 temporary files: one JSON a test file, until that file or a line of fastgpt/ or kernels/ changes. As a pytest plugin it
 tells coverage which test is running.

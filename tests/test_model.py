@@ -40,6 +40,12 @@ def convert(tensors):
     return {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in renamed.items()}
 
 
+def test_a_config_that_says_nothing_is_gpt2s_smallest():
+    says = GPTConfig()
+    assert (says.vocab_size, says.block_size, says.n_layer, says.n_head, says.n_embd) == (50257, 1024, 12, 12, 768)
+    assert says == GPTConfig.preset("gpt2-124M")
+
+
 @pytest.mark.parametrize("config", [tiny(), tiny(n_embd=20, n_head=1, n_layer=3), tiny(n_embd=300, n_head=12)], ids=str)
 def test_hugging_faces_weights_give_its_logits_loss_and_gradients(config):
     theirs = hugging_face(config)

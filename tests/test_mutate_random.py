@@ -97,15 +97,22 @@ def test_a_seed_draws_the_same_from_every_file(tmp_path, monkeypatch):
     assert len({place.rule for _, place in first}) > 6
 
 
-def test_who_enters_the_line_is_asked_and_other_functions_first():
+def test_who_enters_the_line_is_asked_and_other_functions_first(tmp_path, monkeypatch):
+    """Of what an import runs, whoever enters the function that a default is of, or the file."""
+    monkeypatch.setattr(mutate_random, "ROOT", tmp_path)
+    (tmp_path / "file.py").write_text("A = 1\n\n\ndef f(a=2):\n    b = a\n    return b\n\n\ndef g():\n    return 4\n")
     tests = [Case("a.py::one[1]", False, 1.0), Case("a.py::one[2]", False, 2.0), Case("a.py::two", True, 9.0)]
     known = Lines(
-        {("file.py", 4): tests[1:], ("file.py", 5): tests[:1], ("other.py", 4): [Case("b.py::x", False, 0.0)]}
+        {("file.py", 5): tests[1:], ("file.py", 6): tests[:1], ("other.py", 5): [Case("b.py::x", False, 0.0)]}
     )
-    place = mutate_rules.Place("comparison", "f", 4, 5, 0, 1, "")
+    known["file.py", 1] = known["file.py", 4] = known["file.py", 10] = [last := Case("c.py::all", False, 20.0)]
+    place = mutate_rules.Place("comparison", "f", 5, 6, 0, 1, "")
     assert known.of("file.py", place) == [tests[0], tests[2], tests[1]]
-    assert known.of("file.py", place._replace(first=9, last=9)) == []
-    assert set(known.of("file.py", place._replace(first=9, last=9, function=""))) == set(tests)
+    assert known.of("file.py", place._replace(first=10, last=10)) == [last]
+    assert known.of("file.py", place._replace(first=4, last=4)) == [tests[0], tests[2], last, tests[1]]
+    assert set(known.of("file.py", place._replace(first=1, last=1, function=""))) == {*tests, last}
+    del known["file.py", 10]
+    assert known.of("file.py", place._replace(first=10, last=10)) == []
 
 
 @pytest.fixture
@@ -146,7 +153,6 @@ def test_verdicts(old, new, verdict, tree, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command(tree, tmp_path):
-    pytest.importorskip("coverage")
     for name in ("mutate", "mutate_random", "mutate_rules", "mutants", "reached"):
         (tree / "tests" / f"{name}.py").write_text((mutate_random.ROOT / "tests" / f"{name}.py").read_text())
     (tree / "kernels").mkdir()

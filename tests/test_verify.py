@@ -216,6 +216,16 @@ def test_the_functions_of_this_machine(capsys):
         assert f"\n{name}" in out
 
 
+def test_the_functions_and_a_tolerance(capsys, monkeypatch):
+    """On a CPU only float32 is asked of the fallback; no rounding is small enough for a tolerance of nothing."""
+    monkeypatch.setattr(verify, "SIZES", verify.Sizes(2, 2, 8, 4, 16, 12))
+    found = verify_functions("cpu")
+    assert {difference.what.rpartition(", ")[2] for difference in found.differences} == {"float32"}
+    assert main(["verify", "--device", "cpu", "--tolerance", "1e-9"]) == 1
+    out = capsys.readouterr().out
+    assert out.endswith("FAILED\n") and "more than 1e-09" in out
+
+
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_the_kernels_in_the_interpreter():

@@ -79,6 +79,25 @@ def test_options_reach_generate(capsys, checkpoint, told):
     assert {name: told.arguments[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "asks"),
+    [([], True), (["--prompt", "fox"], False), (["--prompt_file", "FILE"], False), (["--json"], False)],
+    ids=["none", "prompt", "file", "json"],
+)
+@pytest.mark.parametrize("terminals", [(True, True), (True, False), (False, True)])
+def test_a_prompt_is_asked_for_where_none_is_given_and_a_person_sits(
+    capsys, checkpoint, told, monkeypatch, tmp_path, options, asks, terminals
+):
+    told(b"!")
+    (tmp_path / "prompt.txt").write_text("fox")
+    monkeypatch.setattr("sys.stdin", io.StringIO("typed\n"))
+    for stream, terminal in zip((sys.stdin, sys.stdout), terminals, strict=True):
+        monkeypatch.setattr(stream, "isatty", lambda terminal=terminal: terminal)
+    options = [str(tmp_path / "prompt.txt") if each == "FILE" else each for each in options]
+    code, out, _ = main(capsys, "generate", "--checkpoint", checkpoint, "--max_new_tokens", "1", *options)
+    assert code == 0 and ("prompt> " in out) == (asks and all(terminals))
+
+
 def test_text_ends_with_the_document(capsys, checkpoint, told):
     told([*b"end", 256, *b"of another"])
     assert main(capsys, "generate", "--checkpoint", checkpoint)[1] == "end\n"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import requests
 
-from fastgpt import cli
+from fastgpt import GPTConfig, cli
 from fastgpt.data import tokenizer
-from fastgpt.training import monitor
+from fastgpt.training import TrainConfig, monitor, plan_run
 from fastgpt.weights import load_model
 
 TINY = "--n_layer 1 --n_embd 8 --n_head 2 --block_size 16 --batch_size 2 --max_iters 2 --eval_iters 1 --device cpu"
@@ -109,6 +109,14 @@ def test_what_was_asked_for_and_can_not_be_had_is_an_error_before_anything_is_to
     code, out, err = main(capsys, "train", "--data", tokens, *GPT2, *options.split())
     assert code == 2 and out == "" and err.startswith(f"fastgpt train: {WHY}") and err.count("\n") == 1
     assert not (tokens.parent / "out").exists()
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_one_token_of_a_sample_is_worth_asking_for_the_files(tokens, asked, samples):
+    """A plan that writes none asks for nothing."""
+    shape = GPTConfig(n_layer=1, n_embd=8, n_head=2, block_size=16)
+    plan = plan_run(shape, TrainConfig(sample_tokens=samples), None, tokens, tokens / "out")
+    assert plan.encoding.name == "gpt2" and bool(asked) == bool(samples)
 
 
 def test_text_needs_its_encoding(tmp_path, capsys):

@@ -20,6 +20,18 @@ def model():
     return gpt()
 
 
+def test_a_model_that_has_only_some_of_the_books_parts():
+    """It is one that nobody knows, not a book's that is broken."""
+    model = nn.Module()
+    model.trf_blocks = nn.Sequential(nn.Linear(2, 2))
+    messages = []
+    for each in (nn.Module(), model):
+        with pytest.raises(ValueError, match="Module is not known") as error:
+            Decoder(each)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
 def test_one_decoder_serves_many_calls(model):
     decoder = Decoder(model, tokens=10_000)
     for prompt in (PROMPT, PROMPT[:, :1]):

@@ -31,6 +31,19 @@ def test_dweight_is_no_view(pads):
     assert dweight.untyped_storage().nbytes() == (128 if pads else 70) * 4 * 4
 
 
+def test_a_second_derivative_of_what_autocast_computed():
+    """The backward is under no autocast, and computes all in the forward's dtype again."""
+    x, weight, targets = head(12, 8, 20, torch.float32)
+    found = []
+    for function in (ops.linear_cross_entropy, lambda x, w, t: F.cross_entropy(F.linear(x, w).float(), t)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = function(x, weight, targets)
+        dx, dweight = torch.autograd.grad(loss, (x, weight), create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum() + dweight.square().sum(), (x, weight)))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
 def gradients(loss, x, weight, upstream):
     return torch.autograd.grad((loss * upstream.to(loss.dtype)).sum(), (x, weight))
 

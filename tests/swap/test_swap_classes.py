@@ -27,6 +27,22 @@ def test_a_class_of_ones_own_with_its_name(family):
     assert [type(module) for module in model.modules()] == kinds
 
 
+@pytest.mark.parametrize("call", [dict(), dict(args=(3.0,)), dict(kwargs=dict(scale=3.0))], ids=str)
+def test_what_a_subclass_takes_beside_x_is_its_own(call):
+    class Scaled(type(nanogpt().transformer.h[0].mlp)):
+        def forward(self, x, scale=1.0):
+            return super().forward(x) * scale
+
+    model = nanogpt().double().eval()
+    mlp = model.transformer.h[0].mlp
+    mlp.__class__ = Scaled
+    x = torch.randn(2, 3, 48, dtype=torch.float64)
+    args, kwargs = call.get("args", ()), call.get("kwargs", {})
+    expected = mlp(x, *args, **kwargs)
+    assert accelerate(model, backend="torch")
+    torch.testing.assert_close(mlp(x, *args, **kwargs), expected, rtol=1e-6, atol=1e-6)
+
+
 PLACES = ["", "mlp", "attn", "ln_2"]
 
 

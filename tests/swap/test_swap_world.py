@@ -224,6 +224,17 @@ def test_a_buffer_of_unknown_numbers_that_count_is_left():
     assert [row.why for row in accelerate(norm.to("meta")).rows] == ["this ScaledLayerNorm computes something else"]
 
 
+@pytest.mark.parametrize("doubled", ["while it is empty", "once it is filled"])
+def test_a_buffer_that_is_empty_counts_as_it_is_and_as_it_may_be(doubled):
+    class ScaledLayerNorm(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * (2 if bool(self.table.any()) == (doubled == "once it is filled") else 1)
+
+    norm = ScaledLayerNorm(8)
+    norm.register_buffer("table", torch.zeros(8))
+    assert [row.why for row in accelerate(norm).rows] == ["this ScaledLayerNorm computes something else"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_class_that_accelerates_itself_comes_from_pretrained(dtype, tmp_path):
     """transformers makes the model on the meta device, under a default dtype of its own."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastgpt import GPT
+from fastgpt import GPT, weights
 from fastgpt.weights import convert
 from tests.models import hugging_face, nanogpt
 from tests.weights.converted import logits, ours, save_nanogpt
@@ -250,6 +250,8 @@ def test_the_hub_is_asked_for_the_files_alone(tmp_path, monkeypatch):
     )
     assert GPT.from_pretrained("gpt2").config.n_layer == 2
     GPT.from_pretrained("someone/model")
+    model, _ = weights.load_named("gpt2")  # as --checkpoint gpt2 has it
+    assert model.config.n_layer == 2 and asked.pop() == asked[0]
     assert [name for name, _ in asked] == ["openai-community/gpt2", "someone/model"]
     assert all("json" in pattern or "safetensors" in pattern for pattern in asked[0][1]["allow_patterns"])
 
