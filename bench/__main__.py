@@ -23,6 +23,7 @@ COMMANDS = {
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",
     "report": "tables and plots of measured rows",
     "history": "how fastgpt stood over time, and where it fell back",
+    "window": "how the time and memory of attention in a window grow with the tokens, on a CPU",
     "plan": "what a training step on many GPUs would take: time, memory and what bounds it, on paper",
 }
 MODULES = {

@@ -133,8 +133,8 @@ def attention_form(
     key_mask: Any,
     documents: Any,
     dropout_p: float,
-    window: int | None,
-    *others: Tensor,
+    window: Any,
+    *others: Any,
 ) -> Form:
     """Of q, k, v (B, H, T, D); others: what the backward reads beside them, do and o."""
     batch, heads, time, dim = q.shape
@@ -153,14 +153,7 @@ def attention_form(
 
 
 def attention_qkv_form(
-    kernel: str,
-    qkv: Tensor,
-    key_mask: Any,
-    documents: Any,
-    heads: int,
-    dropout_p: float,
-    window: int | None,
-    *others: Tensor,
+    kernel: str, qkv: Tensor, key_mask: Any, documents: Any, heads: int, dropout_p: float, window: Any, *others: Any
 ) -> Form:
     """Of the packed projection qkv (B, T, 3C); others: what the backward reads beside it, dout and out."""
     batch, time, packed = qkv.shape

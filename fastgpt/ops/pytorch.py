@@ -64,11 +64,12 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
     explicit_dropout = dropout_p > 0 and seed is not None
     if window is not None and q.numel() > 0:
         blocks = Blocks(queries, keys, window)
-        seen = (blocks.of_queries(q), *map(blocks.of_keys, (k, v)), blocks.allowed(len(q), q.device))
+        rows = blocks.of_queries(q), blocks.of_keys(k), blocks.of_keys(v)
+        allowed = blocks.allowed(len(q), q.device)
         ids = None if documents is None else (blocks.of_queries(documents, 1), blocks.of_keys(documents, 1))
         mask = None if key_mask is None else blocks.of_keys(key_mask, 1)
         keep = blocks.keep(seed, dropout_p, q.shape[:2], q.device) if explicit_dropout else None
-        return blocks.joined(_hiding(*seen, mask, ids, scale, dropout_p, keep, broken=True), len(q))
+        return blocks.joined(_hiding(*rows, allowed, mask, ids, scale, dropout_p, keep, broken=True), len(q))
     if queries == keys and key_mask is None and documents is None and not explicit_dropout:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale, enable_gqa=grouped

@@ -22,6 +22,13 @@ _CONTEXTS = ("block_size", "n_positions", "max_position_embeddings", "context_le
 _DROPOUT = 0.25  # of a trial in training, so that its place shows
 
 
+def _above(ones: Tensor) -> Tensor:
+    return ones.triu(1)
+
+
+_LOWER_OR_UPPER = (torch.tril, _above)  # where a mask whose numbers are not known says where to look, or where not to
+
+
 def key(module: nn.Module, swap: Swap) -> tuple:
     """The same for modules that one trial serves: of one class, shape, settings and contents of buffers."""
     shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
@@ -59,7 +66,11 @@ def why_not(module: nn.Module, swap: Swap, rows: int) -> str | None:
     if swap.width == 0:
         return None
     why = _why_not_at_first(module, swap)
-    return _looks_back_less(module, swap, rows) if why is None and swap.flag == "attention" else why
+    if why is None and swap.flag == "attention":
+        masks = _LOWER_OR_UPPER if any(buffer.is_meta for buffer in module.buffers()) else _LOWER_OR_UPPER[:1]
+        found = [_looks_back_less(module, swap, rows, mask) for mask in masks]
+        return None if None in found else found[0]
+    return why
 
 
 def _why_not_at_first(module: nn.Module, swap: Swap) -> str | None:
@@ -69,8 +80,8 @@ def _why_not_at_first(module: nn.Module, swap: Swap) -> str | None:
             why = _tried(module, swap, fills=True)
         return why
     # what a buffer on the meta device will hold is not known: a mask may say where to look, or where not to
-    lower = _tried(module, swap, torch.tril)
-    return lower and _tried(module, swap, lambda ones: ones.triu(1)) and lower
+    lower, upper = (_tried(module, swap, mask) for mask in _LOWER_OR_UPPER)
+    return lower and upper and lower
 
 
 def windows(module: nn.Module) -> list[int]:
@@ -80,7 +91,7 @@ def windows(module: nn.Module) -> list[int]:
     return [value for value in named if isinstance(value, int) and not isinstance(value, bool)]
 
 
-def _looks_back_less(module: nn.Module, swap: Swap, rows: int) -> str | None:
+def _looks_back_less(module: nn.Module, swap: Swap, rows: int, mask: Callable[[Tensor], Tensor]) -> str | None:
     """Why attention of as many tokens as it takes is not ours: each row of the result must agree by itself, for a
     window may be one token short of them."""
     owners = module.__dict__, getattr(module.__dict__.get("config"), "__dict__", {})
@@ -96,7 +107,7 @@ def _looks_back_less(module: nn.Module, swap: Swap, rows: int) -> str | None:
     try:
         with aside(), torch.no_grad():
             torch.default_generator.manual_seed(0)
-            twin = _twin(module, swap, torch.tril, False).float().eval()
+            twin = _twin(module, swap, mask, False).float().eval()
             x = torch.randn(1, time, swap.width, dtype=torch.float32, device="cpu")
             whose = "its own forward"
             expected = class_forward(twin, x)
