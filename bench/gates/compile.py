@@ -38,10 +38,10 @@ _MAY_SPILL = (
     # More registers would leave fewer blocks. None of these has been measured on its card.
     ("layer_norm_bwd_kernel", r"DROPOUT=True.* BLOCK_C=1024 ", (90, 100, 120), 24),
     ("layer_norm_bwd_kernel", r"C=768 HAS_DSUM=True NEEDS_DX_BIAS=True .* BLOCK_C=1024 ", (120,), 8),
-    ("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (80,), 8),  # padding and dropout together
+    ("attention_dkdv_kernel", r"i64 u1( fp32)?; D=64 .*; no ids", (80,), 8),  # padding and dropout together
 )
 # Where ptxas may serialize wgmma: padding and dropout in one backward. A single stage would not be; it is not measured.
-_MAY_SERIALIZE = (("attention_dkdv_kernel", r"i64 u1; D=64 .*; no ids", (90,)),)
+_MAY_SERIALIZE = (("attention_dkdv_kernel", r"i64 u1( fp32)?; D=64 .*; no ids", (90,)),)
 _WGMMA = re.compile(r"(attention_(fwd|dq|dkdv)|hopper_\w+)_kernel \d*x?(bf16|fp16)\b(?!.* D=256 )")
 
 

@@ -53,12 +53,15 @@ def profiled(accounts: dict[str, list[Line]]) -> Iterator[list[str]]:
     lines = predict.without_clipping(accounts[predict.PROFILED])
     for part, ms in predict.PROFILE.items():
         launches, _, _, floor = summed((line for line in lines if line.part == part), predict.RATES)
-        yield [part, str(launches), f"{floor:.2f}", f"{ms:.2f}", f"{100 * floor / ms:.0f}%"]
+        gone = 1e3 * predict.GONE.get(part, 0) / predict.RATES[1]
+        said = f"{floor:.2f}" + (f" + {gone:.2f} gone" if gone else "")
+        yield [part, str(launches), said, f"{ms:.2f}", f"{100 * (floor + gone) / ms:.0f}%"]
     launches, _, _, floor = summed((line for line in lines if line.part not in predict.PROFILE), predict.RATES)
     yield ["everything else", str(launches), f"{floor:.2f}", f"{predict.OTHERS:.2f} ({predict.OTHER_LAUNCHES})", ""]
     total = summed(lines, predict.RATES)
     measured = sum(predict.PROFILE.values()) + predict.OTHERS
-    yield ["together", str(total[0]), f"{total[3]:.2f}", f"{measured:.1f}", f"{100 * total[3] / measured:.0f}%"]
+    then = total[3] + 1e3 * sum(predict.GONE.values()) / predict.RATES[1]
+    yield ["together", str(total[0]), f"{then:.2f}", f"{measured:.1f}", f"{100 * then / measured:.0f}%"]
 
 
 def launches(lines: list[Line], rates: Rates) -> Iterator[list[str]]:
@@ -110,7 +113,8 @@ def page(accounts: dict[str, list[Line]], missing: dict[str, str], conditions: s
             "## Beside a profile",
             predict.PROFILE_WORDS + ". Attention's backward is two kernels here, which both read q, k and v; the "
             "embedding's measured time is what the profile's other rows leave of its 58.3 ms. What was profiled and is "
-            "not recorded: memsets before sums that several blocks share, and kernels that cuBLAS adds to a product.",
+            "not recorded: memsets before sums that several blocks share, and kernels that cuBLAS adds to a product. "
+            "Gone are twelve passes over dqkv, whose columns attention's backward sums since then.",
             markdown(profiled(accounts)),
             "## Parts: ms of floor, and how many launches",
             markdown(parts(accounts, predict.RATES)),

@@ -44,7 +44,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """x (N, C), weight (V, C), targets (N,) -> the loss in float32 (float64 for float64): a scalar, or (N,) for "none".
 
     For the mean and the sum the gradients are made in the forward, while a chunk's logits are at hand, and the
-    backward scales them by the one number it is given. For "none" every row has a number of its own, so the backward
+    backward scales them by the one number it is given; on a CPU, where that can be asked, not by 1, for dweight is as
+    large as the weight. For "none" every row has a number of its own, so the backward
     computes the logits again.
     """
 
@@ -55,8 +56,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.chunked_losses = chunked_losses
         if reduction == "none" or not any(ctx.needs_input_grad):
             losses, _, _ = chunked_losses(x, weight, targets, None, *settings, False, False)
-        else:  # gradients of the sum: a mean's divisor would sink float16's small ones, so it comes later
-            losses, *ctx.grads = chunked_losses(x, weight, targets, _ones(x), *settings, *ctx.needs_input_grad[:2])
+        else:
+            row_grads = _row_grads(x, targets, reduction, settings)
+            losses, *ctx.grads = chunked_losses(x, weight, targets, row_grads, *settings, *ctx.needs_input_grad[:2])
         return losses if reduction == "none" else losses.sum() / _divisor(targets, reduction, settings)
 
     @staticmethod
@@ -67,19 +69,36 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         made, ctx.grads = ctx.grads, None  # scaled in place, so a second backward (retain_graph) makes its own
         if made is None:
-            row_grads = dloss if ctx.reduction == "none" else _ones(x)
+            row_grads = dloss if ctx.reduction == "none" else _row_grads(x, targets, ctx.reduction, ctx.settings)
             _, *made = ctx.chunked_losses(x, weight, targets, row_grads, *ctx.settings, *ctx.needs_input_grad[:2])
         if ctx.reduction != "none":
-            factor = dloss / _divisor(targets, ctx.reduction, ctx.settings).clamp(min=1)
-            several = mapped(dloss)
-            made = [grad * factor if several else grad.mul_(factor) for grad in made]
+            factor = dloss
+            if not _divides_first(x, ctx.settings):
+                factor = dloss / _divisor(targets, ctx.reduction, ctx.settings).clamp(min=1)
+            if mapped(dloss):
+                made = [grad * factor for grad in made]
+            elif not _is_one(factor):
+                made = [grad.mul_(factor) for grad in made]
         dx, dweight = made
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         return dx if needs_x else None, dweight.to(weight.dtype) if needs_weight else None, *[None] * 4
 
 
-def _ones(x):
-    return torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+def _row_grads(x, targets, reduction, settings):
+    """What reaches the loss of each row, but for the number that the backward scales by."""
+    ones = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
+    return ones / _divisor(targets, reduction, settings).clamp(min=1) if _divides_first(x, settings) else ones
+
+
+def _divides_first(x, settings) -> bool:
+    """Whether a mean's divisor is in the rows' gradients from the start. It would sink float16's small ones; float64's
+    rows are float32 here; and elsewhere the backward's pass over them is made all the same."""
+    return x.device.type == "cpu" and settings.dtype in (torch.float32, torch.bfloat16)
+
+
+def _is_one(factor) -> bool:
+    """Where it can be asked without waiting for a device, and without a compiler's having to know."""
+    return type(factor) is Tensor and factor.is_cpu and not torch.compiler.is_compiling() and factor.item() == 1
 
 
 def _divisor(targets, reduction, settings):

@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 import triton
 import triton.language as tl
 
+from bench import smoke
 from bench.__main__ import main
 from bench.gates import compile as gate
 from bench.gates import record, ways
@@ -181,3 +182,18 @@ def test_the_defect_of_the_embeddings_backward_turns_the_gate_red_on_triton_3_6_
         assert process.returncode == code, process.stderr
         assert process.stdout.startswith("Triton 3.6.0")
         assert all(line.startswith("run_sums_kernel") for line in failing) and len(failing) == code
+
+
+def test_a_sanitizer_reaches_every_form_of_hoppers_kernels(capsys):
+    """What `bench smoke --hopper` launches there is what the gate compiles of them."""
+    hopper = pytest.importorskip("fastgpt.ops.hopper")
+    if not hopper.has_a_known_triton():
+        pytest.skip("this Triton's Gluon is not known")
+    names = {launch.name for launch in record.launches(smoke.hoppers, 90)}
+    assert names == {f"hopper_{kind}_kernel" for kind in HOPPERS}
+    assert "Hopper's attention_backward with a bias bfloat16" in capsys.readouterr().out
+    assert record.launches(smoke.hoppers, 80) == []
+    assert main(["smoke", "--hopper"]) == 1
+
+
+HOPPERS = ("attention_fwd", "attention_dq", "attention_dkdv", "linear_gelu_fwd", "linear_gelu_bwd")

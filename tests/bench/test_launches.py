@@ -2,7 +2,9 @@
 the code launches."""
 
 import dataclasses
+import re
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
+import fastgpt
 from bench import launches, work
 from bench.__main__ import main
 from bench.gates import feign
 from bench.launches import operators, parts, predict, record, rows
 from bench.steps.entries import BASELINE
-from fastgpt import ops
+from fastgpt import GPT, GPTConfig, ops
 from tests import models
 
 SIZES = parts.Sizes(4096, 768, 3072, 50257)
@@ -93,6 +96,43 @@ def test_one_cast_more_a_layer_is_seen(monkeypatch):
     found = differences(BASELINE)
     cast = ("forward", "casts of activations", "copy_", "f32[32,1024,2304] bf16[32,1024,2304]")
     assert found[cast] == 2
+
+
+def own_blocks():
+    model = GPT(GPTConfig(vocab_size=50257, n_layer=2, n_head=12, n_embd=768, activation_checkpointing="block"))
+    return model, lambda idx: model(idx, idx)
+
+
+def hugging_faces():
+    transformers = pytest.importorskip("transformers", reason="the extra `test` brings transformers")
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
+    fastgpt.accelerate(model, loss=True)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, lambda idx: model(idx, labels=idx).loss
+
+
+@pytest.mark.parametrize("make", [own_blocks, hugging_faces])
+def test_a_weight_is_cast_once_a_forward_and_once_a_recompute(make):
+    """Under autocast; the account says the same of all families where nothing is computed again. A copy that is kept
+    longer could be stale: a fused optimizer moves no version, and a graph's replay tells Python of nothing."""
+    with mock.patch.multiple(torch.Tensor, **rows._UNDRAWN):
+        model, loss = make()
+    shapes = Counter(frozenset(p.shape) for name, p in model.named_parameters() if ".c_" in name and p.dim() == 2)
+
+    def call():
+        model.to("cuda").train()
+        idx = torch.zeros(4, 1024, dtype=torch.int64, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            out = loss(idx)
+        out.backward()
+
+    casts = Counter()
+    for launch in named(of(call), "copy_"):
+        match = re.fullmatch(r"bf16\[(\d+),(\d+)\]ᵀ? f32\[(\d+),(\d+)\]ᵀ?", launch.tensors)
+        if match:
+            casts[frozenset(map(int, match.groups()))] += 1
+    head = frozenset(model.get_parameter("wte.weight" if make is own_blocks else "lm_head.weight").shape)
+    assert {shape: casts[shape] for shape in (*shapes, head)} == {**{s: 2 * n for s, n in shapes.items()}, head: 1}
 
 
 def test_operators_are_counted_as_a_card_launches_them():

@@ -306,6 +306,22 @@ def test_a_call_of_attention_that_asks_for_more_is_left_to_itself(asked, monkeyp
     assert calls == ["causal_attention_qkv"]
 
 
+@pytest.mark.interpreter
+def test_what_the_cache_keeps_has_its_gradient_too():
+    """qkv's bias gets that of attention alone from its kernels: not where the keys go elsewhere as well."""
+    pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+    model = hugging_face(n_layer=1).double().train()
+    found = []
+    for swapped in (False, True):
+        if swapped:
+            accelerate(model)
+        model.zero_grad()
+        out = model(IDX, use_cache=True)
+        (out.logits.square().mean() + out.past_key_values.layers[0].keys.square().mean()).backward()
+        found.append(model.transformer.h[0].attn.c_attn.bias.grad.clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
 def test_generation_needs_no_encoder():
     with pytest.raises(ValueError, match="this GPT2LMHeadModel has cross-attention, and no encoder is given"):
         fastgpt.generate(hugging_face(add_cross_attention=True), IDX, 3)
