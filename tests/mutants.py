@@ -316,7 +316,7 @@ MUTANTS = [
     Mutant("top_p's boundary", SAMPLING, "Sampling._candidates", "before >= max(1, int(self.top_p * _ONE))", "before > max(1, int(self.top_p * _ONE))", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
     Mutant("min_p of all, not of the likeliest", SAMPLING, "Sampling._candidates", "self.min_p * weights.amax(-1, keepdim=True)", "self.min_p", DRAWN, False),
     Mutant("temperature after the filters", SAMPLING, "Sampling._candidates", "keepdim=True)) / self.temperature", "keepdim=True))", DRAWN, False),
-    Mutant("a penalty that rewards", SAMPLING, "Sampling._penalised", "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", SAMPLED + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
+    Mutant("a penalty that rewards", SAMPLING, "Sampling.penalised", "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", SAMPLED + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
     Mutant("new tokens not seen", BATCH, "Batch._take", "self.seen.scatter_(1, ids, True)", "pass", SAMPLED + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
     Mutant("samples of another prompt", BATCH, "Batch.first_logits", "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", SAMPLED + "test_samples_of_a_prompt_share_its_row", False),
     Mutant("a window of one token less", BATCH, "Batch._window", "starts = (self.lengths - context)", "starts = (self.lengths - context + 1)", GENERATION + "test_slide_forgets_the_oldest", False),

@@ -51,7 +51,9 @@ def test_a_greedy_token_in_many_launches():
     ("sampling", "more"),
     [
         (Sampling(), 18),
-        (Sampling(top_k=50), 35),
+        (Sampling(top_k=50), 2),
+        (Sampling(top_k=100, top_p=0.9, min_p=0.1), 2),
+        (Sampling(top_k=200), 35),
         (Sampling(top_p=0.9), 36),
         (Sampling(temperature=0, repetition_penalty=1.2), 16),
     ],
