@@ -54,6 +54,7 @@ GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/book.py"
 CHILD, PART = "test_swap_parts.py::test_a_changed_child_is_called", "test_swap_parts.py::test_a_changed_part_is_called"
 GENERATION, SAMPLED, BATCHED = "test_generation.py::", "test_sampling.py::", "test_batch.py::"
 ALONE = "test_decoder.py::test_one_row_alone_is_decoded_as_in_a_batch"
+TAKEN = "test_draw.py::"
 AHEAD, LEFT, LEADING = "fastgpt/generation/ahead.py", "fastgpt/generation/kept.py", "test_ahead.py::"
 CACHED, DRAWN, STOPS = (
     GENERATION + "test_greedy_with_the_cache_is_greedy_without_it",
@@ -216,6 +217,10 @@ MUTANTS = [
     Mutant("few rows: the stream not rounded before its norm", "kernels/few_rows.py", "_linear_kernel", "x = rounded.to(ACC)", "x = x + 0.0", FEW + "test_the_norm_sees_the_stream_as_it_is_written"),
     Mutant("greedy: the last of equal logits", "kernels/greedy.py", "_greedy_kernel", "better = z > best", "better = z >= best", FEW + "test_the_likeliest_token_is_written_down"),
     Mutant("greedy: infinities go unseen", "kernels/greedy.py", "_greedy_kernel", "spoiled += tl.where(cols < V, z * 0.0, 0.0)", "spoiled += tl.where(z != z, z, 0.0)", FEW + "test_the_likeliest_token_is_written_down"),
+    Mutant("draw: negative logits the wrong way round", "kernels/draw.py", "_reversed_if_negative", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits", TAKEN + "test_every_sign_and_equal_logits_keep_their_order"),
+    Mutant("draw: of equal logits the last", "kernels/draw.py", "_likeliest_kernel", "(~cols & 0x7FFFFFFF)", "cols", TAKEN + "test_every_sign_and_equal_logits_keep_their_order"),
+    Mutant("draw: top_p counts the token itself", "kernels/draw.py", "_draw_kernel", "tl.cumsum(counts, axis=0) - counts < most", "tl.cumsum(counts, axis=0) < most", TAKEN + "test_the_same_clocks_ring_for_the_same_tokens"),
+    Mutant("draw: infinities go unseen", "kernels/draw.py", "_likeliest_kernel", "tl.sum(z * 0.0, axis=0)", "tl.sum(tl.where(z != z, z, 0.0), axis=0)", TAKEN + "test_a_row_that_is_not_finite_is_told_and_goes_on"),
     # cross entropy
     Mutant("one-hot missing", LOSS, "_gradient", "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
     Mutant("no maximum taken off", LOSS, "_add_up", "new_tops = tl.maximum(tops, tl.max(eights, axis=1))", "new_tops = tl.zeros_like(tops)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),
@@ -296,7 +301,7 @@ MUTANTS = [
     Mutant("loss ignores -100", "fastgpt/swap/nanogpt.py", "model", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", ATTENDED, "Step.__init__", "self.positions = lengths[:, None] + offsets", "self.positions = (lengths[:, None] - 1 + offsets).clamp(min=0)", CACHED, False),
+    Mutant("positions one too early", ATTENDED, "Step.__init__", "self.positions = lengths[:, None] - 1", "self.positions = (lengths[:, None] - 2).clamp(min=0)", CACHED, False),
     Mutant("a stale cache row", "fastgpt/ops/decoding.py", "OnPyTorch.append", "values[rows, :, places] = v", "pass", CACHED, False),
     Mutant("a position of a filled cache one too late", ATTENDED, "Step.__init__", "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
     Mutant("keys of a filled cache a slot early", ATTENDED, "Step.__init__", "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
