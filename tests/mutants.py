@@ -303,7 +303,7 @@ MUTANTS = [
     # generation
     Mutant("positions one too early", ATTENDED, "Step.__init__", "self.positions = lengths[:, None] - 1", "self.positions = (lengths[:, None] - 2).clamp(min=0)", CACHED, False),
     Mutant("a stale cache row", "fastgpt/ops/decoding.py", "OnPyTorch.append", "values[rows, :, places] = v", "pass", CACHED, False),
-    Mutant("a position of a filled cache one too late", ATTENDED, "Step.__init__", "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
+    Mutant("a position of a filled cache one too late", ATTENDED, "Step.__init__", "torch.arange(longest - new, longest,", "torch.arange(longest - new + 1, longest + 1,", ALONE, False),
     Mutant("keys of a filled cache a slot early", ATTENDED, "Step.__init__", "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
     Mutant("a token that does not see itself", STEPS, "OnPyTorch.attend", "return F.scaled_dot_product_attention(q, keys, values, scale", "return F.scaled_dot_product_attention(q, keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
     Mutant("the fused step skips a residual add", "fastgpt/ops/decoding.py", "_sum", "total = x if branch is None else x + branch", "total = x if branch is None else branch", ALONE, False),
@@ -507,7 +507,7 @@ MUTANTS = [
     # options in pairs, and exact boundaries
     Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.features", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
     Mutant("z_loss of ignored rows, differentiated twice", "fastgpt/ops/loss.py", "of_all_logits", "losses.masked_fill(targets == settings.ignore_index, 0)", "losses.masked_fill((targets == settings.ignore_index) & (settings.z_loss == 0), 0)", "test_pairs.py::test_second_derivatives_of_the_loss", False),
-    Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "max(map(len, prompts)) + max_new_tokens - 1:", "max(map(len, prompts)) + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
+    Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "helper.context < longest + max_new_tokens - 1:", "helper.context < longest + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
     Mutant("a stop id as the last token is a length", "fastgpt/generation/__init__.py", "_Row.take", "if self.reason is None and len(self.tokens) == self.limit:", "if len(self.tokens) == self.limit:", "test_boundaries.py::test_a_stop_id_at_the_last_token_asked_for", False),
     # Hopper's own kernels
     Mutant("Hopper: a ring's parity does not flip", RING, "next_slot", "gl.where(wrap, phase ^ 1, phase)", "gl.where(wrap, phase, phase)", ANY_LENGTH, False),
@@ -607,7 +607,7 @@ MUTANTS = [
     Mutant("token: one word is waited for", WORDS, "await_words", "others += ((_look(ptrs + n * STRIDE)", "others += ((_look(ptrs)", "test_token.py::test_the_order_of_programs_changes_no_bit"),
     Mutant("words: the last alone is waited for", WORDS, "_spin", 'f"setp.ne.or.b32 p, f{n}, ${tag}, p;"', 'f"setp.ne.b32 p, f{n}, ${tag};"', "test_words.py::test_words_arrive_in_any_order"),
     Mutant("words: a split that is not there is waited for", WORDS, "_ptx_of_splits", 'f"@q {load}"', 'load', "test_words.py::test_splits_that_are_not_there_are_the_first"),
-    Mutant("token: what never ran on a card", TOKEN_CHOICE, "whole_token", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
+    Mutant("token: what never ran on a card", TOKEN_CHOICE, "measured", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
     Mutant("token: any stream", TOKEN_CHOICE, "_unlike", "stream != torch.bfloat16", "False", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: any scale", TOKEN_CHOICE, "_unlike", "{(layer[2], layer[6]) for layer in layers}", "{(0, layer[6]) for layer in layers}", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),
