@@ -219,7 +219,7 @@ MUTANTS = [
     Mutant("greedy: infinities go unseen", "kernels/greedy.py", "_greedy_kernel", "spoiled += tl.where(cols < V, z * 0.0, 0.0)", "spoiled += tl.where(z != z, z, 0.0)", FEW + "test_the_likeliest_token_is_written_down"),
     Mutant("draw: negative logits the wrong way round", "kernels/draw.py", "_reversed_if_negative", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits", TAKEN + "test_every_sign_and_equal_logits_keep_their_order"),
     Mutant("draw: of equal logits the last", "kernels/draw.py", "_likeliest_kernel", "(~cols & 0x7FFFFFFF)", "cols", TAKEN + "test_every_sign_and_equal_logits_keep_their_order"),
-    Mutant("draw: top_p counts the token itself", "kernels/draw.py", "_draw_kernel", "tl.cumsum(counts, axis=0) - counts < most", "tl.cumsum(counts, axis=0) < most", TAKEN + "test_the_same_clocks_ring_for_the_same_tokens"),
+    Mutant("draw: top_p counts the token itself", "kernels/draw.py", "_draw_kernel", "tl.cumsum(counts, axis=0) - counts < most", "tl.cumsum(counts, axis=0) < most", TAKEN + "test_the_token_that_reaches_top_p_is_left_and_none_after_it"),
     Mutant("draw: infinities go unseen", "kernels/draw.py", "_likeliest_kernel", "tl.sum(z * 0.0, axis=0)", "tl.sum(tl.where(z != z, z, 0.0), axis=0)", TAKEN + "test_a_row_that_is_not_finite_is_told_and_goes_on"),
     # cross entropy
     Mutant("one-hot missing", LOSS, "_gradient", "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
