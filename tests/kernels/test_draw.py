@@ -69,10 +69,11 @@ def test_every_sign_and_equal_logits_keep_their_order(device):
 def test_the_token_that_reaches_top_p_is_left_and_none_after_it(device):
     logits = torch.tensor([[0.2, 0.5, 0.3]], device=device).log()
     for place, token in ((0, 1), (1, 2), (2, 1)):
-        clocks = torch.full((1, 2 + (place == 2)), 1.0, device=device)
+        clocks = torch.ones(1, 3, device=device)
         clocks[0, place] = 1e-6
-        sampling = Sampling(top_k=clocks.shape[1], top_p=0.6)
-        assert drawn(logits, clocks, sampling, torch.tensor([0], device=device))[0].tolist() == [token]
+        assert drawn(logits, clocks, Sampling(top_k=3, top_p=0.6), torch.tensor([0], device=device))[0].tolist() == [
+            token
+        ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
