@@ -5,25 +5,20 @@ weighs them by softmax(logits / temperature), leaves out what top_p and min_p le
 exponential clocks of these rates to ring (Efraimidis, Spirakis, "Weighted random sampling with a reservoir", 2006,
 algorithm A with reciprocal keys). Clocks are drawn by the caller, in the order of likelihood.
 
-A logit and its place are one 64-bit key: of equal logits the first is the likelier. A row with a logit that is not
-finite has -1 for its news, and its tokens go on. Launches are bound by latency: 0.2 MB are read of a row of GPT-2.
+Keys, and what becomes of a row with a logit that is not finite, are as in greedy.py. Launches are bound by latency: of a row
+of GPT-2 0.2 MB are read.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .greedy import keys_of, place_of, reversed_if_negative, write_token
 from .launch import cdiv, next_power_of_2
 
 MOST = 128  # the likeliest that are found: the second launch sorts as many of each piece at once
 _PIECE = 16 if triton.knobs.runtime.interpret else 2048  # Triton's interpreter takes minutes to sort as many
 ONE = 2**40  # a probability of 1, where probabilities are counted
-
-
-@triton.jit
-def _reversed_if_negative(bits):
-    """Between a float32's bits and a whole number of the same order: its own inverse."""
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -39,9 +34,8 @@ def _likeliest_kernel(
     there = cols < V
     z = tl.load(logits_ptr + row * stride_l + cols, there, 0.0).to(tl.float32)
     tl.store(spoiled_ptr + row * pieces + piece, tl.sum(z * 0.0, axis=0))  # NaN from the first that is not finite
-    order = _reversed_if_negative(z.to(tl.int32, bitcast=True)).to(tl.int64)
-    keys = tl.where(there, (order << 32) | (~cols & 0x7FFFFFFF).to(tl.int64), -(1 << 63))
-    tl.store(keys_ptr + (row * pieces + piece) * K + tl.arange(0, K), tl.topk(keys, K))
+    best = tl.topk(keys_of(z, cols, there), K)
+    tl.store(keys_ptr + (row * pieces + piece) * K + tl.arange(0, K), best)
 
 
 @triton.jit
@@ -61,8 +55,7 @@ def _draw_kernel(
     places, each, piece = tl.arange(0, N), tl.arange(0, K), tl.arange(0, PIECES)
     found = tl.load(keys_ptr + row * pieces * K + places, places < pieces * K, -(1 << 63))
     best = tl.topk(found, K)
-    ids = ~best.to(tl.int32) & 0x7FFFFFFF  # of the lower half
-    z = _reversed_if_negative((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+    z = reversed_if_negative((best >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
     z = tl.where(each < k, z, float("-inf"))
     weights = tl.exp((z - tl.max(z, axis=0)) / temperature)
     weights = weights / tl.sum(weights, axis=0)
@@ -74,12 +67,8 @@ def _draw_kernel(
     chosen = tl.argmax(weights / clocks, axis=0)
     spoiled = tl.load(spoiled_ptr + row * pieces + piece, piece < pieces, 0.0)
     finite = tl.sum(spoiled, axis=0) == 0.0
-    token = tl.where(finite, tl.sum(tl.where(each == chosen, ids, 0), axis=0), 0).to(tl.int64)
-    length = tl.load(lengths_ptr + row)
-    tl.store(history_ptr + row * stride_h + length, token)
-    tl.store(lengths_ptr + row, length + 1)
-    tl.store(news_ptr + row * ring + length % ring, tl.where(finite, token, -1))
-    tl.store(last_ptr + row, token)
+    token = tl.sum(tl.where(each == chosen, place_of(best), 0), axis=0)
+    write_token(token, finite, row, history_ptr, lengths_ptr, news_ptr, last_ptr, stride_h, ring)
 
 
 def draw(
