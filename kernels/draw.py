@@ -5,8 +5,8 @@ weighs them by softmax(logits / temperature), leaves out what top_p and min_p le
 exponential clocks of these rates to ring (Efraimidis, Spirakis, "Weighted random sampling with a reservoir", 2006,
 algorithm A with reciprocal keys). Clocks are drawn by the caller, in the order of likelihood.
 
-Keys, and what becomes of a row with a logit that is not finite, are as in greedy.py. Launches are bound by latency: of a row
-of GPT-2 0.2 MB are read.
+Keys, and what becomes of a row with a logit that is not finite, are as in greedy.py. Launches are bound by latency, for
+a row of GPT-2 has 0.2 MB.
 """
 
 import torch

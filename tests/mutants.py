@@ -502,7 +502,7 @@ MUTANTS = [
     Mutant("decoding: far channels of q are not copied", DECODE, "decode_attention_fwd", "for t in (q, k_cache, v_cache))", "if t is not q else t for t in (q, k_cache, v_cache))", VIEWS),
     Mutant("a cache's heads written at the other's strides", DECODE, "_append_kernel", "v_ptr + batch * stride_vb + place * stride_vt + head * stride_vh", "v_ptr + batch * stride_kb + place * stride_kt + head * stride_kh", "test_views.py::test_append"),
     Mutant("row gradients taken for adjacent", LOSS, "_cross_entropy_kernel", "row_grads_ptr + row * stride_gn", "row_grads_ptr + row", "test_views.py::test_cross_entropy_rows"),
-    Mutant("history's rows taken for adjacent", "kernels/greedy.py", "_greedy_kernel", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
+    Mutant("history's rows taken for adjacent", "kernels/greedy.py", "write_token", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
     Mutant("a cache's far heads", DECODE, "_append_kernel", "(channels // D).to(tl.int64)", "channels // D", "test_views.py::test_append_past_an_offset_of_32_bits"),
     # options in pairs, and exact boundaries
     Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.features", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
