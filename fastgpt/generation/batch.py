@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     captures: bool
     ring: int  # tokens of a row that are kept for the host
     settings: tuple  # of PyTorch's, that a capture holds on to
+    stream: int  # on which the tensors are allocated, and freed
 
 
 def plan(
@@ -61,7 +62,10 @@ def plan(
     slots = min(decoder.context, room - (not captures))  # the last token is never fed back
     never = tuple(token for token in never if token < vocab_size)
     ring = EVERY if queued else 1
-    return Plan(rows, samples, room, slots, sampling, vocab_size, logprobs, never, seeded, captures, ring, _settings())
+    on_a_card = captures and decoder.device.type == "cuda"
+    stream = torch.cuda.current_stream(decoder.device).cuda_stream if on_a_card else 0
+    shape = rows, samples, room, slots
+    return Plan(*shape, sampling, vocab_size, logprobs, never, seeded, captures, ring, _settings(), stream)
 
 
 def _settings() -> tuple:
