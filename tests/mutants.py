@@ -55,6 +55,7 @@ GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/book.py"
 CHILD, PART = "test_swap_parts.py::test_a_changed_child_is_called", "test_swap_parts.py::test_a_changed_part_is_called"
 GENERATION, SAMPLED, BATCHED = "test_generation.py::", "test_sampling.py::", "test_batch.py::"
 ALONE = "test_decoder.py::test_one_row_alone_is_decoded_as_in_a_batch"
+TAKEN = "test_draw.py::"
 AHEAD, LEFT, LEADING = "fastgpt/generation/ahead.py", "fastgpt/generation/kept.py", "test_ahead.py::"
 CACHED, DRAWN, STOPS = (
     GENERATION + "test_greedy_with_the_cache_is_greedy_without_it",
@@ -258,8 +259,12 @@ MUTANTS = [
     Mutant("few rows: branch_bias dropped", "kernels/few_rows.py", "_linear_kernel", "_row(branch_ptr + m * K, cols, there, ACC) + _row(branch_bias_ptr, cols, there, ACC)", "_row(branch_ptr + m * K, cols, there, ACC)", FEW + "test_a_norm_before_and_a_gelu_after"),
     Mutant("few rows: the first block of channels alone", "kernels/few_rows.py", "_linear_kernel", "tl.static_range(0, K, BLOCK_K)", "tl.static_range(0, BLOCK_K, BLOCK_K)", FEW + "test_a_linear_layer"),
     Mutant("few rows: the stream not rounded before its norm", "kernels/few_rows.py", "_linear_kernel", "x = rounded.to(ACC)", "x = x + 0.0", FEW + "test_the_norm_sees_the_stream_as_it_is_written"),
-    Mutant("greedy: the last of equal logits", "kernels/greedy.py", "_greedy_kernel", "better = z > best", "better = z >= best", FEW + "test_the_likeliest_token_is_written_down"),
-    Mutant("greedy: infinities go unseen", "kernels/greedy.py", "_greedy_kernel", "spoiled += tl.where(cols < V, z * 0.0, 0.0)", "spoiled += tl.where(z != z, z, 0.0)", FEW + "test_the_likeliest_token_is_written_down"),
+    Mutant("greedy: the last of equal logits", "kernels/greedy.py", "keys_of", "(~cols & 0x7FFFFFFF)", "cols", FEW + "test_the_likeliest_token_is_written_down"),
+    Mutant("greedy: infinities go unseen", "kernels/greedy.py", "_piece_kernel", "tl.sum(z * 0.0, axis=0)", "tl.sum(tl.where(z != z, z, 0.0), axis=0)", FEW + "test_the_likeliest_token_is_written_down"),
+    Mutant("draw: negative logits the wrong way round", "kernels/greedy.py", "reversed_if_negative", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits", TAKEN + "test_every_sign_and_equal_logits_keep_their_order"),
+    Mutant("draw: zeros of two signs differ", "kernels/greedy.py", "keys_of", "tl.where(z == 0.0, 0.0, z)", "z", TAKEN + "test_every_sign_and_equal_logits_keep_their_order"),
+    Mutant("draw: top_p counts the token itself", "kernels/draw.py", "_draw_kernel", "tl.cumsum(counts, axis=0) - counts < most", "tl.cumsum(counts, axis=0) < most", TAKEN + "test_the_token_that_reaches_top_p_is_left_and_none_after_it"),
+    Mutant("draw: infinities go unseen", "kernels/draw.py", "_likeliest_kernel", "tl.sum(z * 0.0, axis=0)", "tl.sum(tl.where(z != z, z, 0.0), axis=0)", TAKEN + "test_a_row_that_is_not_finite_is_told_and_goes_on"),
     # cross entropy
     Mutant("one-hot missing", LOSS, "_gradient", "dz - (1 - smoothing) * grad, dz", "dz, dz", ENTROPY),
     Mutant("no maximum taken off", LOSS, "_add_up", "new_tops = tl.maximum(tops, tl.max(eights, axis=1))", "new_tops = tl.zeros_like(tops)", "test_cross_entropy.py::test_a_common_offset_and_large_logits"),
@@ -340,9 +345,9 @@ MUTANTS = [
     Mutant("loss ignores -100", "fastgpt/swap/nanogpt.py", "model", "ignore_index=-1,", "ignore_index=-100,", "test_families_nanogpt.py::test_the_loss_ignores_minus_one", False),
     Mutant("no mask function", "fastgpt/families/huggingface.py", "", "AttentionMaskInterface.register(IMPLEMENTATION, mask_function)", "", "test_families_huggingface.py::test_the_door_gives_sdpas_numbers", False),
     # generation
-    Mutant("positions one too early", ATTENDED, "Step.__init__", "self.positions = lengths[:, None] + offsets", "self.positions = (lengths[:, None] - 1 + offsets).clamp(min=0)", CACHED, False),
+    Mutant("positions one too early", ATTENDED, "Step.__init__", "self.positions = lengths[:, None] - 1", "self.positions = (lengths[:, None] - 2).clamp(min=0)", CACHED, False),
     Mutant("a stale cache row", "fastgpt/ops/decoding.py", "OnPyTorch.append", "values[rows, :, places] = v", "pass", CACHED, False),
-    Mutant("a position of a filled cache one too late", ATTENDED, "Step.__init__", "None, longest + offsets", "None, longest + 1 + offsets", ALONE, False),
+    Mutant("a position of a filled cache one too late", ATTENDED, "Step.__init__", "torch.arange(longest - new, longest,", "torch.arange(longest - new + 1, longest + 1,", ALONE, False),
     Mutant("keys of a filled cache a slot early", ATTENDED, "Step.__init__", "longest - new :, :]", "longest - new - 1 : -1, :]", ALONE, False),
     Mutant("a token that does not see itself", STEPS, "OnPyTorch.attend", "return F.scaled_dot_product_attention(q, keys, values, scale", "return F.scaled_dot_product_attention(q, keys[:, :, :-1], values[:, :, :-1], scale", ALONE, False),
     Mutant("the fused step skips a residual add", "fastgpt/ops/decoding.py", "_sum", "total = x if branch is None else x + branch", "total = x if branch is None else branch", ALONE, False),
@@ -360,7 +365,7 @@ MUTANTS = [
     Mutant("top_p's boundary", SAMPLING, "Sampling._candidates", "before >= max(1, int(self.top_p * _ONE))", "before > max(1, int(self.top_p * _ONE))", SAMPLED + "test_top_p_ends_with_the_token_that_reaches_it", False),
     Mutant("min_p of all, not of the likeliest", SAMPLING, "Sampling._candidates", "self.min_p * weights.amax(-1, keepdim=True)", "self.min_p", DRAWN, False),
     Mutant("temperature after the filters", SAMPLING, "Sampling._candidates", "keepdim=True)) / self.temperature", "keepdim=True))", DRAWN, False),
-    Mutant("a penalty that rewards", SAMPLING, "Sampling._penalised", "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", SAMPLED + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
+    Mutant("a penalty that rewards", SAMPLING, "Sampling.penalised", "torch.where(logits > 0, logits / penalty, logits * penalty)", "logits / penalty", SAMPLED + "test_the_penalty_shuns_what_was_seen_whatever_its_sign", False),
     Mutant("new tokens not seen", BATCH, "Batch._take", "self.seen.scatter_(1, ids, True)", "pass", SAMPLED + "test_repetition_penalty_sees_each_row_and_each_new_token", False),
     Mutant("samples of another prompt", BATCH, "Batch.first_logits", "return self.decoder.prefill(prompts, lengths, self.cache).repeat_interleave(self.samples, 0)", "return self.decoder.prefill(prompts, lengths, self.cache).repeat(self.samples, 1)", SAMPLED + "test_samples_of_a_prompt_share_its_row", False),
     Mutant("a window of one token less", BATCH, "Batch._window", "starts = (self.lengths - context)", "starts = (self.lengths - context + 1)", GENERATION + "test_slide_forgets_the_oldest", False),
@@ -545,12 +550,12 @@ MUTANTS = [
     Mutant("decoding: far channels of q are not copied", DECODE, "decode_attention_fwd", "for t in (q, k_cache, v_cache))", "if t is not q else t for t in (q, k_cache, v_cache))", VIEWS),
     Mutant("a cache's heads written at the other's strides", DECODE, "_append_kernel", "v_ptr + batch * stride_vb + place * stride_vt + head * stride_vh", "v_ptr + batch * stride_kb + place * stride_kt + head * stride_kh", "test_views.py::test_append"),
     Mutant("row gradients taken for adjacent", LOSS, "_cross_entropy_kernel", "row_grads_ptr + row * stride_gn", "row_grads_ptr + row", "test_views.py::test_cross_entropy_rows"),
-    Mutant("history's rows taken for adjacent", "kernels/greedy.py", "_greedy_kernel", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
+    Mutant("history's rows taken for adjacent", "kernels/greedy.py", "write_token", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
     Mutant("a cache's far heads", DECODE, "_append_kernel", "(channels // D).to(tl.int64)", "channels // D", "test_views.py::test_append_past_an_offset_of_32_bits"),
     # options in pairs, and exact boundaries
     Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.features", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
     Mutant("z_loss of ignored rows, differentiated twice", "fastgpt/ops/loss.py", "of_all_logits", "losses.masked_fill(targets == settings.ignore_index, 0)", "losses.masked_fill((targets == settings.ignore_index) & (settings.z_loss == 0), 0)", "test_pairs.py::test_second_derivatives_of_the_loss", False),
-    Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "max(map(len, prompts)) + max_new_tokens - 1:", "max(map(len, prompts)) + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
+    Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "helper.context < longest + max_new_tokens - 1:", "helper.context < longest + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
     Mutant("a stop id as the last token is a length", "fastgpt/generation/__init__.py", "_Row.take", "if self.reason is None and len(self.tokens) == self.limit:", "if len(self.tokens) == self.limit:", "test_boundaries.py::test_a_stop_id_at_the_last_token_asked_for", False),
     # Hopper's own kernels
     Mutant("Hopper: a ring's parity does not flip", RING, "next_slot", "gl.where(wrap, phase ^ 1, phase)", "gl.where(wrap, phase, phase)", ANY_LENGTH, False),
@@ -655,7 +660,7 @@ MUTANTS = [
     Mutant("token: one word is waited for", WORDS, "await_words", "others += ((_look(ptrs + n * STRIDE)", "others += ((_look(ptrs)", "test_token.py::test_the_order_of_programs_changes_no_bit"),
     Mutant("words: the last alone is waited for", WORDS, "_spin", 'f"setp.ne.or.b32 p, f{n}, ${tag}, p;"', 'f"setp.ne.b32 p, f{n}, ${tag};"', "test_words.py::test_words_arrive_in_any_order"),
     Mutant("words: a split that is not there is waited for", WORDS, "_ptx_of_splits", 'f"@q {load}"', 'load', "test_words.py::test_splits_that_are_not_there_are_the_first"),
-    Mutant("token: what never ran on a card", TOKEN_CHOICE, "whole_token", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
+    Mutant("token: what never ran on a card", TOKEN_CHOICE, "measured", "triton.__version__ not in RAN", "False", TOKEN_KEEPS + "test_on_other_cards_and_tritons_none_is_served", False),
     Mutant("token: any stream", TOKEN_CHOICE, "_unlike", "stream != torch.bfloat16", "False", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: any scale", TOKEN_CHOICE, "_unlike", "{(layer[2], layer[6]) for layer in layers}", "{(0, layer[6]) for layer in layers}", TOKEN_KEEPS + "test_others_keep_their_many_launches", False),
     Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),

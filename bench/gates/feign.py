@@ -234,6 +234,8 @@ def _is_cuda(value: Any) -> bool:
 class _Nothing:
     """In place of streams, events and graphs: takes any arguments, does nothing, is any context."""
 
+    cuda_stream = 0  # the default one
+
     def __init__(self, *args, **kwargs):
         pass
 

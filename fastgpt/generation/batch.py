@@ -34,6 +34,7 @@ class Plan(NamedTuple):
     captures: bool
     ring: int  # tokens of a row that are kept for the host
     settings: tuple  # of PyTorch's, that a capture holds on to
+    stream: int  # on which the tensors are allocated, and freed
 
 
 def plan(
@@ -61,7 +62,10 @@ def plan(
     slots = min(decoder.context, room - (not captures))  # the last token is never fed back
     never = tuple(token for token in never if token < vocab_size)
     ring = EVERY if queued else 1
-    return Plan(rows, samples, room, slots, sampling, vocab_size, logprobs, never, seeded, captures, ring, _settings())
+    on_a_card = captures and decoder.device.type == "cuda"
+    stream = torch.cuda.current_stream(decoder.device).cuda_stream if on_a_card else 0
+    shape = rows, samples, room, slots
+    return Plan(*shape, sampling, vocab_size, logprobs, never, seeded, captures, ring, _settings(), stream)
 
 
 def _settings() -> tuple:
@@ -112,11 +116,19 @@ class Batch:
         self.every, self.depth = plan.ring, self.readback.depth
         plain = plan.sampling.greedy and self.seen is None and self.logprobs is None
         self._likeliest = plain and decoder.dtype != torch.float64 and decoder.on_kernels  # by one kernel
+        self._draws = self._draws_by_kernels(decoder)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._prompts_graph: tuple[int, torch.cuda.CUDAGraph] | None = None  # of prompts of so many tokens
         self._used = False
         self._filled_before = 0  # what the last call began with
         self._alive: Any = None  # what a captured step reads and this batch does not own
+
+    def _draws_by_kernels(self, decoder: Decoder) -> int:
+        """Among how many of the likeliest; 0 where PyTorch draws."""
+        k = self.sampling.top_k or 0
+        if self.sampling.greedy or self.logprobs is not None or decoder.dtype == torch.float64:
+            return 0
+        return k if decoder.on_kernels and k <= min(decoder.steps.most_drawn, self.vocab_size - 1) else 0
 
     def begin(self, decoder: Decoder, prompts: list[list[int]], seed: int | None = None) -> "Batch":
         """Itself, with these prompts, each `samples` times in a row, and nothing of what it was before."""
@@ -218,6 +230,12 @@ class Batch:
             if self._likeliest:
                 self.decoder.steps.take_likeliest(logits, self.history, self.lengths, self.news, self.last)
                 return
+            if self._draws:
+                given = self.sampling.penalised(logits, self.seen), self._clocks(), self.sampling.filters
+                self.decoder.steps.take_drawn(*given, self.history, self.lengths, self.news, self.last)
+                if self.seen is not None:
+                    self.seen.scatter_(1, self.last, True)
+                return
             ids = self.sampling.draw(logits, self.seen, self.generator)[:, None]
             places = self.lengths[:, None]
             self.history.scatter_(1, places, ids)
@@ -232,6 +250,11 @@ class Batch:
                 ids = ids.masked_fill(low * 0 != high * 0, -1)  # NaN of what is not finite
             _put(self.news, turn, ids)
             self.lengths += 1
+
+    def _clocks(self) -> Tensor:
+        """As Sampling.draw takes them for the same tokens."""
+        clocks = torch.empty(self.rows, self._draws, dtype=torch.float32, device=self.lengths.device)
+        return clocks.exponential_(generator=self.generator)
 
     def allowed(self, logits: Tensor) -> Tensor:
         """(…, V) of all outputs -> (…, vocab_size), where ids that are never drawn have the least finite logit: their

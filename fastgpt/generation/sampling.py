@@ -49,10 +49,15 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature < torch.finfo(torch.float32).tiny  # 0, as far as float32 can tell
 
+    @property
+    def filters(self) -> tuple[float, float, float]:
+        """Of what top_k leaves: temperature, top_p, min_p."""
+        return float(self.temperature), float(self.top_p), float(self.min_p)
+
     def draw(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Logits (B, V) -> token ids (B,). seen: (B, V), True for the tokens of each row, if there is a penalty."""
         if self.greedy:
-            return self._penalised(logits, seen).max(-1).indices  # on a CPU a third of argmax's time
+            return self.penalised(logits, seen).max(-1).indices  # on a CPU a third of argmax's time
         weights, ids = self._candidates(logits, seen)
         chosen = race(weights, generator)
         return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
@@ -60,13 +65,14 @@ class Sampling:
     def probabilities(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """(B, V) -> (B, V): what draw draws from."""
         if self.greedy:
-            likeliest = self._penalised(logits, seen).argmax(-1, keepdim=True)
+            likeliest = self.penalised(logits, seen).argmax(-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, likeliest, 1.0)
         weights, ids = self._candidates(logits, seen)
         weights = weights / weights.sum(-1, keepdim=True)
         return weights if ids is None else torch.zeros_like(logits).scatter_(-1, ids, weights)
 
-    def _penalised(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+    def penalised(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """(B, V), by the repetition penalty for the tokens (B, V) of each row."""
         if seen is None:
             return logits
         penalty = self.repetition_penalty
@@ -74,7 +80,7 @@ class Sampling:
 
     def _candidates(self, logits: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights (B, K), not normalised, of the tokens (B, K), or of all tokens in order where that is None."""
-        logits = self._penalised(logits, seen)
+        logits = self.penalised(logits, seen)
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # a small one would make them infinite
         ids = None
         if self.top_k is not None and self.top_k < logits.shape[-1]:

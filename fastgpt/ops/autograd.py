@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 
-from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, few_rows, greedy, layernorm, mlp
+from fastgpt.kernels import attention, attention_backward, cross_entropy, decode, draw, few_rows, greedy, layernorm, mlp
 from fastgpt.kernels import embedding as embedding_kernels
 from fastgpt.ops import hopper, loss, token
 from fastgpt.private import dispatch_modes, is_batch, transformed
@@ -150,7 +150,7 @@ embedding_fwd = _custom_op(embedding_kernels.embedding_fwd, embedding_kernels.em
 embedding_bwd = _custom_op(embedding_kernels.embedding_bwd, embedding_kernels.embedding_bwd_outputs)
 few_linear, few_norm_linear = _on_its_device(few_rows.linear), _on_its_device(few_rows.norm_linear)
 append_to_cache, fits_few = _on_its_device(decode.append), few_rows.fits
-take_likeliest = _on_its_device(greedy.greedy)
+take_likeliest, take_drawn = _on_its_device(greedy.greedy), _on_its_device(draw.draw)
 whole_token, measured_token = token.whole_token, token.measured
 chunked_losses = loss.chunked_op("chunked_losses_triton", _go_over_logits, pads=True)
 

@@ -111,6 +111,7 @@ class OnKernels(OnPyTorch):
         gives the backend's module that serves a call."""
         self._choose = choose
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
+        self._drawn, self.most_drawn = autograd.take_drawn, autograd.draw.MOST
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
         self._add_norm = autograd.add_layer_norm
         self._whole_token = autograd.whole_token
@@ -169,6 +170,14 @@ class OnKernels(OnPyTorch):
         """The likeliest of (B, V) into history (B, room) at lengths (B,), which grow by one, into last (B, 1), and into
         news (B, ring) at lengths modulo ring, which gets -1 where a logit is not finite."""
         self._likeliest(logits, history, lengths, news, last)
+
+    def take_drawn(
+        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], history: Tensor, lengths: Tensor,
+        news: Tensor, last: Tensor,
+    ) -> None:  # fmt: skip
+        """The same, but that it is drawn among the k likeliest, k at most most_drawn, by exponential clocks (B, k).
+        filters: temperature, top_p, min_p."""
+        self._drawn(logits, clocks, *filters, history, lengths, news, last)
 
 
 def _sum(x: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -32,10 +32,10 @@ def kernels(way):
     return found
 
 
-def test_a_greedy_token_in_one_launch_is_two():
-    """The second writes the likeliest down. Nothing is copied, gathered or counted beside them."""
+def test_a_greedy_token_in_one_launch_is_three():
+    """The others find the likeliest and write it down. Nothing is copied, gathered or counted beside them."""
     found = tokens.account(tokens.Way(1, tokens.GREEDY, True), CONFIG)
-    assert [each.name for each in found] == ["token_kernel", "greedy_kernel"]
+    assert [each.name for each in found] == ["token_kernel", "piece_kernel", "greedy_kernel"]
     weights = work.parameters(CONFIG) - CONFIG.block_size * CONFIG.n_embd
     assert 2 * weights < found[0].work.bytes < 2.04 * weights
 
@@ -44,6 +44,7 @@ def test_a_greedy_token_in_many_launches():
     """Seven a layer; the embedding with its positions, the last norm, the head and the likeliest are the others."""
     expected = {"linear_kernel": 4 * LAYERS + 1, "append_kernel": LAYERS, "decode_kernel": LAYERS}
     expected |= {"merge_kernel": LAYERS, "embedding_fwd_kernel": 1, "layer_norm_fwd_kernel": 1, "greedy_kernel": 1}
+    expected |= {"piece_kernel": 1}
     assert kernels(tokens.Way(1, tokens.GREEDY)) == expected | {"sub": 1}
 
 
@@ -51,7 +52,9 @@ def test_a_greedy_token_in_many_launches():
     ("sampling", "more"),
     [
         (Sampling(), 18),
-        (Sampling(top_k=50), 35),
+        (Sampling(top_k=50), 1),
+        (Sampling(top_k=100, top_p=0.9, min_p=0.1), 1),
+        (Sampling(top_k=200), 35),
         (Sampling(top_p=0.9), 36),
         (Sampling(temperature=0, repetition_penalty=1.2), 16),
     ],
@@ -85,7 +88,7 @@ def test_the_table(capsys):
         assert main(["tokens"]) == 0 and main(["tokens", "--row", "one launch"]) == 0
         assert main(["tokens", "--row", "nine"]) == 2
     shown = capsys.readouterr()
-    assert "one sequence, greedy, in one launch         2" in shown.out and "token_kernel" in shown.out
+    assert "one sequence, greedy, in one launch         3" in shown.out and "token_kernel" in shown.out
     assert "no row's name holds 'nine'" in shown.err
 
 

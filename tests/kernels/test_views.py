@@ -86,8 +86,8 @@ def test_greedy(device):
         operands = numbers(device, torch.float32, logits=(3, 50))
         operands["history"] = torch.zeros(3, 6, dtype=torch.int64, device=device)
         views = drawn("greedy", number, operands, dense=("logits",), written=("history",))
-        written = {key: torch.tensor([2, 0, 5], device=device) for key in ("lengths", "news")}
-        views |= written
+        views |= {"lengths": torch.tensor([2, 0, 5], device=device), "news": torch.zeros(3, 4, device=device).long()}
+        views["last"] = torch.zeros(3, 1, dtype=torch.int64, device=device)
         copies = {key: view.clone(memory_format=torch.contiguous_format) for key, view in views.items()}
         greedy.greedy(*views.values())
         greedy.greedy(*copies.values())

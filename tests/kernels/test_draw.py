@@ -1,0 +1,95 @@
+"""kernels/draw.py: what Sampling draws among the likeliest, at the same clocks."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+
+from fastgpt import GPT, GPTConfig, generate
+from fastgpt.generation.sampling import Sampling
+from fastgpt.ops import autograd
+from tests.generation.small_gpt import gpt
+
+CASES = [  # vocabulary, and how
+    (13, dict(top_k=5, top_p=0.5)),
+    (70, dict(top_k=8, min_p=0.05, temperature=0.3)),
+    (49, dict(top_k=6, top_p=0.9, temperature=2.0, min_p=0.2)),
+    (17, dict(top_k=1)),
+]
+ON_A_CARD = [(50257, dict(top_k=50)), (50257, dict(top_k=128, top_p=0.8)), (2049, dict(top_k=100, min_p=0.01))]
+
+
+def drawn(logits, clocks, sampling, lengths):
+    """The tokens (B,), and history and news beside them."""
+    rows, device = len(logits), logits.device
+    history = torch.zeros(rows, 9, dtype=torch.int64, device=device)
+    news, last = torch.full((rows, 3), 7, device=device), torch.full((rows, 1), 7, device=device)
+    autograd.take_drawn(logits, clocks, *sampling.filters, history, lengths, news, last)
+    return last[:, 0], history, news
+
+
+def check(vocabulary, how, device, draws=2):
+    torch.manual_seed(0)
+    sampling, rows = Sampling(**how), 3
+    for _ in range(draws):
+        logits = 3 * torch.randn(rows, vocabulary + 3, device=device)[:, :vocabulary]
+        clocks = torch.empty(rows, sampling.top_k, device=device).exponential_()
+        weights, ids = sampling._candidates(logits, None)
+        expected = ids.gather(-1, (weights / clocks).argmax(-1)[:, None])[:, 0].tolist()
+        found, history, news = drawn(logits, clocks, sampling, lengths := torch.tensor([1, 2, 5], device=device))
+        assert found.tolist() == expected and lengths.tolist() == [2, 3, 6]
+        assert [history[row, place].item() for row, place in enumerate((1, 2, 5))] == expected
+        assert history.count_nonzero() <= rows
+        assert [news[row, place % 3].item() for row, place in enumerate((1, 2, 5))] == expected
+        assert (news == 7).sum() >= 2 * rows
+
+
+@pytest.mark.parametrize(("vocabulary", "how"), CASES, ids=str)
+def test_the_same_clocks_ring_for_the_same_tokens(vocabulary, how, device):
+    check(vocabulary, how, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("vocabulary", "how"), ON_A_CARD, ids=str)
+def test_the_same_clocks_ring_for_the_same_tokens_of_gpt2(vocabulary, how):
+    check(vocabulary, how, "cuda", draws=100)
+
+
+def test_every_sign_and_equal_logits_keep_their_order(device):
+    """Of equal ones the first is the likelier; what lies past the vocabulary is never one."""
+    logits = torch.tensor([[-5.0, -0.0, 3.0, 0.0, 3.0, -7.0, 2.0, -1e30] + [-1e38] * 10], device=device)
+    order = [2, 4, 6, 1, 3, 0, 5, 7]
+    for place, token in enumerate(order):
+        clocks = torch.full((1, 8), 1e30, device=device)
+        clocks[0, place] = 1e-30
+        flat = Sampling(temperature=1e35, top_k=8)
+        assert drawn(logits, clocks, flat, torch.tensor([0], device=device))[0].tolist() == [token]
+
+
+def test_the_token_that_reaches_top_p_is_left_and_none_after_it(device):
+    logits = torch.tensor([[0.2, 0.5, 0.3]], device=device).log()
+    for place, token in ((0, 1), (1, 2), (2, 1)):
+        clocks = torch.ones(1, 3, device=device)
+        clocks[0, place] = 1e-6
+        assert drawn(logits, clocks, Sampling(top_k=3, top_p=0.6), torch.tensor([0], device=device))[0].tolist() == [
+            token
+        ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_is_told_and_goes_on(value, device):
+    logits = torch.randn(2, 40, device=device)
+    logits[1, 33] = value
+    found, history, news = drawn(
+        logits, torch.ones(2, 4, device=device), Sampling(top_k=4), torch.tensor([0, 0], device=device)
+    )
+    assert found.tolist()[1] == 0 == history[1].count_nonzero() and news[:, 0].tolist() == [found.tolist()[0], -1]
+
+
+def test_the_kernels_draw_the_fallbacks_tokens(device):
+    """And go on after them: the penalty knows them, and so does the next step."""
+    fallback = gpt(32, backend="torch", n_layer=1, n_embd=32, vocab_size=32).to(device)
+    kernels = GPT(GPTConfig(**{**vars(fallback.config), "backend": "triton"})).to(device)
+    kernels.load_state_dict(fallback.state_dict())
+    how = dict(seed=3, top_k=4, top_p=0.95, temperature=2.0, repetition_penalty=1.3)
+    assert generate(kernels, [[3, 1, 4], [7]], 4, **how) == generate(fallback, [[3, 1, 4], [7]], 4, **how)
