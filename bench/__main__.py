@@ -21,6 +21,7 @@ COMMANDS = {
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",
     "report": "tables and plots of measured rows",
     "history": "how fastgpt stood over time, and where it fell back",
+    "sent": "what a few processes here send and hold in a training step, against the plan's arithmetic",
     "plan": "what a training step on many GPUs would take: time, memory and what bounds it, on paper",
 }
 MODULES = {
