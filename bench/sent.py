@@ -3,7 +3,8 @@
     python -m bench sent
 
 Bytes are those that the kernel says were acknowledged on each process's TCP connections (Linux), so they are what gloo
-sent, with its own messages; memory is every tensor that lives. Times here would say nothing of GPUs.
+sent, with its own messages. Its reduce-scatter is an all-reduce of which each keeps its part, so it sends twice what
+NCCL's would, and is counted so. Memory is every tensor that lives. Times here would say nothing of GPUs.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def measure(layout: Layout, processes: int, batches: int = 1) -> Measured:
     found = [told.recv() for _ in started]
     parameters = sum(parameter.numel() for parameter in GPT(SHAPE).parameters())
     sent, held = (sum(each[place] for each in found) / processes for place in (0, 1))
-    planned = sum(layout.sent(parameters, processes, 4, 4).values())
+    kinds = layout.sent(parameters, processes, 4, 4)
+    planned = sum(kinds.values()) + kinds["reduce-scatter"]
     return Measured(layout, processes, batches, sent, planned, held, layout.held(parameters, 4))
 
 

@@ -1,8 +1,10 @@
 """The plan's arithmetic: by hand where it can be, against what was measured where that is committed."""
 
+import sys
+
 import pytest
 
-from bench import plan, work
+from bench import plan, sent, work
 from bench.__main__ import main
 from bench.plan import DDP, Cluster, Layout
 from bench.work import CARDS
@@ -136,3 +138,15 @@ def test_the_command_prints_what_it_assumes(capsys):
 def test_what_can_not_be_planned(arguments, message, capsys):
     assert main(["plan", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what a connection sent")
+@pytest.mark.parametrize(
+    ("layout", "processes"), [(Layout("FSDP2", 2), 2), (Layout("HSDP", 2), 4)], ids=["fsdp", "hsdp"]
+)
+def test_processes_here_send_and_hold_what_is_planned(layout, processes):
+    """Two batches a step, whose gradients are reduced once."""
+    found = sent.measure(layout, processes, batches=2)
+    assert found.sent == pytest.approx(found.planned, rel=0.05)
+    assert found.held == pytest.approx(found.planned_held, rel=0.05)

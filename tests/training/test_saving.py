@@ -240,7 +240,7 @@ def kill_while_saving(folder, layout, draw):
     processes = ranks.started(2, ranks.save_on, folder, layout, tell)
     tell.close()
     said = [told.recv()]
-    for _ in range(draw.randrange(6)):  # begun, done, begun, …
+    for _ in range(1 + 2 * draw.randrange(3)):  # begun, done, begun, …
         said.append(told.recv())
     time.sleep(draw.random() * 0.04)
     for process in draw.sample(processes, 2):
@@ -285,4 +285,4 @@ def test_a_save_takes_a_copy_of_the_shards_and_no_more(tmp_path, layout):
         assert process.exitcode == 0
     for _ in processes:
         rank, taken, own = told.recv()
-        assert 0.9 * own < taken <= 1.1 * own, (rank, taken / own)
+        assert 0.7 * own < taken <= 1.1 * own, (rank, taken / own)
