@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, ops
 from fastgpt.training import sharded, state
 from fastgpt.training.checkpoint import Checkpoint, Checkpoints
 from fastgpt.training.distributed import World
@@ -231,6 +231,15 @@ def test_every_tensor_is_written_by_one_process_and_each_writes_its_part():
     assert max(bytes_) - min(bytes_) <= largest
 
 
+def test_a_head_that_is_spread_over_processes_is_refused_by_name(alone):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    weight = distribute_tensor(torch.randn(11, 8), init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(TypeError, match=r"weight is a DTensor of shape \(11, 8\) over processes; call the model that"):
+        ops.linear_cross_entropy(torch.randn(4, 8), weight, torch.arange(4))
+    ops.linear_cross_entropy(torch.randn(4, 8), weight.full_tensor(), torch.arange(4))
+
+
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="Windows can't fork")
 
 
@@ -242,7 +251,11 @@ def kill_while_saving(folder, layout, draw):
     said = [told.recv()]
     for _ in range(1 + 2 * draw.randrange(3)):  # begun, done, begun, …
         said.append(told.recv())
-    time.sleep(draw.random() * 0.04)
+    if draw.random() < 0.7:  # while it writes; else while it copies and plans
+        end = time.monotonic() + 20
+        while not any((folder / "checkpoints").glob(".step-*")) and time.monotonic() < end:
+            time.sleep(0.001)
+    time.sleep(draw.random() * 0.02)
     for process in draw.sample(processes, 2):
         os.kill(process.pid, signal.SIGKILL)
         time.sleep(draw.random() * 0.02)
