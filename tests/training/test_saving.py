@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +168,20 @@ def test_a_checkpoint_is_not_there_before_all_have_written(saved, monkeypatch):
     )
     saved.save(1, needed=True)
     assert seen == [[]]
+
+
+def test_shards_are_on_the_disk_before_the_rename(saved, monkeypatch):
+    """Each file is flushed, by whoever wrote it, and the manifest last."""
+    calls, names = [], {}
+    real_open, real_fsync, real_rename = os.open, os.fsync, os.rename
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: names.setdefault(fd := real_open(path, *a, **k), path) and fd)
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(names.pop(fd, None)), real_fsync(fd))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), real_rename(a, b))[1])
+    saved.save(1, needed=True)
+    before = [Path(call).name for call in calls[: calls.index("rename")] if call is not None]
+    assert before[0] == "00000.safetensors"
+    files = [name for name in before if name.endswith((".json", ".safetensors"))]
+    assert {"model.safetensors", "random.safetensors", "state.json"} < {*files} and files[-1] == "manifest.json"
 
 
 def rewritten(folder, change):
