@@ -402,7 +402,7 @@ MUTANTS = [
     Mutant("shards that no manifest names", SHARDED, "Shards.check", "if there != (named", "if False and there != (named", BACKGROUND + "test_a_file_that_no_manifest_names_is_not_read", False),
     Mutant("shards with NaN", "fastgpt/training/state.py", "_restore_shards", "if world.agree(bool(bad)):", "if False:", BACKGROUND + "test_numbers_that_are_not_finite_are_refused", False),
     Mutant("moments stay in their shards", "fastgpt/training/state.py", "_restore_shards", "saved.shards.load_into(tensors, group)", 'saved.shards.load_into({name: t for name, t in tensors.items() if "/" not in name}, group)', LAID_OUT, False),
-    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.features", "leaves_bias = not self.blocks_alone and only", "leaves_bias = only", LAID_OUT, False),
+    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.features", "leaves_bias = not self.blocks_alone and only_multiplies", "leaves_bias = only_multiplies", LAID_OUT, False),
     Mutant("gradients of the last batch alone", "fastgpt/training/step.py", "Step.batch", "model.set_requires_gradient_sync(last)", "model.set_requires_gradient_sync(not last)", WORLD, False),
     # what does more than its class, and what only looks like it
     Mutant("a Decoder trusts the count of writes", READ, "Sources.changed", "not torch.equal(now, self._sample)", "False", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
