@@ -24,6 +24,7 @@ COMMANDS = {
     "report": "tables and plots of measured rows",
     "history": "how fastgpt stood over time, and where it fell back",
     "window": "how the time and memory of attention in a window grow with the tokens, on a CPU",
+    "sent": "what a few processes here send and hold in a training step, against the plan's arithmetic",
     "plan": "what a training step on many GPUs would take: time, memory and what bounds it, on paper",
 }
 MODULES = {

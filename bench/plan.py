@@ -1,7 +1,8 @@
-"""What a training step would take on many GPUs, on paper: time, memory and what bounds it, for DDP and for FSDP2.
+"""What a training step would take on many GPUs, on paper: time, memory and what bounds it, for DDP, FSDP2 and HSDP.
 
     python -m bench plan --preset gpt2-1558M --gpus 64
     python -m bench plan --batch 32 --tokens 1e10 --price 3     a whole run: its hours, and its money
+    python -m bench sent                                    what two processes here send and hold, against the same
     python -m bench plan --check                            the same arithmetic against every committed training step
 
 The step's kernels are those of bench.work, each at its floor on the card's rates; what the processes send each other is
@@ -28,13 +29,51 @@ class Cluster(NamedTuple):
     network: float = 50e9  # bytes a second that a GPU sends to other nodes: one 400 Gb/s adapter each
     reached: float = 0.8  # of a link, by NCCL
 
-    def collective(self, bytes_: float) -> float:
-        """Seconds of a reduce-scatter or all-gather of so many bytes in all: (n - 1) / n of them pass every GPU's link;
-        between nodes all adapters of a node work at once."""
-        if self.gpus == 1:
-            return 0.0
-        link = self.nvlink if self.gpus <= self.per_node else min(self.nvlink, self.network * self.per_node)
-        return bytes_ * (self.gpus - 1) / self.gpus / (link * self.reached)
+    def collective(self, bytes_: float, among: int | None = None) -> float:
+        """Seconds of a reduce-scatter or all-gather of so many bytes in all, among so many neighbours, or all:
+        (n - 1) / n of them pass every GPU's link; between nodes all adapters of a node work at once."""
+        n = self.gpus if among is None else among
+        link = self.nvlink if n <= self.per_node else min(self.nvlink, self.network * self.per_node)
+        return bytes_ * (n - 1) / n / (link * self.reached)
+
+    def across(self, bytes_: float, among: int) -> float:
+        """Seconds of an all-reduce among the GPUs of one place in `among` neighbourhoods: each over its own adapter."""
+        copies = self.gpus // among
+        link = self.nvlink if self.gpus <= self.per_node else min(self.nvlink, self.network)
+        return 2 * bytes_ * (copies - 1) / copies / (link * self.reached)
+
+
+class Layout(NamedTuple):
+    """How weights, gradients and moments lie: in `shards` neighbours a part each, and the same in all other such."""
+
+    name: str
+    shards: int = 1
+    reshards: bool = False  # let go of a layer's weights after its forward
+
+    def sent(self, parameters: int, gpus: int, weights: int, gathered: int) -> dict[str, float]:
+        """Bytes that each GPU sends in a step, by kind. gathered: bytes of a weight as it is gathered."""
+        passed, copies = (self.shards - 1) / self.shards, gpus // self.shards
+        return {
+            "all-gather": (2 if self.reshards else 1) * parameters * gathered * passed,
+            "reduce-scatter": parameters * weights * passed,
+            "all-reduce": 2 * parameters * weights / self.shards * (copies - 1) / copies,
+        }
+
+    def held(self, parameters: int, weights: int) -> float:
+        """Bytes of weights, gradients and both moments in each GPU, between steps."""
+        return 4 * parameters * weights / self.shards
+
+
+DDP = Layout("DDP")
+
+
+def layouts(cluster: Cluster) -> list[Layout]:
+    """Those that `fastgpt train` has: with a node's GPUs as neighbours where there are several nodes."""
+    found = [DDP, Layout("FSDP2", cluster.gpus)]
+    if cluster.gpus > cluster.per_node and cluster.gpus % cluster.per_node == 0:
+        found.append(Layout("HSDP", cluster.per_node))
+        found.append(Layout("HSDP, resharded", cluster.per_node, True))
+    return found
 
 
 class Plan(NamedTuple):
@@ -59,7 +98,9 @@ class Plan(NamedTuple):
         return "matmuls" if self.matmul_share > 0.5 else "memory"
 
 
-def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, fsdp: bool, weights: int = 4) -> Plan:
+def plan(
+    config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster, layout: Layout, weights: int = 4
+) -> Plan:
     """batch: rows a device. weights: bytes of a weight, its gradient and each moment; activations are of 2 if that is 4
     on a GPU, for autocast makes them so."""
     e = min(weights, 2)
@@ -69,26 +110,33 @@ def plan(config: GPTConfig, batch: int, time: int, card: Card, cluster: Cluster,
     parameters, n = work.parameters(config), cluster.gpus
     cast = parameters * (weights + e) / card.bytes if e != weights else 0.0  # of weights, then of their gradients
     forwards = [(line, _forward_share(line) * _seconds(line, card)) for line in compute]
-    again = [(line, seconds) for line, seconds in forwards if _computed_again(line, config)]
+    repeated = [(line, seconds) for line, seconds in forwards if _computed_again(line, config)]
     forward = cast + sum(seconds for _, seconds in forwards)
     whole = sum(_seconds(line, card) for line in compute)
-    backward = 2 * cast + whole - forward + sum(seconds for _, seconds in again)
+    backward = 2 * cast + whole - forward + sum(seconds for _, seconds in repeated)
     matmuls = sum(_seconds(line, card) for line in compute if line.kind == "matmul")
-    matmuls += sum(seconds for line, seconds in again if line.kind == "matmul")
-    everything = cluster.collective(parameters * weights)
-    root = (config.vocab_size + config.block_size + 2) * config.n_embd * weights  # embeddings and the last norm
-    if fsdp:  # its root and the first block are gathered before anything runs, the root's gradient is the last
-        last = cluster.collective(root)
-        first = cluster.collective(root + (parameters * weights - root) / config.n_layer)
-        exposed = first + max(0.0, everything - first - forward) + last + max(0.0, everything - last - backward)
-        optimizer /= n
+    matmuls += sum(seconds for line, seconds in repeated if line.kind == "matmul")
+    root = (config.vocab_size + config.block_size + 2) * config.n_embd  # numbers in embeddings and the last norm
+    if layout.shards > 1:  # its root and the first block are gathered before anything runs, the root's gradient is last
+
+        def gathered(numbers: float) -> float:
+            return cluster.collective(numbers * e, layout.shards)
+
+        def reduced(numbers: float) -> float:
+            bytes_ = numbers * weights
+            return cluster.collective(bytes_, layout.shards) + cluster.across(bytes_ / layout.shards, layout.shards)
+
+        first, last = gathered(root + (parameters - root) / config.n_layer), reduced(root)
+        again = gathered(parameters - root) if layout.reshards else 0.0
+        exposed = first + max(0.0, gathered(parameters) - first - forward)
+        exposed += last + max(0.0, again + reduced(parameters) - last - backward)
+        sent = gathered(parameters) + again + reduced(parameters)
+        optimizer /= layout.shards
     else:  # the embedding's gradient is the last, and no bucket is smaller than a gradient
-        last = 2 * cluster.collective(max(BUCKET, root))
-        exposed = last + max(0.0, 2 * everything - last - backward)
-    memory = step_memory(config, batch, time, weights, e, n, fsdp)
-    return Plan(
-        forward, backward, optimizer, exposed, 2 * everything, memory, matmuls / (forward + backward), batch * time * n
-    )
+        last, sent = 2 * cluster.collective(max(BUCKET, root * weights)), 2 * cluster.collective(parameters * weights)
+        exposed = last + max(0.0, sent - last - backward)
+    memory = step_memory(config, batch, time, weights, e, n, layout)
+    return Plan(forward, backward, optimizer, exposed, sent, memory, matmuls / (forward + backward), batch * time * n)
 
 
 def hours(each: Plan, tokens: float) -> float:
@@ -120,17 +168,19 @@ def _computed_again(line: Line, config: GPTConfig) -> bool:
 
 
 def step_memory(
-    config: GPTConfig, batch: int, time: int, weights: int, e: int, gpus: int = 1, fsdp: bool = False
+    config: GPTConfig, batch: int, time: int, weights: int, e: int, gpus: int = 1, layout: Layout = DDP
 ) -> float:
     """Bytes at a step's peak on one of so many devices, weights, gradients and both moments included. weights: bytes of
     each of those numbers; e: of an activation's."""
     kept = work.parameters(config) * weights
     held = 3 * kept  # weights and two moments
+    if layout.shards > 1:  # a share of each, and the weights that are computed with: of all layers, or of two
+        held /= layout.shards
+        layer = (work.parameters(config) - config.n_embd * config.vocab_size) / config.n_layer
+        numbers = work.parameters(config) - (config.n_layer - 2) * layer if layout.reshards else work.parameters(config)
+        return held + numbers * e + call_memory(config, batch, time, weights, e, kept / layout.shards)
     if e != weights:
         held += work.parameters(config) * e  # autocast's copy
-    if fsdp and gpus > 1:
-        held += kept - 3 * kept * (1 - 1 / gpus)  # a share of each, and all weights while they are computed with
-        return held + call_memory(config, batch, time, weights, e, kept / gpus)
     if gpus > 1:  # DDP's buckets are the gradients, and stay
         return held + kept + call_memory(config, batch, time, weights, e, 0.0)
     return held + call_memory(config, batch, time, weights, e)
@@ -240,7 +290,8 @@ def main(options: argparse.Namespace) -> int:
             raise ValueError(f"plan: {name} is {value}, not a finite number above 0")
     cluster = Cluster(options.gpus, options.per_node, 1e9 * options.nvlink, 1e9 * options.network, options.reached)
     card = CARDS[options.card]
-    plans = {kind: plan(config, options.batch, time, card, cluster, kind == "FSDP2") for kind in ("DDP", "FSDP2")}
+    ways = layouts(cluster)
+    plans = {layout.name: plan(config, options.batch, time, card, cluster, layout) for layout in ways}
     whole_run = options.tokens, options.price
     print(table(options.preset, config, options.batch, time, card, cluster, plans, 1e9 * options.memory, *whole_run))
     return int(all(each.memory > 1e9 * options.memory for each in plans.values()))
@@ -262,7 +313,7 @@ def table(
     lines = [
         f"{preset}, {work.parameters(config):,} parameters, {cluster.gpus} GPUs, {batch} rows of {time} tokens each",
         "",
-        f"{'':24}{'DDP':>12}{'FSDP2':>12}",
+        f"{'':24}" + "".join(f"{name:>17}" for name in plans),
     ]
     rows = {
         "forward, ms": lambda p: f"{1e3 * p.forward:.1f}",
@@ -281,7 +332,7 @@ def table(
         if price is not None:
             rows["its price"] = lambda p: f"{price * cluster.gpus * hours(p, tokens):,.0f}"
     for label, cell in rows.items():
-        lines.append(f"{label:24}{cell(plans['DDP']):>12}{cell(plans['FSDP2']):>12}")
+        lines.append(f"{label:24}" + "".join(f"{cell(each):>17}" for each in plans.values()))
     if any(each.memory > memory for each in plans.values()):
         lines.append(f"! more than a device's {memory / 1e9:.0f} GB")
     size = 4 * work.parameters(config) / 1e9
@@ -290,17 +341,22 @@ def table(
         f"each kernel at its floor on {card.label};",
         "  no gap between kernels, no data to wait for",
         "float32 weights, gradients and moments; products and activations in bfloat16, and a copy of the weights in it",
-        f"two passes of {size:.2f} GB a step, (n - 1) / n of each past every GPU's link (DDP: reduce-scatter and",
-        f"  all-gather of gradients; FSDP2: all-gather of weights, reduce-scatter of gradients), over {links}",
+        f"DDP: two passes of {size:.2f} GB a step, (n - 1) / n of each past every GPU's link; FSDP2: an all-gather of",
+        "  weights in bfloat16, a reduce-scatter of gradients in float32; HSDP: these inside a node, and an",
+        f"  all-reduce of each shard's gradients between nodes; over {links}",
         f"  a GPU between nodes, {cluster.reached:.0%} of it reached",
         "DDP: beside the backward but for the embeddings' gradient, which is the last; its buckets stay in memory",
-        "FSDP2: gathered once a step, for fastgpt keeps it until the backward, beside the forward but for embeddings",
-        "  and first layer; scattered beside the backward but for the embeddings",
+        "FSDP2, HSDP: gathered once a step and kept until the backward, or twice where it is resharded, beside the",
+        "  forward but for embeddings and first layer; reduced beside the backward but for the embeddings",
         f"activations with activation_checkpointing={config.activation_checkpointing!r}",
+        "no latency, of which a collective among hundreds has most",
         "fragmentation and the memory of CUDA and NCCL are not counted",
     )
     marked = (text if text.startswith("  ") else f"- {text}" for text in assumptions)
-    return "\n".join([*lines, "", "It assumes:", *marked, "None of it was measured on many GPUs."])
+    measured = (
+        "bytes and memory were held to two processes on a CPU by `bench sent`; no time was measured on many GPUs."
+    )
+    return "\n".join([*lines, "", "It assumes:", *marked, f"None of it was measured on many GPUs: {measured}"])
 
 
 def check_table(found: list[Checked]) -> str:

@@ -2,8 +2,10 @@
 
     accelerate launch --num_processes 2 examples/accelerate_loop.py text.txt --steps 100
 
-Accelerate's mixed_precision, gradient accumulation and DDP go with it. Its FSDP does too, but let it wrap whole Blocks
-with resharding off, for a block adds the last bias of the one before: `model.blocks_alone = True` lifts that.
+Its mixed_precision, gradient accumulation and DDP go with it. FSDP2 must wrap Blocks, and each block adds the last bias
+of the one before: have it keep weights until the backward (fsdp_reshard_after_forward false), or set
+`model.blocks_alone = True`.
+A model of Hugging Face's goes in as well, after `fastgpt.accelerate(model, loss=True)`.
 """
 
 import sys

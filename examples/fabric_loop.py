@@ -1,9 +1,9 @@
-"""Lightning Fabric around a nanoGPT-like loop of fastgpt's GPT.
+"""Lightning Fabric around fastgpt's GPT, in a loop as nanoGPT's.
 
     python examples/fabric_loop.py text.txt --steps 100
 
-Fabric's precision plugins cast and its strategies copy or shard. `precision="bf16-true"` changes the weights' dtype,
-which fastgpt takes; "transformer-engine" replaces linear layers, which a fused MLP then calls one by one.
+Fabric's precision casts, its strategies copy or shard: `Fabric(devices=8, strategy="ddp", precision="bf16-mixed")`.
+What accelerate_loop.py says of FSDP2 holds here. Plugins that replace linear layers keep the fused MLP from running.
 """
 
 import sys

@@ -27,7 +27,7 @@ def work(options: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--out", type=Path, default="trained")
+    parser.add_argument("--out", type=Path, default=Path("trained"))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpus", action="store_true")

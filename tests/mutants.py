@@ -49,6 +49,8 @@ FALLBACK, FALLBACK_MLP = "test_pytorch.py::", "test_mlp_fallback.py::"
 FALLBACK_LOSS = "test_loss.py::test_loss_and_gradients"
 RESUMED = "test_resume.py::test_resumed_is_uninterrupted_to_the_bit"
 CAPTURED = "test_capture.py::"
+SAVING, SHARDED, BACKGROUND = "fastgpt/training/saving.py", "fastgpt/training/sharded.py", "test_saving.py::"
+LAID_OUT = "test_layouts.py::test_each_goes_on_from_what_another_saved"
 WORLD, CHECKPOINT = "test_distributed.py::test_two_processes_train_what_one_does", "fastgpt/training/checkpoint.py"
 PARTS, SWAP, FILES = "fastgpt/families/__init__.py", "fastgpt/swap/__init__.py", "fastgpt/weights/files.py"
 GPT2, RASCHKA = "fastgpt/families/gpt2.py", "fastgpt/families/book.py"
@@ -403,17 +405,17 @@ MUTANTS = [
     Mutant("resume without the scale of float16", "fastgpt/training/run.py", "Run.restore", 'if facts.get("scaler"):', "if False:", "test_state.py::test_the_scale_of_float16_goes_on", False),
     Mutant("starting anew where checkpoints are broken", "fastgpt/training/fitting.py", "_starting_point", "if newest is None and passed:", "if False:", "test_resume.py::test_it_never_starts_anew_where_checkpoints_are_broken", False),
     Mutant("checksum not verified", CHECKPOINT, "Checkpoint.verify", 'if contents and digest(file) != said["sha256"]:', "if False:", "test_checkpoints.py::test_a_broken_file_is_found_and_the_one_before_taken", False),
-    Mutant("rename before fsync", CHECKPOINT, "Checkpoints.save", """            self._seal(new, {"step": step, **facts})
-            os.rename(new, checkpoint.path)
-""", """            os.rename(new, checkpoint.path)
-            self._seal(checkpoint.path, {"step": step, **facts})
+    Mutant("rename before fsync", CHECKPOINT, "Checkpoints.commit", """        self._seal(new, {"step": step, **facts}, flushed or {})
+        os.rename(new, self.of(step).path)
+""", """        os.rename(new, self.of(step).path)
+        self._seal(self.of(step).path, {"step": step, **facts}, flushed or {})
 """, "test_checkpoints.py::test_all_is_on_the_disk_before_the_rename_and_the_rename_after", False),
-    Mutant("rename before the manifest", CHECKPOINT, "Checkpoints.save", """            self._seal(new, {"step": step, **facts})
-            os.rename(new, checkpoint.path)
-""", """            os.rename(new, checkpoint.path)
-            self._seal(checkpoint.path, {"step": step, **facts})
+    Mutant("rename before the manifest", CHECKPOINT, "Checkpoints.commit", """        self._seal(new, {"step": step, **facts}, flushed or {})
+        os.rename(new, self.of(step).path)
+""", """        os.rename(new, self.of(step).path)
+        self._seal(self.of(step).path, {"step": step, **facts}, flushed or {})
 """, "test_checkpoints.py::test_a_death_between_any_two_calls_to_the_system_leaves_a_valid_checkpoint", False),
-    Mutant("parent not flushed", CHECKPOINT, "Checkpoints.save", "            sync(self.folder)\n", "", "test_checkpoints.py::test_all_is_on_the_disk_before_the_rename_and_the_rename_after", False),
+    Mutant("parent not flushed", CHECKPOINT, "Checkpoints.commit", "        sync(self.folder)\n", "", "test_checkpoints.py::test_all_is_on_the_disk_before_the_rename_and_the_rename_after", False),
     Mutant("broken checkpoints counted as kept", CHECKPOINT, "Checkpoints.purge", "whole[-KEPT:]", "self.all()[-KEPT:]", "test_checkpoints.py::test_broken_ones_do_not_count_as_kept", False),
     Mutant("the best one purged", CHECKPOINT, "Checkpoints.purge", "losses[each])[:1]", "losses[each])[:0]", "test_checkpoints.py::test_the_newest_two_and_the_best_are_kept", False),
     Mutant("a lock for many", CHECKPOINT, "_lock", "fcntl.LOCK_EX", "fcntl.LOCK_SH", "test_checkpoints.py::test_a_folder_has_one_trainer", False),
@@ -444,7 +446,30 @@ MUTANTS = [
     Mutant("what failed is kept", "fastgpt/generation/__init__.py", "_continue", "except GeneratorExit:", "except BaseException:", LEADING + "test_a_call_that_failed_leaves_nothing", False),
     Mutant("a GPU's generator is not put back", "fastgpt/training/state.py", "restore_generators", 'torch.cuda.set_rng_state(saved.random[f"cuda.{world.rank}"], world.device)', "pass", "test_state.py::test_the_generators_of_a_gpu_are_kept_and_put_back", False),
     Mutant("every process takes the GPU of its rank", "fastgpt/training/distributed.py", "join", "f\"cuda:{os.environ['LOCAL_RANK']}\"", "f\"cuda:{os.environ['RANK']}\"", "test_distributed.py::test_each_process_of_a_machine_has_its_own_gpu", False),
-    Mutant("compiled before it is sharded", "fastgpt/training/run.py", "_distributed", "        shard(model, world)\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world)\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
+    Mutant("compiled before it is sharded", "fastgpt/training/run.py", "_distributed", "        shard(model, world, config.fsdp_shard, config.fsdp_reshard, autocast_dtype(config, world.device))\n        if config.compile:\n            model.compile()\n", "        if config.compile:\n            model.compile()\n        shard(model, world, config.fsdp_shard, config.fsdp_reshard, autocast_dtype(config, world.device))\n", "test_distributed.py::test_a_sharded_model_is_compiled_after_it_is_sharded", False),
+    # several processes' checkpoints
+    Mutant("two saves at once", SAVING, "BackgroundSaver.save", "        self.wait()\n        tensors", "        tensors", BACKGROUND + "test_there_is_one_save_at_a_time", False),
+    Mutant("shards of what trains on", SAVING, "BackgroundSaver.save", "async_stager=self.stager,", 'async_stager=type("Live", (), {"stage": lambda self, each: each, "should_synchronize_after_execute": False})(),', BACKGROUND + "test_save_returns_before_it_writes_and_later_steps_change_nothing_of_it", False),
+    Mutant("an error in the background is lost", SAVING, "BackgroundSaver.wait", "if error is None:", "if True:", BACKGROUND + "test_another_error_in_the_background_is_raised_by_the_next_call", False),
+    Mutant("the last save may fail", SAVING, "BackgroundSaver.wait", "self.failed(job.step, failures[0], needed)", "self.failed(job.step, failures[0], False)", BACKGROUND + "test_a_full_disk_under_the_last_save_is_an_error", False),
+    Mutant("half a save is left", SAVING, "BackgroundSaver.wait", "if job.new is not None:", "if False:", BACKGROUND + "test_a_full_disk_in_the_background_is_told_and_the_next_save_tries_again", False),
+    Mutant("a run ends without its save", SAVING, "BackgroundSaver.close", "            self.wait()\n", "            pass\n", BACKGROUND + "test_an_error_that_comes_with_the_end_is_told", False),
+    Mutant("a checkpoint before its model", SAVING, "_Job.finish", """        state.write_beside_shards(self.new, self.config, self.dtype, load, self.random, self.text)
+        self.saver.checkpoints.commit(self.step, self.new, self.in_manifest, flushed)
+""", """        self.saver.checkpoints.commit(self.step, self.new, self.in_manifest, flushed)
+        folder = self.saver.checkpoints.of(self.step).path
+        load = Shards(folder / SHARDS).whole
+        state.write_beside_shards(folder, self.config, self.dtype, load, self.random, self.text)
+""", BACKGROUND + "test_a_checkpoint_is_not_there_before_all_have_written", False),
+    Mutant("shards not flushed", SHARDED, "Writer.write_data", "            sync(file)\n", "", BACKGROUND + "test_shards_are_on_the_disk_before_the_rename", False),
+    Mutant("each writes all it holds", SHARDED, "own_share", "if copy == chosen and local_part", "if local_part", BACKGROUND + "test_every_tensor_is_written_by_one_process_and_each_writes_its_part", False),
+    Mutant("a shard that is missing", SHARDED, "Shards.__init__", "if held != whole.size.numel():", "if False:", BACKGROUND + "test_shards_that_do_not_fit_are_refused", False),
+    Mutant("shards of another shape", SHARDED, "Shards.check", "if found != shape or dtype", "if dtype", BACKGROUND + "test_shards_that_do_not_fit_are_refused", False),
+    Mutant("shards that no manifest names", SHARDED, "Shards.check", "if there != (named", "if False and there != (named", BACKGROUND + "test_a_file_that_no_manifest_names_is_not_read", False),
+    Mutant("shards with NaN", "fastgpt/training/state.py", "_restore_shards", "if world.agree(bool(bad)):", "if False:", BACKGROUND + "test_numbers_that_are_not_finite_are_refused", False),
+    Mutant("moments stay in their shards", "fastgpt/training/state.py", "_restore_shards", "saved.shards.load_into(tensors, group)", 'saved.shards.load_into({name: t for name, t in tensors.items() if "/" not in name}, group)', LAID_OUT, False),
+    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.features", "leaves_bias = not self.blocks_alone and only_multiplies", "leaves_bias = only_multiplies", LAID_OUT, False),
+    Mutant("gradients of the last batch alone", "fastgpt/training/step.py", "Step.batch", "model.set_requires_gradient_sync(last)", "model.set_requires_gradient_sync(not last)", WORLD, False),
     # what does more than its class, and what only looks like it
     Mutant("a Decoder trusts the count of writes", READ, "Sources.changed", "not torch.equal(now, self._sample)", "False", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
     Mutant("a Decoder keeps tensors that were replaced", READ, "Sources.changed", "if any(_address(getattr(module, name, None)) != address", "if any(False and address", KEPT + "test_a_decoder_of_weights_that_were_replaced", False),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import re
+import runpy
 import subprocess
 import sys
 import urllib.error
@@ -147,6 +149,44 @@ def test_hugging_faces_trainer(here):
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(r"loss \d\.\d+ over 1 steps", done.stdout) and "gelu_mlp" in done.stdout
     assert GPT.from_pretrained(here / "trained").config.n_embd == 64
+
+
+def ran(command, **environment):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **environment})
+    assert done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("beginning", "package"),
+    [("accelerate launch", "accelerate"), ("python examples/fabric_loop.py", "lightning"),
+     ("python examples/ray_train.py", "ray")],
+    ids=["accelerate", "fabric", "ray"],
+)  # fmt: skip
+def test_other_engines_train_it(here, beginning, package):
+    """In two processes but for Fabric's. Accelerate's own launcher starts several on GPUs alone; on a CPU torchrun does."""
+    pytest.importorskip(package, reason="its test was run by hand where it is installed; see examples/README.md")
+    ((*_, command),) = [commands(beginning)]
+    command[command.index("100")] = "3"
+    launcher = [sys.executable]
+    if package == "accelerate":
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = command[command.index(next(word for word in command if word.endswith(".py"))) :]
+    out = ran([*launcher, *words], PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    if package == "ray":
+        state = json.loads((here / "trained-by-ray/checkpoints/step-00000003/state.json").read_text())
+        assert (state["processes"], state["windows"]) == (2, 24)
+    else:
+        losses = [float(loss) for loss in re.findall(r"^loss (\d\.\d+)$", out, re.M)]
+        assert len(losses) == (2 if package == "accelerate" else 1) and len({*losses}) == 1 and 3 < losses[0] < 6
+
+
+def test_weights_for_torchtitan(here, capsys):
+    ((_, script, source, target),) = commands("python examples/to_torchtitan.py")
+    GPT(GPTConfig(vocab_size=31, block_size=8, n_layer=1, n_head=2, n_embd=8)).save_pretrained(source)
+    assert runpy.run_path(script)["main"](source, target) == 0
+    assert re.fullmatch(r"16 tensors, [\d,]+ numbers, 0 wrong\n", capsys.readouterr().out)
 
 
 @pytest.fixture

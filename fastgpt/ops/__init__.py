@@ -275,6 +275,7 @@ def linear_cross_entropy(
     """
     name = "linear_cross_entropy"
     checks.floats(name, x=x, weight=weight)
+    checks.gathered(name, x=x, weight=weight)
     checks.one_dtype(name, x=x, weight=weight)
     checks.columns(name, x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:

@@ -38,6 +38,14 @@ def floats(name, **tensors):
     every(name, FLOATS, getattr(first, "device", None), tensors)
 
 
+def gathered(name, **tensors):
+    """None spread over processes: a matmul of DTensors is a collective, which chunks of rows would repeat."""
+    for label, tensor in tensors.items():
+        if type(tensor).__name__ == "DTensor":
+            way = f"call the model that fully_shard wraps, which gathers it, or give {label}.full_tensor()"
+            raise TypeError(f"{name}: {label} is a DTensor of shape {tuple(tensor.shape)} over processes; {way}")
+
+
 def integers(name, device, **tensors):
     every(name, INTEGERS, device, tensors)
 

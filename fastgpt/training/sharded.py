@@ -11,6 +11,7 @@ done here: PyTorch's would hold each file twice more in memory on its way.
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,9 @@ class Shards:
     def load_into(self, tensors: dict[str, Tensor], group: Any) -> None:
         """Read what each process holds of these tensors, sharded in whatever way: all of `group` call it, None is a
         process that is alone."""
-        dcp.load(tensors, storage_reader=self.reader, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # as it is meant to be
+            dcp.load(tensors, storage_reader=self.reader, process_group=group, no_dist=group is None)
 
 
 def own_share(tensors: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:

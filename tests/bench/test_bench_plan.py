@@ -1,10 +1,12 @@
 """The plan's arithmetic: by hand where it can be, against what was measured where that is committed."""
 
+import sys
+
 import pytest
 
-from bench import plan, work
+from bench import plan, sent, work
 from bench.__main__ import main
-from bench.plan import Cluster
+from bench.plan import DDP, Cluster, Layout
 from bench.work import CARDS
 from fastgpt import GPTConfig
 
@@ -12,7 +14,8 @@ XL = GPTConfig.preset("gpt2-1558M")
 
 
 def planned(gpus, fsdp, config=XL, batch=8, **changes):
-    return plan.plan(config, batch, 1024, CARDS["h100"], Cluster(gpus, **changes), fsdp)
+    layout = Layout("FSDP2", gpus) if fsdp else DDP
+    return plan.plan(config, batch, 1024, CARDS["h100"], Cluster(gpus, **changes), layout)
 
 
 def test_a_collective_passes_all_but_its_own_part_over_the_slower_link():
@@ -39,13 +42,30 @@ def test_more_gpus_send_more_and_fsdp_holds_less():
     kept, root = 4 * parameters, 4 * 1600 * (50257 + 1024 + 2)
     ddp, sharded = planned(64, fsdp=False), planned(64, fsdp=True)
     a_byte = 63 / 64 / (400e9 * 0.8)
-    assert ddp.sent == pytest.approx(2 * kept * a_byte) == sharded.sent
+    assert ddp.sent == pytest.approx(2 * kept * a_byte)
+    assert sharded.sent == pytest.approx(1.5 * kept * a_byte), "weights are gathered in bfloat16"
     assert ddp.exposed == pytest.approx(2 * root * a_byte), "the embedding's gradient is the last"
-    assert sharded.exposed == pytest.approx((2 * root + (kept - root) / 48) * a_byte)
+    assert sharded.exposed == pytest.approx((1.5 * root + (kept - root) / 48 / 2) * a_byte)
     assert sharded.optimizer == pytest.approx(ddp.optimizer / 64)
     assert ddp.bottleneck == "matmuls"
     slow = planned(64, fsdp=False, per_node=1, network=5e9)
     assert slow.bottleneck == "communication" and slow.exposed == pytest.approx(slow.sent - slow.backward)
+
+
+def test_hsdp_sends_little_between_nodes():
+    """Eight gather and scatter inside a node; an eighth of the gradients goes between nodes, past each adapter."""
+    P, found = work.parameters(XL), Layout("HSDP", 8)
+    assert found.sent(P, 64, 4, 2) == pytest.approx(
+        {"all-gather": 2 * P * 7 / 8, "reduce-scatter": 4 * P * 7 / 8, "all-reduce": 2 * P / 2 * 7 / 8}
+    )
+    time = plan.plan(XL, 8, 1024, CARDS["h100"], Cluster(64), found)
+    inside, between = 450e9 * 0.8, 50e9 * 0.8
+    assert time.sent == pytest.approx(6 * P * 7 / 8 / inside + P * 7 / 8 / between)
+    again = plan.plan(XL, 8, 1024, CARDS["h100"], Cluster(64), Layout("HSDP, resharded", 8, True))
+    root = 1600 * (50257 + 1024 + 2)
+    assert again.sent - time.sent == pytest.approx(2 * (P - root) * 7 / 8 / inside)
+    assert [each.name for each in plan.layouts(Cluster(8))] == ["DDP", "FSDP2"]
+    assert [each.shards for each in plan.layouts(Cluster(512))] == [1, 512, 8, 8]
 
 
 def test_memory_a_device():
@@ -59,7 +79,11 @@ def test_memory_a_device():
     call = activations + 4 * 50257 * C + 8192 * 4 * C * 2
     assert plan.step_memory(XL, 8, 1024, 4, 2) == 14 * P + call
     assert plan.step_memory(XL, 8, 1024, 4, 2, gpus=64) == 18 * P + call, "and DDP's buckets"
-    assert plan.step_memory(XL, 8, 1024, 4, 2, gpus=64, fsdp=True) == pytest.approx((12 / 64 + 4 + 2) * P + call)
+    sharded = plan.step_memory(XL, 8, 1024, 4, 2, 64, Layout("FSDP2", 64))
+    assert sharded == pytest.approx((12 / 64 + 2) * P + call), "all weights are there in bfloat16"
+    block = 12 * C * C + 13 * C
+    less = plan.step_memory(XL, 8, 1024, 4, 2, 64, Layout("FSDP2", 64, reshards=True))
+    assert sharded - less == pytest.approx(2 * 46 * block, rel=1e-2), "two layers' of 48"
 
 
 def test_checkpointing_costs_time_and_saves_memory():
@@ -121,3 +145,15 @@ def test_the_command_prints_what_it_assumes(capsys):
 def test_what_can_not_be_planned(arguments, message, capsys):
     assert main(["plan", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what a connection sent")
+@pytest.mark.parametrize(
+    ("layout", "processes"), [(Layout("FSDP2", 2), 2), (Layout("HSDP", 2), 4)], ids=["fsdp", "hsdp"]
+)
+def test_processes_here_send_and_hold_what_is_planned(layout, processes):
+    """Two batches a step, whose gradients are reduced once."""
+    found = sent.measure(layout, processes, batches=2)
+    assert found.sent == pytest.approx(found.planned, rel=0.05)
+    assert found.held == pytest.approx(found.planned_held, rel=0.05)

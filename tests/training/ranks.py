@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch._dynamo  # as every optimizer does at its first step: imported once, before processes are forked
 import torch.distributed.fsdp
 
 from fastgpt import GPT, GPTConfig, cli, training
@@ -214,7 +215,7 @@ def _laid_out(config, layout, rank, size, port):
 def save_on(rank, size, port, folder, layout, tell) -> None:
     """Go on from the newest checkpoint, whose numbers must all be those of its step, and save until it is killed. Tells
     of (found, step), then of (begun, step) and (done, step)."""
-    config = GPTConfig(**MODEL)
+    config = GPTConfig(**{**MODEL, "n_embd": 128})  # 5 MB, so that most of a save is writing
     world, model, optimizer = _laid_out(config, layout, rank, size, port)
     keeper, step = saver(world, folder, print), 0
     newest, passed = keeper.checkpoints.newest()

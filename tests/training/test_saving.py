@@ -10,12 +10,13 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, ops
 from fastgpt.training import sharded, state
 from fastgpt.training.checkpoint import Checkpoint, Checkpoints
 from fastgpt.training.distributed import World
@@ -169,6 +170,20 @@ def test_a_checkpoint_is_not_there_before_all_have_written(saved, monkeypatch):
     assert seen == [[]]
 
 
+def test_shards_are_on_the_disk_before_the_rename(saved, monkeypatch):
+    """Each file is flushed, by whoever wrote it, and the manifest last."""
+    calls, names = [], {}
+    real_open, real_fsync, real_rename = os.open, os.fsync, os.rename
+    monkeypatch.setattr(os, "open", lambda path, *a, **k: names.setdefault(fd := real_open(path, *a, **k), path) and fd)
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(names.pop(fd, None)), real_fsync(fd))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append("rename"), real_rename(a, b))[1])
+    saved.save(1, needed=True)
+    before = [Path(call).name for call in calls[: calls.index("rename")] if call is not None]
+    assert before[0] == "00000.safetensors"
+    files = [name for name in before if name.endswith((".json", ".safetensors"))]
+    assert {"model.safetensors", "random.safetensors", "state.json"} < {*files} and files[-1] == "manifest.json"
+
+
 def rewritten(folder, change):
     """Shards as a stranger may have made them, under a manifest that vouches for them."""
     path = folder / "shards/00000.safetensors"
@@ -231,6 +246,15 @@ def test_every_tensor_is_written_by_one_process_and_each_writes_its_part():
     assert max(bytes_) - min(bytes_) <= largest
 
 
+def test_a_head_that_is_spread_over_processes_is_refused_by_name(alone):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    weight = distribute_tensor(torch.randn(11, 8), init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(TypeError, match=r"weight is a DTensor of shape \(11, 8\) over processes; call the model that"):
+        ops.linear_cross_entropy(torch.randn(4, 8), weight, torch.arange(4))
+    ops.linear_cross_entropy(torch.randn(4, 8), weight.full_tensor(), torch.arange(4))
+
+
 needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="Windows can't fork")
 
 
@@ -240,9 +264,13 @@ def kill_while_saving(folder, layout, draw):
     processes = ranks.started(2, ranks.save_on, folder, layout, tell)
     tell.close()
     said = [told.recv()]
-    for _ in range(draw.randrange(6)):  # begun, done, begun, …
+    for _ in range(1 + 2 * draw.randrange(3)):  # begun, done, begun, …
         said.append(told.recv())
-    time.sleep(draw.random() * 0.04)
+    if draw.random() < 0.7:  # while it writes; else while it copies and plans
+        end = time.monotonic() + 20
+        while not any((folder / "checkpoints").glob(".step-*")) and time.monotonic() < end:
+            time.sleep(0.001)
+    time.sleep(draw.random() * 0.02)
     for process in draw.sample(processes, 2):
         os.kill(process.pid, signal.SIGKILL)
         time.sleep(draw.random() * 0.02)
@@ -285,4 +313,4 @@ def test_a_save_takes_a_copy_of_the_shards_and_no_more(tmp_path, layout):
         assert process.exitcode == 0
     for _ in processes:
         rank, taken, own = told.recv()
-        assert 0.9 * own < taken <= 1.1 * own, (rank, taken / own)
+        assert 0.7 * own < taken <= 1.1 * own, (rank, taken / own)
