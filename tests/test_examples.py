@@ -165,7 +165,7 @@ def ran(command, **environment):
     ids=["accelerate", "fabric", "ray"],
 )  # fmt: skip
 def test_other_engines_train_it(here, beginning, package):
-    """In two processes but for Fabric's. Accelerate's own launcher starts several on GPUs alone; on a CPU torchrun does."""
+    """In two processes but for Fabric's. Accelerate's launcher starts several on GPUs alone; on a CPU torchrun does."""
     pytest.importorskip(package, reason="its test was run by hand where it is installed; see examples/README.md")
     ((*_, command),) = [commands(beginning)]
     command[command.index("100")] = "3"
