@@ -208,10 +208,8 @@ def test_a_call_that_failed_leaves_nothing(model):
             generate(decoder, [[3, 1, 4]], 16, temperature=0)
         model.wpe.weight.data[9] = row
         device.log.clear()
-        assert (
-            generate(decoder, [[3, 1, 4]], 16, temperature=0).tokens
-            == generate(model, [[3, 1, 4]], 16, temperature=0).tokens
-        )
+        expected = [recomputed(model, [3, 1, 4], 16, context=64)]
+        assert generate(decoder, [[3, 1, 4]], 16, temperature=0).tokens == expected
     assert "warm" in device.log
 
 
