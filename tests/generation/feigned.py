@@ -78,9 +78,16 @@ def card(seed=0):
             event.done = False
             device.give(copy)
 
-    def captured(_, step, generator):
+    def captured(self, step):
         device.log.append("capture")
-        return Graph(device, step), None
+        filled = self.filled  # a graph's shapes are those of its capture
+
+        def run():
+            self.filled, now = filled, self.filled
+            step()
+            self.filled = now
+
+        return Graph(device, run)
 
     def warmed(_, step):
         device.log.append("warm")
@@ -113,7 +120,7 @@ def card(seed=0):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "is_queued", lambda _: True)
         patch.setattr(batch, "Readback", Late)
-        patch.setattr(batch, "captured", captured)
+        patch.setattr(Batch, "_captured", captured)
         patch.setattr(batch, "warmed", warmed)
         patch.setattr(Batch, "_advance", advance_later)
         patch.setattr(Batch, "begin", begin_in_order)
