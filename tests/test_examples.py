@@ -72,13 +72,11 @@ def test_fine_tuning(here, capsys):
 
 @pytest.mark.slow
 def test_gpt2_124m_at_a_hundredth_of_its_size(here, capsys):
-    """195 steps of 19,560, from files as llm.c writes them, in which every other token follows from the one before."""
+    """195 steps of 19,560, from files as llm.c writes them, where each token is one or two above the one before."""
     (here / "fineweb10B").mkdir()
     draw = np.random.default_rng(0)
-    follows = draw.integers(0, 256, 256)
     for name, count in {"val_000000": 10_000, "train_000001": 40_000, "train_000002": 40_000}.items():
-        ids = draw.integers(0, 16, count)
-        ids[1::2] = follows[ids[::2]]
+        ids = draw.integers(1, 3, count).cumsum() % 16
         header = np.zeros(256, dtype="<i4")
         header[:3] = 20240520, 1, count
         content = header.tobytes() + ids.astype("<u2").tobytes()
@@ -92,8 +90,8 @@ def test_gpt2_124m_at_a_hundredth_of_its_size(here, capsys):
     assert "195 steps of 4 x 64 tokens in 2 x 1 batches" in said and "80,000 tokens to train on" in said
     rows = [line.split(",") for line in (here / "gpt2-124M" / "metrics.csv").read_text().splitlines()]
     losses = [float(row[rows[0].index("val_loss")]) for row in rows[1:]]
-    even = 0.5 * (math.log(16) + math.log(32))  # who knows the ids that occur, and not what follows
-    assert len(losses) == 3 and losses[2] < losses[0] < math.log(257) and losses[2] < even, losses
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert math.log(2) < losses[2] < 1.0, "log(16) = 2.8 for who knows the tokens, and not what follows"
     config = json.loads((here / "gpt2-124M" / "config.json").read_text())["train"]
     assert (config["dtype"], config["order"], config["beta2"], config["min_lr"]) == ("bfloat16", "epoch", 0.95, 0.0)
 
