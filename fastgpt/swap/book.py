@@ -96,8 +96,9 @@ def attention(attn: Any, swap: Swap, x: Tensor, *args, **kwargs) -> Any:
 
 def _cache_options(args: tuple, kwargs: dict) -> dict | None:
     """use_cache and cache of a call (x, use_cache, start_pos, cache), None for any other."""
-    given = {**dict(zip(("use_cache", "start_pos", "cache"), args, strict=False)), **kwargs}
-    if not given.keys() <= {"use_cache", "start_pos", "cache"}:
+    names = ("use_cache", "start_pos", "cache")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if not given.keys() <= {*names} or len(given) < len(args) + len(kwargs):  # one too many, or one given twice
         return None
     return dict(use_cache=given.get("use_cache", False), cache=given.get("cache"))
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastgpt import restore
-from tests.models import CONTEXT, VOCAB, book, book_package
+from tests.models import CONTEXT, FAMILIES, VOCAB, book, book_package
 from tests.swap.swapped import accelerate
 
 IDX = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -199,3 +199,36 @@ def test_attention_with_a_cache_of_its_own_is_left_and_the_report_says_so(window
     assert row.now is None and "keeps a cache of its own" in str(report) and "causal_attention" not in str(report)
     assert [row.kind for row in report.rows if row.now] == ["Block", "Sequential", "LayerNorm", "LayerNorm"]
     torch.testing.assert_close(results(), before, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["book", "book, fast", "book, cache"])
+@pytest.mark.parametrize("part", ["", "att"], ids=["block", "attention"])
+def test_what_a_block_may_be_called_with(kind, part):
+    """By place and by keyword; what its class does not take is refused as its class refuses it, and not dropped."""
+    model = FAMILIES[kind]().double().eval()
+    module, x = model.trf_blocks[0].get_submodule(part), torch.randn(2, 5, 48, dtype=torch.float64)
+    keeps = [((x,), dict(use_cache=True, cache=None)), ((x, True), dict(start_pos=0)), ((x, True, 0, None), {})]
+    given = [((x,), {}), ((), dict(x=x)), *(keeps if "cache" in kind else [])]
+    refused = [
+        ((x,), dict(mask=None)),
+        ((x,), dict(use_cache=True, mask=None)),
+        ((x, False, 0, None, None), {}),
+        ((x, False), dict(use_cache=True)),
+        ((), {}),
+    ]
+
+    def results():
+        with torch.no_grad():
+            found = [module(*args, **kwargs) for args, kwargs in given]
+        for args, kwargs in refused:
+            with pytest.raises(TypeError):
+                module(*args, **kwargs)
+        return [tuple(each) if isinstance(each, tuple) else (each, None) for each in found]
+
+    before = results()
+    accelerate(model, backend="torch")
+    for (y, cache), (expected, was) in zip(results(), before, strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        assert (cache is None) == (was is None)
+        for ours, theirs in zip(cache or (), was or (), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)

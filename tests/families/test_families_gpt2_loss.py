@@ -35,6 +35,19 @@ def test_the_loss_without_logits(how):
     assert model.eval()(IDX, labels=labels).logits is not None, "evaluation may want them"
 
 
+def test_a_cache_that_is_given_goes_on():
+    """A call that brings one wants it back, whatever it says of use_cache."""
+    model, found = hugging_face().double().train(), []
+    for loss in (False, True):
+        if loss:
+            accelerate(model, loss=True)
+        cache = model(IDX[:, :4], use_cache=True).past_key_values
+        output = model(IDX[:, 4:], labels=IDX[:, 4:], past_key_values=cache)
+        assert output.past_key_values.get_seq_length() == IDX.shape[1]
+        found.append(output.loss.detach().double())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
 def test_a_loss_of_ones_own_is_left():
     model = hugging_face().train()
     accelerate(model, loss=True)

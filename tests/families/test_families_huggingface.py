@@ -77,6 +77,21 @@ def test_a_second_prompt_through_the_door():
     torch.testing.assert_close(found[2:], found[:2], rtol=1e-9, atol=1e-10)
 
 
+def test_a_token_after_a_cache_without_a_mask():
+    """One query sees all keys; only of several, where there are more keys, are those past them a cache's empty ones."""
+    model = hugging_face().double().eval()
+    found = []
+    for each in (model, door(model)):
+        cache, logits = None, []
+        for begin, end in ((0, 4), (4, 5), (5, 6), (6, 9)):
+            out = each(IDX[:, begin:end], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        found.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found[0], model(IDX).logits, rtol=1e-9, atol=1e-10)
+
+
 def test_the_door_serves_grouped_heads():
     shape = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.LlamaConfig(**shape, num_key_value_heads=2, max_position_embeddings=32)

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from fastgpt import GPT, GPTConfig
+from fastgpt import GPT, GPTConfig, generate
 from fastgpt.data.tokenizer import encoding
 from fastgpt.training import monitor
 from fastgpt.training.monitor import Monitor, flops_per_token, peak_flops, plot_losses, sample
@@ -136,6 +136,14 @@ def test_wandb_gets_the_same_and_a_resumed_run_goes_on_there(tmp_path, monkeypat
         ({"train/loss": 1.25, "train/grad_norm": 0.5, "train/learning_rate": 0.1, "train/tokens_per_second": 1e6}, 2),
         ({"val/loss": 1.5}, 2),
     ]
+
+
+def test_a_sample_of_no_prompt_begins_a_document():
+    """As generate does with the end of text for a prompt; a line is written, not the error of an empty prompt."""
+    model = GPT(GPTConfig(vocab_size=257, block_size=16, n_layer=1, n_head=2, n_embd=16)).eval()
+    byte = encoding("byte")
+    options = dict(temperature=0.8, seed=7, encoding=byte, stop_ids=256)
+    assert sample(model, byte, "", 9, 7) == generate(model, [[256]], 9, **options).texts[0] != ""
 
 
 def test_a_sample_is_repeatable_and_leaves_the_generators_alone():
