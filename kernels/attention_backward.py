@@ -385,7 +385,7 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         **strides(o=o, dq=dq),
         **constants,
     )
-    constants = settings("dkdv", q, has_extras(beyond))
+    constants = settings("dkdv", q, has_extras(beyond), window is not None)
     tiles = cdiv(keys, constants["BLOCK_N"])
     _attention_dkdv_kernel[(tiles * batch * key_heads,)](
         dk_ptr=dk,
