@@ -378,7 +378,8 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         return q.new_zeros((1, 3 * heads * dim), dtype=statistics_dtype(q)) if needs_sums else None
     do, q, k, v, o = (addressable(t) for t in (do, q, k, v, o))
     beyond = options(seed, key_mask, documents, dropout_p)
-    of_dq, of_dkdv = (settings(kernel, q, has_extras(beyond)) for kernel in ("dq", "dkdv"))
+    windowed = window is not None
+    of_dq, of_dkdv = (settings(kernel, q, has_extras(beyond), windowed) for kernel in ("dq", "dkdv"))
     tiles, key_tiles = cdiv(queries, of_dq["BLOCK_M"]), cdiv(keys, of_dkdv["BLOCK_N"])
     partials = None
     if needs_sums:  # where one of the kernels has fewer rows than the other, its last ones stay zero

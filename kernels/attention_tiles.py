@@ -34,10 +34,10 @@ class Card(NamedTuple):
         return 90 <= self.capability < 120 and self.shared >= 160 * 1024
 
 
-def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, Any]:
+def settings(kernel: str, q: torch.Tensor, extras: bool = False, windowed: bool = False) -> dict[str, Any]:
     """The constexprs and compiler's options of "fwd", "dkdv" or "dq" for these queries; extras: dropout or masks."""
     card = card_of(q)
-    tiles = _tiles(kernel, q.shape[-1], q.dtype, card, extras)
+    tiles = _tiles(kernel, q.shape[-1], q.dtype, card, extras, windowed)
     registers = None
     if q.dtype == torch.float32:  # left alone, ptxas aims at 64 for float32 on capability 8.0, and spills
         registers = 255 if q.shape[-1] > 128 else 192
@@ -56,7 +56,9 @@ def settings(kernel: str, q: torch.Tensor, extras: bool = False) -> dict[str, An
     }
 
 
-def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, extras: bool) -> Tiles:
+def _tiles(
+    kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, extras: bool, windowed: bool = False
+) -> Tiles:
     """Tiles for "fwd", "dkdv" or "dq" on a card (None is the interpreter); extras: with dropout or masks.
 
     Those of Hopper were measured on an H200 at B = 32, T = 1024, 768 channels, bfloat16, against some fifteen others of
@@ -73,7 +75,7 @@ def _tiles(kernel: str, head_dim: int, dtype: torch.dtype, card: Card | None, ex
         return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
     if card.is_large:
         if kernel == "dkdv":
-            return Tiles(32, 64, 4, 3)
+            return Tiles(16 if extras and windowed and head_dim > 64 else 32, 64, 4, 3)  # with all three 32 spill
         return Tiles(64, 32 if extras or (kernel == "dq" and head_dim > 64) else 64, 4, 3)
     if kernel == "fwd" and head_dim <= 64:
         return Tiles(64, 64, 8, 2) if extras else Tiles(128, 64, 8, 3)

@@ -60,7 +60,7 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
     is built, and with a seed the probabilities too; of a window both are of blocks of queries and what those see.
     """
     queries, keys = q.shape[-2], k.shape[-2]
-    grouped = bool(q.shape[1] != k.shape[1])  # a tensor, where a trace records it
+    group = int(q.shape[1] // k.shape[1])  # asked here: a trace has a tensor, and a compiler no number of it in blocks
     explicit_dropout = dropout_p > 0 and seed is not None
     if window is not None and q.numel() > 0:
         blocks = Blocks(queries, keys, window)
@@ -69,10 +69,10 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
         ids = None if documents is None else (blocks.of_queries(documents, 1), blocks.of_keys(documents, 1))
         mask = None if key_mask is None else blocks.of_keys(key_mask, 1)
         keep = blocks.keep(seed, dropout_p, q.shape[:2], q.device) if explicit_dropout else None
-        return blocks.joined(_hiding(*rows, allowed, mask, ids, scale, dropout_p, keep, broken=True), len(q))
+        return blocks.joined(_hiding(*rows, group, allowed, mask, ids, scale, dropout_p, keep, broken=True), len(q))
     if queries == keys and key_mask is None and documents is None and not explicit_dropout:
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+            q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale, enable_gqa=group > 1
         )
 
     offset = keys - queries  # causal is aligned at the end: the last query sees every key
@@ -80,14 +80,14 @@ def causal_attention(q, k, v, *, scale=None, dropout_p=0.0, seed=None, key_mask=
     ids = None if documents is None else (documents, documents)
     shape = (*q.shape[:3], keys)
     keep = dropout_mask(seed, dropout_p, shape, ATTENTION_SITE, q.device) if explicit_dropout else None
-    return _hiding(q, k, v, allowed, key_mask, ids, scale, dropout_p, keep, broken=documents is not None)
+    return _hiding(q, k, v, group, allowed, key_mask, ids, scale, dropout_p, keep, broken=documents is not None)
 
 
-def _hiding(q, k, v, allowed, key_mask, ids, scale, dropout_p, keep, broken):
+def _hiding(q, k, v, group, allowed, key_mask, ids, scale, dropout_p, keep, broken):
     """Attention where `allowed`, of keys that key_mask (B, Tk) leaves and of equal ids, (B, Tq) and (B, Tk).
 
-    broken: whether a key that holds NaN or an infinity may be one that a query must not see. It is multiplied by zero,
-    which NaN survives: such keys are read as zeros, and what sees one is NaN.
+    group: query heads a key head. broken: whether a key that holds NaN or an infinity may be one that a query must not
+    see. It is multiplied by zero, which NaN survives: such keys are read as zeros, and what sees one is NaN.
     """
     if key_mask is not None:
         k = k.masked_fill(~key_mask[:, None, :, None], 0)  # 0 times NaN would be NaN
@@ -96,12 +96,12 @@ def _hiding(q, k, v, allowed, key_mask, ids, scale, dropout_p, keep, broken):
     if ids is not None:
         allowed = allowed & (ids[0][:, None, :, None] == ids[1][:, None, None, :])
     if not broken:
-        return _masked_attention(q, k, v, allowed, scale, dropout_p, keep)
+        return _masked_attention(q, k, v, group, allowed, scale, dropout_p, keep)
     bad = ~(k.isfinite() & v.isfinite()).all(-1)  # (B, Hkv, Tk)
     k, v = (t.masked_fill(bad[..., None], 0) for t in (k, v))
     poisoned = (allowed[:, 0].float() @ bad.mT.float() > 0).mT[..., None]  # (B, Hkv, Tq, 1)
-    poisoned = poisoned.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return torch.where(poisoned, math.nan, _masked_attention(q, k, v, allowed, scale, dropout_p, keep))
+    poisoned = poisoned.repeat_interleave(group, dim=1)
+    return torch.where(poisoned, math.nan, _masked_attention(q, k, v, group, allowed, scale, dropout_p, keep))
 
 
 class Blocks:
@@ -187,7 +187,7 @@ def decode_masked(q, k_cache, v_cache, lengths, *, scale=None, window=None):
         filled, allowed = allowed.any(1), allowed[:, None]
     k = k_cache.masked_fill(~filled[:, None, :, None], 0)
     v = v_cache.masked_fill(~filled[:, None, :, None], 0)
-    return _masked_attention(q, k, v, allowed, scale, 0.0, None)
+    return _masked_attention(q, k, v, int(q.shape[1] // k.shape[1]), allowed, scale, 0.0, None)
 
 
 def _full(q, k_cache, lengths) -> bool:
@@ -197,19 +197,18 @@ def _full(q, k_cache, lengths) -> bool:
     return bool((lengths == k_cache.shape[-2]).all())
 
 
-def _masked_attention(q, k, v, allowed, scale, dropout_p, keep):
+def _masked_attention(q, k, v, group, allowed, scale, dropout_p, keep):
     """allowed broadcasts to (B, H, Tq, Tk). keep: what dropout with a seed keeps, or None. A query that may see nothing
     gives zeros, and zero gradients."""
     sees_something = allowed.any(-1, keepdim=True)
     allowed = allowed | ~sees_something  # softmax needs a key; the row is zeroed below
-    grouped = bool(q.shape[1] != k.shape[1])  # a tensor, where a trace records it
     if keep is None:
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=allowed, dropout_p=dropout_p, scale=scale, enable_gqa=group > 1
         )
     else:
-        if grouped:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        if group > 1:
+            k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2)) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         probabilities = scores.masked_fill(~allowed, -math.inf).softmax(-1)
         out = _apply_mask(probabilities, keep, dropout_p) @ v
