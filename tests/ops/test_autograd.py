@@ -171,7 +171,9 @@ def test_a_whole_gpt_compiles_in_one_graph(device):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm", "causal_attention", "causal_attention_qkv", "its bias"])
+@pytest.mark.parametrize(
+    "name", ["layer_norm", "add_layer_norm", "causal_attention", "causal_attention_qkv", "its bias"]
+)
 def test_a_second_derivative_is_refused_by_name(name, device):
     x, residual, weight, *_ = rows(device)
     q, k, v, qkv = heads(device)
