@@ -175,7 +175,7 @@ MUTANTS = [
     Mutant("dq not scaled", BACK, "_attention_dq_kernel", "dq * scale", "dq", LENGTHS),
     Mutant("every tile's sums in one row", BACK, "_attention_dkdv_kernel", "row = batch * tiles + tile", "row = batch * tiles", BIAS),
     Mutant("dq's sums of a batch's first tile", BACK, "_attention_dq_kernel", "batch * tiles + tile, 0", "batch * tiles, 0", BIAS),
-    Mutant("dk's sums not scaled", BACK, "_attention_dkdv_kernel", "key_head, dk, scale", "key_head, dk, 1.0", BIAS),
+    Mutant("dv's sums scaled as dk's", BACK, "_attention_dkdv_kernel", "key_head, dv, 1.0", "key_head, dv, scale", BIAS),
     Mutant("sums of every head in one", TILES, "store_sums", "* heads + head)", "* heads)", BIAS),
     Mutant("a bias's gradient in qkv's dtype", BACK, "attention_qkv_bwd_outputs", "dtype=statistics_dtype(qkv)", "dtype=qkv.dtype", "test_qkv_bias.py::test_the_gradient_is_not_rounded_on_its_way"),
     Mutant("too few rows of sums", BACK, "_backward", "max(tiles, key_tiles)", "tiles", "test_qkv_bias.py::test_tiles_of_other_numbers_of_queries_than_of_keys"),
