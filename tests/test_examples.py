@@ -163,7 +163,7 @@ def ran(command, **environment):
     ids=["accelerate", "fabric", "ray"],
 )  # fmt: skip
 def test_other_engines_train_it(here, beginning, package):
-    """In two processes but for Fabric's. Accelerate's launcher starts several on GPUs alone; on a CPU torchrun does."""
+    """In two processes but for Fabric's; on a CPU Accelerate's own launcher starts one, so torchrun starts them."""
     pytest.importorskip(package, reason="its test was run by hand where it is installed; see examples/README.md")
     ((*_, command),) = [commands(beginning)]
     command[command.index("100")] = "3"

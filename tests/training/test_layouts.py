@@ -53,3 +53,17 @@ def test_each_goes_on_from_what_another_saved(text, tmp_path, layouts):
     assert launch(1, text, tmp_path / "whole", model=MODEL, **options) == [0]
     for ours, theirs in zip(found, losses(tmp_path / "whole", len(layouts)), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_weights_that_are_gathered_in_bfloat16(text, tmp_path):
+    """By FSDP2's policy, where autocast would cast each: nearly the same losses, of weights and moments in float32."""
+    found = {}
+    for name in ("ddp", "hsdp"):
+        size, changes = LAYOUTS[name]
+        out = tmp_path / name
+        assert launch(size, text, out, dtype="bfloat16", eval_interval=1, **changes) == [0] * size, said(out, 0)
+        found[name] = losses(out, 6)
+    assert found["ddp"] != found["hsdp"]
+    for ours, theirs in zip(found["hsdp"], found["ddp"], strict=True):
+        assert ours == pytest.approx(theirs, rel=5e-3)

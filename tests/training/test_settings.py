@@ -43,6 +43,10 @@ def test_schedules(fields, rates):
         (dict(learning_rate="fast"), "learning_rate is 'fast', not a number"),
         (dict(compile=1), "compile is 1, not True or False"),
         (dict(total_batch_size=64, gradient_accumulation_steps=2), "say the same thing; give one of them"),
+        (dict(fsdp_shard=8), "fsdp_shard = 8 says how fsdp is to shard, and fsdp is false"),
+        (dict(fsdp_reshard=True), "fsdp_reshard says how fsdp is to shard, and fsdp is false"),
+        (dict(fsdp=True, fsdp_shard=0), "fsdp_shard is 0, not at least 1"),
+        (dict(timeout=0.0), "timeout is 0.0, not a number of seconds above 0"),
     ],
 )
 def test_bad_fields(fields, message):

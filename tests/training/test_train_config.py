@@ -77,6 +77,7 @@ def test_min_lr_is_zero_unless_said_and_never_above():
         ((1, "cpu"), dict(fsdp=True), "fsdp needs several processes"),
         ((2, "cuda"), dict(fsdp=True, optimizer="muon"), "fsdp and optimizer = 'muon' do not go together"),
         ((2, "cuda"), dict(fsdp=True, dtype="float16"), "fsdp and float16 do not go together"),
+        ((4, "cpu"), dict(fsdp=True, fsdp_shard=3, batch_size=4), "fsdp_shard = 3 does not divide 4 processes"),
     ],
 )
 def test_what_these_devices_can_not_do(world, fields, message):
