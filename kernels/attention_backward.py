@@ -164,8 +164,7 @@ def _attention_dkdv_kernel(
         sighted = end if window is None else in_all
         whole = below + tl.maximum(sighted - below, 0) // BLOCK_M * BLOCK_M  # past it some do not see all, or are none
         tested = diagonal + (whole < end if window is None else tl.cdiv(tl.maximum(end - whole, 0), BLOCK_M))
-        # nearly always without documents and windows, and ptxas does worse with the `if`
-        if (ids_ptr is None and window is None) or tested > 0:
+        if ids_ptr is None or tested > 0:  # nearly always without documents, and ptxas does worse with the `if`
             for tile_of_queries in range(0, tested):
                 start = tl.where(tile_of_queries < diagonal, begin + tile_of_queries * BLOCK_M, whole)
                 if window is not None:

@@ -75,7 +75,7 @@ def _tiles(
         return Tiles(64, 32, 8, 2) if kernel == "fwd" else Tiles(32, 16 if extras and kernel == "dkdv" else 32, 8, 1)
     if card.is_large:
         if kernel == "dkdv":
-            return Tiles(16 if extras and windowed and head_dim > 64 else 32, 64, 4, 3)  # with all three 32 spill
+            return Tiles(16 if windowed and head_dim > 64 else 32, 64, 4, 3)  # 32 spill, or no two wgmma overlap
         return Tiles(64, 32 if extras or (kernel == "dq" and head_dim > 64) else 64, 4, 3)
     if kernel == "fwd" and head_dim <= 64:
         return Tiles(64, 64, 8, 2) if extras else Tiles(128, 64, 8, 3)
