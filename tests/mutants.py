@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant("sums of every head in one", TILES, "store_sums", "* heads + head)", "* heads)", BIAS),
     Mutant("a bias's gradient in qkv's dtype", BACK, "attention_qkv_bwd_outputs", "dtype=statistics_dtype(qkv)", "dtype=qkv.dtype", "test_qkv_bias.py::test_the_gradient_is_not_rounded_on_its_way"),
     Mutant("too few rows of sums", BACK, "_backward", "max(tiles, key_tiles)", "tiles", "test_qkv_bias.py::test_tiles_of_other_numbers_of_queries_than_of_keys"),
-    Mutant("a kept cache's share of a bias's gradient", "fastgpt/swap/gpt2.py", "_heads", "if past is None:\nqkv, bias", "if True:\n        qkv, bias", "test_families_gpt2.py::test_what_the_cache_keeps_has_its_gradient_too"),
+    Mutant("a kept cache's share of a bias's gradient", "fastgpt/swap/gpt2.py", "_heads", "qkv = attn.c_attn(x)", "qkv, bias = packed_projection(attn.c_attn, x, swap.backend)", "test_families_gpt2.py::test_what_the_cache_keeps_has_its_gradient_too"),
     Mutant("a loss's factor is left out", "fastgpt/ops/loss.py", "_is_one", "factor.item() == 1", "True", FALLBACK_LOSS, False),
     Mutant("sums for a bias that needs none", "fastgpt/ops/autograd.py", "CausalAttentionQKV.backward", "ctx.needs_input_grad[1]", "ctx.bias_dtype is not None", "test_qkv_bias.py::test_a_bias_that_needs_no_gradient_costs_nothing", False),
     Mutant("diagonal skipped in dkdv", BACK, "_attention_dkdv_kernel", "diagonal = tl.cdiv(tl.maximum(below - begin, 0), BLOCK_M)", "diagonal = 0", LENGTHS),
