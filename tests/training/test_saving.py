@@ -170,6 +170,23 @@ def test_a_checkpoint_is_not_there_before_all_have_written(saved, monkeypatch):
     assert seen == [[]]
 
 
+def test_a_valid_checkpoint_of_the_same_step_stays(saved):
+    saved.save(1, needed=True)
+    ranks.fill(saved.model, saved.optimizer, 5)
+    saved.saver.save(saved.model, saved.optimizer, ranks.facts(SMALL, 1), needed=True)
+    assert saved.numbers(1) == {1.0} and os.listdir(saved.folder / "checkpoints") == ["step-00000001"]
+
+
+def test_a_shard_that_another_process_wrote_elsewhere_is_missed(saved):
+    """As where the processes' machines do not share the folder."""
+    store = Checkpoints(saved.folder / "checkpoints")
+    new = store.begin(1, 0)
+    (new / "state.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"it is not there: 'shards/00001.safetensors'"):
+        store.commit(1, new, {}, {"shards/00001.safetensors": "00"})
+    assert saved.steps() == []
+
+
 def test_shards_are_on_the_disk_before_the_rename(saved, monkeypatch):
     """Each file is flushed, by whoever wrote it, and the manifest last."""
     calls, names = [], {}
