@@ -88,6 +88,7 @@ def main(options: argparse.Namespace) -> int:
     file = options.out / FILE
     asked = {"model": dataclasses.asdict(shape), "train": settings, "threads": options.threads}
     state = json.loads(file.read_text()) if file.exists() else {**asked, "machine": machine, "pairs": []}
+    state["model"] = dataclasses.asdict(GPTConfig(**state["model"]))  # with the fields that came since
     if any(state[name] != value for name, value in asked.items()):
         raise ValueError(f"muon: {file} is of other settings; choose another --out")
     corpus = load_corpus(options.data, encoding("byte"), shape.block_size)

@@ -40,7 +40,9 @@ def main(text: str, steps: int) -> float:
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return accelerator.gather(loss.detach()).mean().item()
+    mean = accelerator.gather(loss.detach()).mean().item()
+    accelerator.end_training()  # ends the processes' group too, without which one may abort as it leaves
+    return mean
 
 
 if __name__ == "__main__":
