@@ -240,8 +240,8 @@ MUTANTS = [
     Mutant("window: the pattern shifted", MODEL, "GPTConfig.window_of", "layer % len", "(layer + 1) % len", GPT_WINDOWS + "test_logits_and_gradients", False),
     Mutant("window: the last layer has one too", MODEL, "GPTConfig.window_of", "and layer < self.n_layer - 1", "", GPT_WINDOWS + "test_the_pattern_goes_over_the_layers_and_the_last_sees_all", False),
     Mutant("window: not heard by a layer", MODEL, "CausalSelfAttention.forward", "window=self.window", "window=None", GPT_WINDOWS + "test_logits_and_gradients", False),
-    Mutant("window: lost in a saved configuration", "fastgpt/weights/saving.py", "save_model", "dataclasses.asdict(model.config)", "dataclasses.asdict(model.config) | {'window': None}", GPT_WINDOWS + "test_a_window_survives_fastgpts_own_folder", False),
-    Mutant("window: written for a family that has none", "fastgpt/weights/saving.py", "write_family", "if windowed:", "if False:", GPT_WINDOWS + "test_a_family_that_has_no_windows_is_refused", False),
+    Mutant("window: lost in a saved configuration", "fastgpt/weights/saving.py", "_write_config", "dataclasses.asdict(config)", "dataclasses.asdict(config) | {'window': None}", GPT_WINDOWS + "test_a_window_survives_fastgpts_own_folder", False),
+    Mutant("window: written for a family that has none", "fastgpt/weights/saving.py", "_refuse_windows", "if windowed:", "if False:", GPT_WINDOWS + "test_a_family_that_has_no_windows_is_refused", False),
     Mutant("window: Hopper's kernels take it", HOPPER_CHOICE, "_beyond", "if window is not None:", "if False:", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
     Mutant("door: a sliding window of one key more", "fastgpt/families/huggingface.py", "mask_function", "padding[:, None, first:].bool().expand(-1, window, -1)", "padding[:, None, first:].bool().expand(-1, window + 1, -1)", SLIDES, False),
     Mutant("trial: only of a few tokens", "fastgpt/swap/trial.py", "why_not", 'why is None and swap.flag == "attention"', "False", "test_swap_windows.py::test_a_window_of_any_length_is_seen", False),
@@ -454,12 +454,12 @@ MUTANTS = [
     Mutant("the last save may fail", SAVING, "BackgroundSaver.wait", "self.failed(job.step, failures[0], needed)", "self.failed(job.step, failures[0], False)", BACKGROUND + "test_a_full_disk_under_the_last_save_is_an_error", False),
     Mutant("half a save is left", SAVING, "BackgroundSaver.wait", "if job.new is not None:", "if False:", BACKGROUND + "test_a_full_disk_in_the_background_is_told_and_the_next_save_tries_again", False),
     Mutant("a run ends without its save", SAVING, "BackgroundSaver.close", "            self.wait()\n", "            pass\n", BACKGROUND + "test_an_error_that_comes_with_the_end_is_told", False),
-    Mutant("a checkpoint before its model", SAVING, "_Job.finish", """        state.write_beside_shards(self.new, self.config, self.dtype, load, self.random, self.text)
+    Mutant("a checkpoint before its model", SAVING, "_Job.finish", """        state.write_beside_shards(self.new, self.config, self.dtype, load, self.encoding, self.random, self.text)
         self.saver.checkpoints.commit(self.step, self.new, self.in_manifest, flushed)
 """, """        self.saver.checkpoints.commit(self.step, self.new, self.in_manifest, flushed)
         folder = self.saver.checkpoints.of(self.step).path
         load = Shards(folder / SHARDS).whole
-        state.write_beside_shards(folder, self.config, self.dtype, load, self.random, self.text)
+        state.write_beside_shards(folder, self.config, self.dtype, load, self.encoding, self.random, self.text)
 """, BACKGROUND + "test_a_checkpoint_is_not_there_before_all_have_written", False),
     Mutant("shards not flushed", SHARDED, "Writer.write_data", "            sync(file)\n", "", BACKGROUND + "test_shards_are_on_the_disk_before_the_rename", False),
     Mutant("each writes all it holds", SHARDED, "own_share", "if copy == chosen and local_part", "if local_part", BACKGROUND + "test_every_tensor_is_written_by_one_process_and_each_writes_its_part", False),

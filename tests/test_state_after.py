@@ -107,6 +107,14 @@ def within(world):
     return run
 
 
+def streamed(name, *more):
+    def of(world):
+        load = world.model.state_dict().__getitem__
+        getattr(weights, name)(world.model.config, torch.float32, load, made("out"), *more)
+
+    return here(of)
+
+
 TOKENS = np.arange(40) % VOCABULARY
 FUNCTIONS = {
     "fastgpt.GPT": Row(here(lambda w: GPT(GPTConfig(**SHAPE))), DRAWS),
@@ -135,6 +143,7 @@ FUNCTIONS = {
     "fastgpt.ops.backend_in_words": Row(here(lambda w: ops.backend_in_words("auto", torch.ones(1)))),
     "fastgpt.ops.decoding_steps": Row(here(lambda w: ops.decoding_steps("auto", torch.ones(1)))),
     "fastgpt.ops.DecodingSteps": Row(here(lambda w: ops.DecodingSteps())),
+    "fastgpt.ops.explain_token": Row(here(lambda w: ops.explain_token(torch.ones(50, 8), 2, 32, 16))),
     "fastgpt.ops.interpreted": Row(here(lambda w: ops.interpreted())),
     "fastgpt.ops.kernels_run_on": Row(here(lambda w: ops.kernels_run_on(torch.device("cpu")))),
     "fastgpt.ops.no_triton": Row(here(lambda w: ops.no_triton())),
@@ -152,6 +161,8 @@ FUNCTIONS = {
     "fastgpt.weights.load_named": Row(here(lambda w: weights.load_named(w.checkpoint))),
     "fastgpt.weights.save_model": Row(here(lambda w: weights.save_model(w.draft, made("out"), "byte")), files=("out",)),
     "fastgpt.weights.save_pretrained": Row(here(lambda w: weights.save_pretrained(w.model, "out")), files=("out",)),
+    "fastgpt.weights.stream_model": Row(streamed("stream_model", "byte"), files=("out",)),
+    "fastgpt.weights.stream_pretrained": Row(streamed("stream_pretrained"), files=("out",)),
     "fastgpt.weights.convert": Row(here(lambda w: weights.convert(w.checkpoint, "out", "book")), files=("out",)),
     "fastgpt.data.Corpus": Row(here(lambda w: data.Corpus([1], [2], "few", "").facts())),
     "fastgpt.data.Order": Row(here(lambda w: data.Order(TOKENS, 4, "epoch", 3).starts(0, 5))),

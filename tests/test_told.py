@@ -67,13 +67,13 @@ def test_the_val_loss_is_of_these_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(monitor, "plot_losses", lambda rows, path: None)
     (tmp_path / "text.txt").write_text("the quick brown fox. " * 30)
     told = {}
-    save_model = training.run.save_model
+    save_model = training.saving.save_model
 
     def noted(model, folder, name, **facts):
         save_model(model, folder, name, **facts)
         told[facts["step"]] = json.loads((folder / "config.json").read_text())["val_loss"]
 
-    monkeypatch.setattr(training.run, "save_model", noted)
+    monkeypatch.setattr(training.saving, "save_model", noted)
     few = TrainConfig(max_iters=5, batch_size=2, eval_interval=2, checkpoint_interval=1, eval_iters=1, device="cpu")
     fit(SHAPE, few, "byte", tmp_path / "text.txt", tmp_path / "out")
     assert {step for step, loss in told.items() if loss is not None} == {2, 4, 5} and len(told) == 5

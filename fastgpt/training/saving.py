@@ -144,7 +144,7 @@ class _Job:
         if self.new is None:
             return
         load = Shards(self.new / SHARDS).whole
-        state.write_beside_shards(self.new, self.config, self.dtype, load, self.random, self.text)
+        state.write_beside_shards(self.new, self.config, self.dtype, load, self.encoding, self.random, self.text)
         self.saver.checkpoints.commit(self.step, self.new, self.in_manifest, flushed)
         load = Shards(self.saver.checkpoints.of(self.step).path / SHARDS).whole
         stream_model(self.config, self.dtype, load, self.saver.folder, self.encoding, **self.told)

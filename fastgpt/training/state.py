@@ -27,9 +27,8 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.checkpoint import Checkpoint
 from fastgpt.training.distributed import SHARDS, World, local_part, placed, whole
 from fastgpt.training.optimizer import by_muon
-from fastgpt.weights import from_pretrained, save_pretrained, stream_pretrained
+from fastgpt.weights import from_pretrained, save_model, save_pretrained, stream_model, stream_pretrained
 from fastgpt.weights.files import read_tensors, write_tensors
-from fastgpt.weights.saving import save_model
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
@@ -97,11 +96,20 @@ def write(folder: Path, config: GPTConfig, taken: Snapshot, facts: dict) -> None
 
 
 def write_beside_shards(
-    folder: Path, config: GPTConfig, dtype: torch.dtype, load: Callable[[str], Tensor], random: dict, facts: str
+    folder: Path,
+    config: GPTConfig,
+    dtype: torch.dtype,
+    load: Callable[[str], Tensor],
+    encoding: str,
+    random: dict,
+    facts: str,
 ) -> None:
     """What a checkpoint has beside its shards, in which load(name) finds a weight; its manifest is not yet there."""
     (folder / MODEL).mkdir()
-    stream_pretrained(config, dtype, load, folder / MODEL)
+    if any(config.windows):
+        stream_model(config, dtype, load, folder / MODEL, encoding)
+    else:
+        stream_pretrained(config, dtype, load, folder / MODEL)
     write_tensors(random, folder / RANDOM)
     (folder / STATE).write_text(facts, encoding="utf-8")
 

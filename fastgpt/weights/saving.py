@@ -78,6 +78,7 @@ def save_pretrained(model: GPT, folder: str | Path) -> None:
 
 def stream_pretrained(config: GPTConfig, dtype: torch.dtype, load: Callable[[str], Tensor], folder: Path) -> None:
     """save_pretrained of a model that is nowhere whole: load(name) gives its tensors, one after another."""
+    _refuse_windows(config, "huggingface")
     ours, family = _shapes(config, dtype), FAMILIES["huggingface"]
     settings, like, _ = family.write_weights(config, ours)
 
@@ -174,6 +175,13 @@ def _json(content: dict) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
+def _refuse_windows(config: GPTConfig, to: Family) -> None:
+    windowed = [(layer, window) for layer, window in enumerate(config.windows) if window is not None]
+    if windowed:
+        has = "layer {} has one of {} tokens".format(*windowed[0])
+        raise ValueError(f"{to} has no windows, and {has}; fastgpt's own folder does")
+
+
 def write_family(
     model: GPT, folder: Path, to: Family, encoding: str, variant: str, changes: dict | None = None
 ) -> list[str]:
@@ -182,10 +190,7 @@ def write_family(
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, folder, encoding)
         return []
-    windowed = [(layer, window) for layer, window in enumerate(model.config.windows) if window is not None]
-    if windowed:
-        has = "layer {} has one of {} tokens".format(*windowed[0])
-        raise ValueError(f"{to} has no windows, and {has}; fastgpt's own folder does")
+    _refuse_windows(model.config, to)
     more = (variant,) if to == "book" else ()
     settings, tensors, notes = FAMILIES[to].write_weights(model.config, model.state_dict(), *more)
     settings |= changes or {}

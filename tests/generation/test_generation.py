@@ -225,9 +225,9 @@ def test_a_cards_free_memory_is_what_counts(model, monkeypatch):
     decoder = Decoder(model)
     monkeypatch.setattr(decoder, "device", torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**40))
-    _check_memory(decoder, plan(decoder, 2, 1, 4, Sampling()))
+    _check_memory(decoder, plan(decoder, 2, 1, 4, Sampling()), None)
     with pytest.raises(ValueError, match=r"10000 rows of 5 tokens need about [\d.]+ GiB, cuda:0 has 0.0"):
-        _check_memory(decoder, plan(decoder, 2, 10000, 4, Sampling()))
+        _check_memory(decoder, plan(decoder, 2, 10000, 4, Sampling()), None)
 
 
 def test_the_kernels_give_the_fallbacks_tokens(device):

@@ -2,6 +2,7 @@
 lost. One process that is a group of its own, for the protocol; two for kills and memory."""
 
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -37,15 +38,16 @@ def alone():
 class Saved:
     """A model whose numbers are all those of its step, and its saver."""
 
-    def __init__(self, world, folder):
-        self.model, self.optimizer = ranks.model_and_moments(SMALL)
+    def __init__(self, world, folder, shape=SMALL):
+        self.shape = shape
+        self.model, self.optimizer = ranks.model_and_moments(shape)
         self.said: list[str] = []
         self.saver = ranks.saver(world, folder, self.said.append)
         self.folder = folder
 
     def save(self, step, needed=False):
         ranks.fill(self.model, self.optimizer, step)
-        self.saver.save(self.model, self.optimizer, ranks.facts(SMALL, step), needed)
+        self.saver.save(self.model, self.optimizer, ranks.facts(self.shape, step), needed)
 
     def steps(self):
         return [each.step for each in Checkpoints(self.folder / "checkpoints").all()]
@@ -157,6 +159,16 @@ def test_an_error_that_comes_with_the_end_is_told(saved, monkeypatch):
     saved.save(1)
     saved.saver.close()
     assert len(saved.said) == 1 and "step 1 could not be saved" in saved.said[0] and "a bug" in saved.said[0]
+
+
+def test_a_model_with_windows_keeps_them(alone, tmp_path):
+    """As fastgpt's own folder, for Hugging Face's GPT-2 has none."""
+    shape = dataclasses.replace(SMALL, n_layer=2, window=3, window_pattern="SL")
+    saved = Saved(alone, tmp_path, shape)
+    saved.save(1, needed=True)
+    saved.saver.close()
+    for folder in (tmp_path / "checkpoints/step-00000001/model", tmp_path):
+        assert load_model(folder)[0].config.windows == shape.windows == (3, None)
 
 
 def test_a_checkpoint_is_not_there_before_all_have_written(saved, monkeypatch):

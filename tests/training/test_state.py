@@ -58,7 +58,7 @@ def test_the_generator_of_a_mac_is_kept_and_put_back(monkeypatch):
     drawn, put = torch.arange(44, dtype=torch.uint8), []
     monkeypatch.setattr(torch.mps, "get_rng_state", lambda: drawn)
     monkeypatch.setattr(torch.mps, "set_rng_state", put.append)
-    kept = state._generators(there)
+    kept = state.generators(there)
     assert state.restore_generators(state.Saved({}, {}, kept, {}), there)
     assert len(put) == 1 and put[0] is drawn
     assert not state.restore_generators(state.Saved({}, {}, {"cpu.0": kept["cpu.0"]}, {}), there), "a run of a CPU"
