@@ -96,6 +96,7 @@ def test_gpt2_124m_at_a_hundredth_of_its_size(here, capsys):
     assert (config["dtype"], config["order"], config["beta2"], config["min_lr"]) == ("bfloat16", "epoch", 0.95, 0.0)
 
 
+@pytest.mark.slow
 def test_the_books_chapter_as_a_notebook(here, capsys):
     """It was run from its first cell to its last and its outputs are kept; and it runs."""
     book_package("ch05")

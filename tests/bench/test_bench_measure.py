@@ -181,6 +181,7 @@ def test_the_judge_sees_one_row_that_a_whole_norm_does_not():
     assert judge([stale], [exact], [exact.bfloat16()]).reason.startswith("a row of result 0 is off by")
 
 
+@pytest.mark.slow
 def test_other_peoples_kernels_are_asked_for_what_they_know(machine, monkeypatch):
     """With functions of their signatures in PyTorch's place: layouts, defaults and results are those of the case."""
 

@@ -134,6 +134,7 @@ def failing(what, error, times=1):
     return changed
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "entries", failing("nanoGPT, eager", RuntimeError("no such layout\nand more"), 9))
     code, rows = run(tmp_path, "--only", "nanoGPT, e", "--only", "nanoGPT, accelerate")
@@ -145,6 +146,7 @@ def test_a_row_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
     assert run(tmp_path, "--only", "nanoGPT, accelerate")[0] == 1, "it is ours"
 
 
+@pytest.mark.slow
 def test_out_of_memory_beside_the_baseline_is_tried_alone(tmp_path, monkeypatch):
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 45 GiB")
     what = "Hugging Face, eager"
@@ -158,6 +160,7 @@ def test_out_of_memory_beside_the_baseline_is_tried_alone(tmp_path, monkeypatch)
     assert rows["Hugging Face, accelerate"].status == "ok" and rows["Hugging Face, accelerate"].ratio > 0
 
 
+@pytest.mark.slow
 def test_a_lost_device_ends_the_run_and_another_goes_on(tmp_path, monkeypatch, capsys):
     lost = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(runs, "entries", failing("nanoGPT, eager", lost))

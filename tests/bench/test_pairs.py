@@ -60,6 +60,7 @@ def run(tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_a_pair_is_held_to_the_reference_and_written_down(run):
     pytest.importorskip("transformers")
     code, said, folder = run("--only", "Hugging Face, accelerate /", "--only", "prompt")
