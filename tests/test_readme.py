@@ -154,7 +154,9 @@ def parsed(command: str) -> None:
 def test_the_commands_of_every_page_parse(page):
     assert COMMANDS[page.name] or page.name in ("architecture.md", "kernels.md")
     for command in COMMANDS[page.name]:
-        if ops.no_triton() and command.startswith(("python -m bench compile", "python -m bench launches", "python -m bench tokens")):
+        if ops.no_triton() and command.startswith(
+            ("python -m bench compile", "python -m bench launches", "python -m bench tokens")
+        ):
             continue  # they compile or record Triton kernels, and say so where there is none
         parsed(command)
 
