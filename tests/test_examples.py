@@ -1,5 +1,6 @@
 """examples/: each as its page has it, at a smaller size."""
 
+import io
 import json
 import math
 import os
@@ -52,9 +53,12 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_shakespeare(here, capsys):
-    (command,) = commands("fastgpt train --config examples/shakespeare.toml")
-    assert cli.main([*command[1:], *SMALL]) == 0
+def test_shakespeare(here, capsys, monkeypatch):
+    train, write = (command for command in commands("fastgpt ") if "shakespeare" in command)
+    assert cli.main([*train[1:], *SMALL]) == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ROMEO:\n"))
+    assert cli.main([*write[1:], "--max_new_tokens", "3"]) == 0
+    assert "ROMEO:" in capsys.readouterr().out
     config = json.loads((here / "shakespeare" / "config.json").read_text())
     assert config["model"]["n_embd"] == 32 and config["train"]["beta2"] == 0.99 and config["encoding"] == "byte"
 
