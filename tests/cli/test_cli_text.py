@@ -7,6 +7,7 @@ import math
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 
@@ -140,9 +141,13 @@ def test_a_conversation_on_a_terminal(folders):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "fastgpt", "generate", "--interactive", "--checkpoint", str(folders / "own")]
     command += ["--temperature", "0", "--device", "cpu", "--max_new_tokens"]
+    def on_the_terminal():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job has it ignored, and hands that on
+
     process = subprocess.Popen(
         [*command, "1000000"], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, close_fds=True,
-        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+        preexec_fn=on_the_terminal,
     )  # fmt: skip
     os.close(theirs)
     said = ""
