@@ -141,6 +141,7 @@ def test_a_conversation_on_a_terminal(folders):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "fastgpt", "generate", "--interactive", "--checkpoint", str(folders / "own")]
     command += ["--temperature", "0", "--device", "cpu", "--max_new_tokens"]
+
     def on_the_terminal():
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job has it ignored, and hands that on
