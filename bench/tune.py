@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 from bench.case import SUBJECT, Case, Subject
 from bench.catalogue import catalogue
 from bench.check import judge
+from bench.gates.record import afresh
 from bench.machine import Machine
 from bench.measure import device_is_lost
 from bench.timing import interleaved
@@ -209,7 +210,7 @@ def launched(part: str) -> Iterator[list]:
             kernels.append(kernel)
         return kernel
 
-    with mock.patch.object(JITFunction, "run", note):
+    with mock.patch.object(JITFunction, "run", note), afresh():
         yield kernels
 
 

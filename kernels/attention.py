@@ -65,7 +65,7 @@ from .attention_tiles import (
     strides,
     window_of,
 )
-from .launch import cdiv, statistics_dtype
+from .launch import cdiv, launch, statistics_dtype
 from .philox import keep_mask
 
 MAX_HEAD_DIM = 256
@@ -254,7 +254,9 @@ def _forward(q, k, v, o, lse, seed, key_mask, documents, scale, dropout_p, windo
     beyond = options(seed, key_mask, documents, dropout_p)
     constants = settings("fwd", q, has_extras(beyond))
     tiles = cdiv(queries, constants["BLOCK_M"])
-    _attention_fwd_kernel[(tiles * batch * heads,)](
+    launch(
+        _attention_fwd_kernel,
+        (tiles * batch * heads,),
         q,
         k,
         v,

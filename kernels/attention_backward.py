@@ -50,7 +50,7 @@ from .attention_tiles import (
     strides,
     window_of,
 )
-from .launch import cdiv, statistics_dtype
+from .launch import cdiv, launch, statistics_dtype
 from .philox import keep_mask
 
 
@@ -404,7 +404,9 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         "qk_scale": scale * math.log2(math.e),
         "scale": scale,
     }
-    _attention_dq_kernel[(tiles * batch * heads,)](
+    launch(
+        _attention_dq_kernel,
+        (tiles * batch * heads,),
         o_ptr=o,
         dq_ptr=dq,
         spans_ptr=spans(key_mask, documents, of_dq["BLOCK_M"], tiles),
@@ -412,7 +414,9 @@ def _backward(do, q, k, v, o, lse, dq, dk, dv, seed, key_mask, documents, scale,
         **strides(o=o, dq=dq),
         **of_dq,
     )
-    _attention_dkdv_kernel[(key_tiles * batch * key_heads,)](
+    launch(
+        _attention_dkdv_kernel,
+        (key_tiles * batch * key_heads,),
         dk_ptr=dk,
         dv_ptr=dv,
         spans_ptr=spans(None, documents, of_dkdv["BLOCK_N"], key_tiles),  # a hidden token is a query all the same

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulator, cdiv, dropout_numbers, matmul_precision, next_power_of_2, statistics_dtype
+from .launch import accumulator, cdiv, dropout_numbers, launch, matmul_precision, next_power_of_2, statistics_dtype
 
 MAX_ROW_STRIDE = 2**23  # times 256 rows of a tile it still fits 32 bits; tensors past it are copied first
 ATTENTION_SITE = tl.constexpr(0)  # attention's dropout, in the counter of philox.keep_mask
@@ -274,8 +274,17 @@ def spans(key_mask, documents, block, tiles):
     batch, length = tokens.shape
     found = torch.empty((batch, tiles, 2), dtype=torch.int32, device=tokens.device)
     masks = options(None, key_mask, documents, 0.0)
-    _spans_kernel[(batch * tiles,)](
-        masks["mask_ptr"], masks["ids_ptr"], found, length, tiles, BLOCK=block, CHUNK=1024, num_warps=4
+    launch(
+        _spans_kernel,
+        (batch * tiles,),
+        masks["mask_ptr"],
+        masks["ids_ptr"],
+        found,
+        length,
+        tiles,
+        BLOCK=block,
+        CHUNK=1024,
+        num_warps=4,
     )
     return found
 
@@ -306,7 +315,9 @@ def poison_of(k, v):
     poison = torch.empty((batch, heads, length), dtype=statistics_dtype(k), device=k.device)
     block_d = max(16, next_power_of_2(dim))
     block = max(16, 8192 // block_d)  # 32 elements a thread
-    _poison_kernel[(cdiv(length, block) * batch * heads,)](
+    launch(
+        _poison_kernel,
+        (cdiv(length, block) * batch * heads,),
         k,
         v,
         poison,

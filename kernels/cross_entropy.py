@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import next_power_of_2
+from .launch import launch, next_power_of_2
 
 
 def _tiles(vocab: int) -> tuple[int, int]:
@@ -122,7 +122,9 @@ def cross_entropy_rows(
     """logits (N, vocab or more), N at least 1, each row in one piece, and targets (N,): writes losses (N,), and with
     row_grads (N,) the gradient over the logits, zeros over the padding, which is less than 64. Returns the logits."""
     block_v, num_warps = _tiles(vocab)
-    _cross_entropy_kernel[(logits.shape[0],)](
+    launch(
+        _cross_entropy_kernel,
+        (logits.shape[0],),
         logits,
         targets,
         losses if row_grads is None else row_grads,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulator, cdiv, dropout_numbers, next_power_of_2, statistics_dtype
+from .launch import accumulator, cdiv, dropout_numbers, launch, next_power_of_2, statistics_dtype
 from .philox import keep_mask
 
 _SITE = tl.constexpr(2)  # this file's dropout, in the counter of philox.keep_mask
@@ -166,7 +166,9 @@ def embedding_fwd(
         return out
     places = ids if positions is None else positions.expand(ids.shape)
     block_m, block_c, num_warps = _tiles(columns)
-    _embedding_fwd_kernel[(cdiv(rows, block_m), cdiv(columns, block_c))](
+    launch(
+        _embedding_fwd_kernel,
+        (cdiv(rows, block_m), cdiv(columns, block_c)),
         token_weight,
         position_weight,
         ids,
@@ -220,7 +222,9 @@ def embedding_bwd(
     _, block_c, num_warps = _tiles(columns)
     grid = (chunks, cdiv(columns, block_c))
     constants = dict(ACC=accumulator(dout), CHUNK=chunk, BLOCK_C=block_c, num_warps=num_warps)
-    _run_sums_kernel[grid](
+    launch(
+        _run_sums_kernel,
+        grid,
         dout,
         sorted_keys,
         order,
@@ -237,7 +241,7 @@ def embedding_bwd(
         DROPOUT=dropout_p > 0,
         **constants,
     )
-    _join_runs_kernel[grid](sorted_keys, heads, tails, dweight, rows, columns, size, **constants)
+    launch(_join_runs_kernel, grid, sorted_keys, heads, tails, dweight, rows, columns, size, **constants)
     return dweight
 
 

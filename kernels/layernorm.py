@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import accumulator, cdiv, dropout_numbers, multiprocessors, next_power_of_2, statistics_dtype
+from .launch import accumulator, cdiv, dropout_numbers, launch, multiprocessors, next_power_of_2, statistics_dtype
 from .philox import keep_mask
 
 MAX_COLUMNS = 16384  # a row is held in registers
@@ -261,7 +261,9 @@ def layer_norm_fwd(
     residual_rows = x_rows if residual is None else residual.reshape(-1, columns)
     tiles = _tiles(columns, x.dtype, backward=False)
     if x_rows.shape[0]:
-        _layer_norm_fwd_kernel[(cdiv(x_rows.shape[0], tiles.block_m),)](
+        launch(
+            _layer_norm_fwd_kernel,
+            (cdiv(x_rows.shape[0], tiles.block_m),),
             x_rows,
             residual_rows,
             weight.contiguous(),
@@ -324,7 +326,9 @@ def layer_norm_bwd(
     one_pass = columns <= ONE_PASS_COLUMNS
     shape = (sums.shape[0], programs, columns)
     partials = torch.empty(shape if one_pass else (0,), dtype=stats.dtype, device=s.device)
-    _layer_norm_bwd_kernel[(programs,)](
+    launch(
+        _layer_norm_bwd_kernel,
+        (programs,),
         dy_rows,
         dsum_rows,
         s_rows,
@@ -374,7 +378,9 @@ def _wide_sums(dy, s, stats, seed, ds, dx, dropout_p: float, needs_x_bias: bool)
     across = cdiv(columns, block_c)
     programs = min(cdiv(rows, block_m), max(2, 4 * (multiprocessors(s) or 1) // across))
     partials = torch.empty((3 if needs_x_bias else 2, programs, columns), dtype=stats.dtype, device=s.device)
-    _layer_norm_sums_kernel[(programs, across)](
+    launch(
+        _layer_norm_sums_kernel,
+        (programs, across),
         dy,
         s,
         stats,

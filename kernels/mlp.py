@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .gelu import gelu, gelu_derivative
-from .launch import accumulator, cdiv, multiprocessors, statistics_dtype
+from .launch import accumulator, cdiv, launch, multiprocessors, statistics_dtype
 
 
 class Tiles(NamedTuple):
@@ -195,7 +195,9 @@ def _gelu(pre, tanh, act) -> None:
     if pre.numel() == 0:
         return
     tiles = _tiles(rows, hidden, multiprocessors(pre), backward=False)
-    _gelu_fwd_kernel[(cdiv(rows, tiles.block_m), cdiv(hidden, tiles.block_f))](
+    launch(
+        _gelu_fwd_kernel,
+        (cdiv(rows, tiles.block_m), cdiv(hidden, tiles.block_f)),
         pre,
         act,
         rows,
@@ -216,7 +218,9 @@ def _gelu_backward(dact, pre, tanh, act, recompute) -> torch.Tensor:
     partials = torch.empty((tiles.programs, hidden), dtype=statistics_dtype(pre), device=pre.device)
     if pre.numel() == 0:
         return partials.zero_()
-    _gelu_bwd_kernel[(tiles.programs, cdiv(hidden, tiles.block_f))](
+    launch(
+        _gelu_bwd_kernel,
+        (tiles.programs, cdiv(hidden, tiles.block_f)),
         dact,
         pre,
         act,

@@ -6,7 +6,6 @@ would compile.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,6 +21,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from bench.gates import feign
+from fastgpt.kernels.launch import COMPILED
 
 
 class Launch(NamedTuple):
@@ -136,10 +136,9 @@ def _seen(value: Any) -> Any:
 
 @contextmanager
 def afresh() -> Iterator[None]:
-    """Inside, Gluon's kernels are launched as if none had been before: what their launcher once compiled it launches
-    again past Triton, on a card that is there, whatever tensors it is given."""
-    pipeline = sys.modules.get("fastgpt.kernels.hopper.pipeline")  # which few Tritons can import
-    with mock.patch.dict(pipeline._COMPILED if pipeline else {}, clear=True):
+    """Inside, kernels are launched as if none had been before: what was once compiled is launched again past Triton, on
+    a card that is there, whatever tensors it is given."""
+    with mock.patch.dict(COMPILED, clear=True):
         yield
 
 

@@ -18,6 +18,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..launch import COMPILED
+
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # of a warpgroup; 3.6 named it otherwise
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -98,9 +100,6 @@ class Map:
         return gl.NVMMASharedLayout.get_default_for(list(self.block), _DTYPES[self.base.dtype])
 
 
-_COMPILED: dict[tuple, Any] = {}
-
-
 def launch(
     kernel: Any, key: tuple, programs: int, maps: list[Map], rest: tuple, constants: dict[str, Any], **options: Any
 ) -> None:
@@ -111,13 +110,13 @@ def launch(
     that are specialised, constants.
     """
     key = (*key, maps[0].base.dtype, maps[0].base.device)
-    compiled = _COMPILED.get(key)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*maps, *rest, *constants.values())
+    found = COMPILED.get(key)
+    if found is not None:
+        found[1][(programs, 1, 1)](*maps, *rest, *constants.values())
         return
     compiled = kernel[(programs,)](*(each.checked() for each in maps), *rest, **constants, **options)
     if compiled is not None:  # as where launches are only recorded
-        _COMPILED[key] = compiled
+        COMPILED[key] = kernel, compiled, list(constants)
 
 
 @functools.cache
