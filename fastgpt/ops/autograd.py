@@ -91,12 +91,7 @@ def cast(*operands):
 def _on_its_device(launcher):
     """`launcher` on the device and current stream of its first tensor, out of reach of the caller's autocast."""
 
-    @functools.wraps(launcher)
-    def launch(first, *args):
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                return launch(first, *args)
-        kind = "cuda" if first.is_cuda else "cpu"
+    def out_of_autocast(kind, first, args):
         if not torch.is_autocast_enabled(kind):
             return launcher(first, *args)
         torch.set_autocast_enabled(kind, False)  # torch.autocast itself takes 8 µs, and empties the cache of casts
@@ -104,6 +99,15 @@ def _on_its_device(launcher):
             return launcher(first, *args)
         finally:
             torch.set_autocast_enabled(kind, True)
+
+    @functools.wraps(launcher)
+    def launch(first, *args):
+        if not first.is_cuda:
+            return out_of_autocast("cpu", first, args)
+        if first.device.index == torch.cuda.current_device():  # no need of a context
+            return out_of_autocast("cuda", first, args)
+        with torch.cuda.device(first.device):
+            return out_of_autocast("cuda", first, args)
 
     return launch
 
