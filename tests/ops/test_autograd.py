@@ -288,6 +288,22 @@ def test_launches_on_the_device_of_the_tensors():
     assert guarded == [torch.device("cuda:3"), "launched", "left"]
 
 
+def test_a_launch_is_out_of_autocast_which_stays_on():
+    """After one that fails too."""
+    seen = []
+
+    def launcher(x):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        raise RuntimeError("as on a card that is gone")
+
+    launch = autograd._on_its_device(launcher)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match="a card that is gone"):
+            launch(torch.zeros(1))
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [False]
+
+
 def test_a_backward_under_autocast_of_a_forward_without(device):
     model = GPT(GPTConfig.preset("byte-0.1M", n_layer=1, n_embd=16, block_size=8)).to(device)
     idx = torch.randint(0, 257, (2, 8), device=device)
