@@ -37,7 +37,7 @@ SMALL = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
 WIDE = GPTConfig(vocab_size=8192, block_size=256, n_layer=2, n_head=12, n_embd=768)
 WHOLE = 50304
 
-# All steps are looked at, and the learning rate is the same in a run of any length. One save is under way, one the last.
+# All steps are looked at, and the learning rate is the same in a run of any length. It is saved under way, and at last.
 STEPS = TrainConfig(
     max_iters=6,
     batch_size=4,
