@@ -82,7 +82,8 @@ def test_the_sizes_that_people_train(dim, dtype):
     """All lengths in one process: it has compiled for the first what serves the others."""
     for time in (200, 257, 1000, 1024, 4096):
         print(f"T = {time}")
-        check(operands(2, 3, time, time, dim, dtype, "cuda"))
+        batch, heads = (2, 3) if time <= 1024 else (1, 2)  # many processes have such matrices in float64 at once
+        check(operands(batch, heads, time, time, dim, dtype, "cuda"))
 
 
 def test_what_all_keys_or_values_share_costs_the_gradients_no_more_than_pytorchs(device):
