@@ -50,14 +50,15 @@ def broken(right, part):
     return wrong
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("torch", "cpu"), id="fallback"),
-        pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
-        pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
-        pytest.param(("torch", "cuda"), marks=pytest.mark.gpu, id="fallback on a gpu"),
-    ]
-)
+CHOSEN = [  # by themselves on the device
+    pytest.param(("torch", "cpu"), id="fallback"),
+    pytest.param(("triton", "cpu"), marks=pytest.mark.interpreter, id="interpreter"),
+    pytest.param(("triton", "cuda"), marks=pytest.mark.gpu, id="gpu"),
+]
+ON_A_GPU = pytest.param(("torch", "cuda"), marks=pytest.mark.gpu, id="fallback on a gpu")
+
+
+@pytest.fixture(params=[*CHOSEN, ON_A_GPU])
 def backend(request):
     """A backend's name and the device that it is tried on."""
     return request.param

@@ -13,6 +13,7 @@ import torch
 from fastgpt import ops
 from tests.models import FAMILIES
 
+LONGEST = ("test_interpreter.py", "test_verify.py", "test_gpu_uses.py")
 INTERPRETED = ops.interpreted()
 _INTERPRETED = pytest.StashKey[set[str]]()
 HAS_GPU = torch.cuda.is_available() and torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
@@ -81,6 +82,4 @@ def pytest_collection_modifyitems(config, items):
     config.stash[_INTERPRETED] = {item.path.name for item in items if item.get_closest_marker("interpreter")}
     if dropped := [item for item in items if not runs_here(item)]:
         config.hook.pytest_deselected(items=dropped)
-    items[:] = sorted(
-        kept, key=lambda item: item.path.name != "test_interpreter.py"
-    )  # the longest first, for pytest -n
+    items[:] = sorted(kept, key=lambda item: item.path.name not in LONGEST)  # first, for pytest -n

@@ -16,6 +16,7 @@ class Mutant(NamedTuple):
 NORM, LOSS, MLP = "kernels/layernorm.py", "kernels/cross_entropy.py", "kernels/mlp.py"
 HEAD, TILES = "kernels/attention.py", "kernels/attention_tiles.py"
 GELU, EMBEDDING = "kernels/gelu.py", "kernels/embedding.py"
+SHARED = "test_attention.py::test_what_all_keys_or_values_share_costs_the_gradients_no_more_than_pytorchs"
 BACK, DECODE = "kernels/attention_backward.py", "kernels/decode.py"
 WIDTHS, LENGTHS = "test_layernorm.py::test_widths", "test_attention.py::test_lengths"
 NORM_STRIDES, HEAD_STRIDES = (
@@ -170,6 +171,7 @@ MUTANTS = [
     Mutant("lse without the maximum", HEAD, "_attention_fwd_kernel", "m + tl.log2(l)", "tl.log2(l)", LENGTHS),
     Mutant("Δ missing in dk", BACK, "_dkdv_step", "dst = pt * (dpt - delta[None, :])", "dst = pt * dpt", LENGTHS),
     Mutant("Δ missing in dq", BACK, "_dq_step", "ds = p * (dp - delta[:, None])", "ds = p * dp", LENGTHS),
+    Mutant("Δ of a coarser o", BACK, "_attention_dq_kernel", "tl.sum(o.to(ACC) *", "tl.sum(o.to(tl.bfloat16).to(ACC) *", SHARED),
     Mutant("Δ added", BACK, "_dq_step", "ds = p * (dp - delta[:, None])", "ds = p * (dp + delta[:, None])", LENGTHS),
     Mutant("dk not scaled", BACK, "_attention_dkdv_kernel", "dk * scale", "dk", LENGTHS),
     Mutant("dq not scaled", BACK, "_attention_dq_kernel", "dq * scale", "dq", LENGTHS),

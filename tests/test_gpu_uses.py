@@ -31,11 +31,13 @@ from fastgpt.weights import load_model
 ROOT = Path(__file__).parent.parent
 DEVICES = [pytest.param("cpu", id="fallback"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
 
-# On a GPU the width, the heads and the vocabulary are GPT-2's: what is compiled for them is not what serves small ones.
+# On a GPU the width and the heads are GPT-2's: what is compiled for them is not what serves small ones. A few runs have
+# its vocabulary too; the others would only write checkpoints of 650 MB with it.
 SMALL = GPTConfig(vocab_size=257, block_size=16, n_layer=2, n_head=2, n_embd=16)
-WIDE = GPTConfig(vocab_size=50304, block_size=256, n_layer=2, n_head=12, n_embd=768)
+WIDE = GPTConfig(vocab_size=8192, block_size=256, n_layer=2, n_head=12, n_embd=768)
+WHOLE = 50304
 
-# All steps are looked at, and the learning rate is the same in a run of any length.
+# All steps are looked at, and the learning rate is the same in a run of any length. It is saved under way, and at last.
 STEPS = TrainConfig(
     max_iters=6,
     batch_size=4,
@@ -45,6 +47,7 @@ STEPS = TrainConfig(
     eval_interval=1,
     eval_iters=1,
     log_interval=1,
+    checkpoint_interval=4,
     sample_tokens=4,
 )
 
@@ -96,7 +99,9 @@ def test_train_with_its_defaults(device, tmp_path, texts):
     assert cli.main(list(map(str, arguments))) == 0
     rows = metrics(out)
     assert len(rows) == 6 and all(math.isfinite(number) for row in rows for number in row)
-    assert rows[0][0] == pytest.approx(math.log(257), rel=0.05)
+    # an untrained model with tied weights expects each byte once more, and the corpus, this Python's source, repeats
+    # spaces: its loss is below the uniform one by what that Python's source gives, 3% to 6%
+    assert rows[0][0] == pytest.approx(math.log(257), rel=0.1)
     assert (out / "samples.txt").read_text().count("--- step") == 6
     assert isinstance(load_model(out)[0], GPT)
 
@@ -118,6 +123,12 @@ WAYS = {
 def test_every_way_to_train_learns(device, way, tmp_path, texts):
     rows = trained(tmp_path / "out", texts, device, **WAYS[way])
     assert_learned(rows, math.log(WIDE.vocab_size if device == "cuda" else SMALL.vocab_size))
+
+
+@pytest.mark.gpu
+def test_gpt2s_vocabulary_is_learned(tmp_path, texts):
+    rows = trained(tmp_path / "out", texts, "cuda", dict(vocab_size=WHOLE), dtype="bfloat16", cuda_graph=True)
+    assert_learned(rows, math.log(WHOLE))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -223,7 +234,9 @@ def folder(request, tmp_path_factory, texts):
     out = tmp_path_factory.mktemp("trained") / "out"
     with mock.patch.object(monitor, "plot_losses", lambda rows, path: None):
         rate = 1e-3 if request.param == "cuda" else 1e-2
-        trained(out, texts, request.param, max_iters=60, eval_interval=60, learning_rate=rate)
+        model = dict(vocab_size=WHOLE) if request.param == "cuda" else {}
+        many = dict(max_iters=60, eval_interval=60, checkpoint_interval=60, learning_rate=rate)
+        trained(out, texts, request.param, model, **many)
     return out, request.param
 
 

@@ -11,7 +11,10 @@ from bench.machine import Machine
 from bench.timing import DeviceClock
 from fastgpt import ops, verify
 from fastgpt.cli import main
-from tests.broken import BREAKS, SHARED, backend, break_function  # noqa: F401, the last two are fixtures
+from tests.broken import BREAKS, CHOSEN, SHARED, backend, break_function  # noqa: F401, the last two are fixtures
+
+# verify runs what auto chooses, on a GPU the kernels; and the fallback's tests are on a CPU
+chosen = pytest.mark.parametrize("backend", CHOSEN, indirect=True)
 
 SMALL = verify.Sizes(rows=2, heads=2, tokens=9, channels=8, hidden=12, vocabulary=19)
 
@@ -19,8 +22,6 @@ SMALL = verify.Sizes(rows=2, heads=2, tokens=9, channels=8, hidden=12, vocabular
 @pytest.fixture
 def small(backend, monkeypatch):  # noqa: F811
     """A function that leaves verify the calls of one function, of few numbers."""
-    if backend == ("torch", "cuda"):
-        pytest.skip("verify runs what auto chooses: on a GPU the kernels")
     monkeypatch.setattr(verify, "SIZES", SMALL)
     every = verify._calls
 
@@ -35,11 +36,13 @@ def small(backend, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", [function.__name__ for function in ops.FUNCTIONS])
+@chosen
 def test_verify_passes_what_is_right(name, small, capsys):
     assert main(small(name)) == 0 and capsys.readouterr().out.endswith("passed\n")
 
 
 @pytest.mark.parametrize(("name", "part"), [*BREAKS, *SHARED])
+@chosen
 def test_verify_sees_it(name, part, small, break_function, capsys):  # noqa: F811
     command = small(name)
     break_function(name, part)
@@ -123,10 +126,9 @@ def of_the_kernels(device):
 
 
 @pytest.mark.parametrize(("name", "part"), [*BREAKS, *SHARED])
+@chosen
 def test_the_suite_sees_it(name, part, backend, break_function):  # noqa: F811
     """What passes is run by the suite itself."""
-    if backend == ("torch", "cuda"):
-        pytest.skip("the fallback's tests are on a CPU")
     tests = of_the_fallback() if backend[0] == "torch" else of_the_kernels(torch.device(backend[1]))
     break_function(name, part)
     with pytest.raises(AssertionError):

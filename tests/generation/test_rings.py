@@ -93,4 +93,5 @@ def test_a_graph_goes_round(draft):
     model = windowed(5).cuda()
     how = dict(draft=windowed(3).cuda(), draft_tokens=4) if draft else {}
     given = prompts(3, 30)
-    is_its_own(model.cpu(), given, generate(model.cuda(), given, 60, temperature=0, **how).tokens)
+    together = generate(model, given, 60, temperature=0, **how).tokens
+    is_its_own(model.cpu(), given, together)

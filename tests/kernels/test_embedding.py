@@ -171,13 +171,13 @@ def test_long_runs_of_ids_out_of_range(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("vocab", "columns"), [(50257, 768), (50257, 1600)])
 def test_the_sizes_that_people_train(vocab, columns):
-    ids = (torch.rand(8, 1024, device="cuda") ** 8 * vocab).long()  # a few tokens are most of the text
+    ids = (torch.rand(2, 1024, device="cuda") ** 8 * vocab).long()  # a few tokens are most of the text
     for dtype in DTYPES:
         operands = [0.02 * w for w in weights(vocab, 1024, columns, dtype, "cuda")]
         first = check(ids, *operands, dropout_p=0.1, seed=3)
-        dout = torch.randn(8, 1024, columns, device="cuda").to(dtype)
+        dout = torch.randn(2, 1024, columns, device="cuda").to(dtype)
         again = [run(ids, *operands, None, dout, backend="triton") for _ in range(2)]
-        assert first[0].shape == (8, 1024, columns) and all(torch.equal(*pair) for pair in zip(*again, strict=True))
+        assert first[0].shape == (2, 1024, columns) and all(torch.equal(*pair) for pair in zip(*again, strict=True))
 
 
 def test_the_chunks_of_a_gpu_too(device, monkeypatch):

@@ -41,13 +41,14 @@ def always(monkeypatch):
     return make
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 127, 128, 129, 300, 1000, 1024, 2047, 4096, 8192])
-def test_attention_and_its_gradients(form, time, always):
-    """And the packed projection's are the same bits."""
+def test_attention_and_its_gradients(form, dtype, always):
+    """And the packed projection's are the same bits. All lengths in one process, which compiles once."""
     dim, block_m = form
     always(block_m)
-    for dtype in HALVES:
+    for time in (1, 2, 63, 64, 65, 127, 128, 129, 300, 1000, 1024, 2047, 4096, 8192):
+        print(f"T = {time}")
         batch, heads = (2, 3) if time <= 1024 else (1, 1)
         qkv = torch.randn(batch, time, 3 * heads * dim).to("cuda", dtype).requires_grad_()
         q, k, v = unpack(qkv.detach(), 3, heads)
@@ -61,18 +62,19 @@ def test_attention_and_its_gradients(form, time, always):
         assert all(torch.equal(a, b) for a, b in zip(unpack(qkv.grad, 3, heads), grads, strict=True))
 
 
-@pytest.mark.parametrize("time", [1, 63, 64, 65, 300, 1000, 1024, 2047, 4096])
-def test_a_bias_gets_the_sums_over_tokens(time, always):
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("heads", [6, 3])  # of 64 and of 128, whose sums are a pass of their own
+def test_a_bias_gets_the_sums_over_tokens(heads, dtype, always):
     always()
-    for dtype in HALVES:
-        for heads in (6, 3):  # of 64 and of 128, whose sums are a pass of their own
-            qkv, dout = (torch.randn(2, time, columns).to("cuda", dtype) for columns in (3 * 384, 384))
-            leaves = qkv.clone().requires_grad_(), torch.zeros(3 * 384, device="cuda", requires_grad=True)
-            ops.causal_attention_qkv(leaves[0], heads, qkv_bias=leaves[1]).backward(dout)
-            alone = qkv.clone().requires_grad_()
-            ops.causal_attention_qkv(alone, heads).backward(dout)
-            assert torch.equal(leaves[0].grad, alone.grad)
-            test_hopper_backward.check_bias(leaves[1].grad, alone.grad)
+    for time in (1, 63, 64, 65, 300, 1000, 1024, 2047, 4096):
+        print(f"T = {time}")
+        qkv, dout = (torch.randn(2, time, columns).to("cuda", dtype) for columns in (3 * 384, 384))
+        leaves = qkv.clone().requires_grad_(), torch.zeros(3 * 384, device="cuda", requires_grad=True)
+        ops.causal_attention_qkv(leaves[0], heads, qkv_bias=leaves[1]).backward(dout)
+        alone = qkv.clone().requires_grad_()
+        ops.causal_attention_qkv(alone, heads).backward(dout)
+        assert torch.equal(leaves[0].grad, alone.grad)
+        test_hopper_backward.check_bias(leaves[1].grad, alone.grad)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
@@ -106,10 +108,11 @@ def test_attention_of_more_items_than_multiprocessors(form, always):
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-@pytest.mark.parametrize("rows", [(1,), (127,), (3, 300), (32, 1024)], ids=str)
-def test_gelu_mlp_and_its_gradients(rows, approximate, always):
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gelu_mlp_and_its_gradients(dtype, approximate, always):
     always(hidden=((256, 1024), (768, 3072)))
-    for dtype in HALVES:
+    for rows in ((1,), (127,), (3, 300), (32, 1024)):
+        print(f"rows {rows}")
         for channels, hidden in ((256, 1024), (768, 3072)):
             if rows != (32, 1024) or dtype == torch.bfloat16:
                 test_mlp.check(test_mlp.operands(rows, channels, hidden, dtype, "cuda"), approximate=approximate)

@@ -89,8 +89,9 @@ def test_row_counts(rows, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [768, 1024, 1280, 1600, 4096, 16384])
 def test_the_sizes_that_people_train(columns):
+    rows = (4, 1024) if columns <= 4096 else (2, 150)  # the wide backward's programs walk over several blocks of these
     for dtype in DTYPES:
-        check(operands((4, 1024), columns, dtype, "cuda"))
+        check(operands(rows, columns, dtype, "cuda"))
 
 
 @pytest.mark.parametrize(("bias", "x_bias"), list(itertools.product([True, False], repeat=2)))
