@@ -9,7 +9,7 @@ from torch import nn
 
 from fastgpt import memory
 from fastgpt.data.tokenizer import undecodable
-from fastgpt.generation.ahead import Told, told
+from fastgpt.generation.ahead import EVERY, Told, told
 from fastgpt.generation.batch import Batch, Plan, plan
 from fastgpt.generation.cache import Cache
 from fastgpt.generation.decoder import MAX_STEP, Decoder
@@ -140,7 +140,7 @@ def stream(
     if batch is None:
         _check_memory(decoder, planned, helper)
         batch = Batch(decoder, planned)
-    batch.begin(decoder, prompts, seed)
+    batch.begin(decoder, prompts, seed, max_new_tokens)
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     return _continue(batch, speculation, [_Row(prompt, max_new_tokens, stops) for prompt in repeated], stops)
@@ -192,7 +192,8 @@ def _check_memory(decoder: Decoder, planned: Plan, helper: Decoder | None) -> No
     """ValueError for what the memory of the device does not hold, once what calls before left there is given back."""
     pairs = [decoder] if helper is None else [decoder, helper]
     caches = [Cache.size(each.gpt.config, planned.rows, planned.slots, each.dtype, each.windows) for each in pairs]
-    needed = sum(caches) + planned.rows * planned.room * 8 + planned.rows * decoder.outputs * 4
+    clocks = planned.sampling.clocks(planned.vocab_size) * (EVERY if planned.captures else 1)
+    needed = sum(caches) + planned.rows * (planned.room * 8 + (decoder.outputs + clocks) * 4)
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
         clear_all()

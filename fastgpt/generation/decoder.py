@@ -22,10 +22,10 @@ from fastgpt.swap import trial
 _TRIAL_TOKENS = 16
 
 
-def fused_step(steps: ops.DecodingSteps, layers: list, norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
+def fused_step(steps: Any, layers: list, norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
     """Embedded tokens (B, Tq, C) -> what the head sees, (B, Tq, C), of a view none of whose layers calls a module. The
     block's formula, as model.Block has it: each norm is of one call with the residual add before it and the linear
-    layer after it. layers: the forms of each, as Decoder lists them."""
+    layer after it. steps: ops.DecodingSteps, or its `many`. layers: the forms of each, as Decoder lists them."""
     shape, x = x.shape, x.flatten(0, 1)
     branch: Tensor | None = None
     bias: Tensor | None = None
@@ -33,8 +33,7 @@ def fused_step(steps: ops.DecodingSteps, layers: list, norm: tuple, x: Tensor, c
         qkv, x = steps.norm_linear(x, branch, bias, ln_1, c_attn, "")
         y = cache.attend(index, qkv.view(*shape[:2], -1), scale)
         branch, bias = steps.product(y.view(-1, shape[2]), c_proj)
-        hidden, x = steps.norm_linear(x, branch, bias, ln_2, c_fc, gelu)
-        branch, bias = steps.product(hidden, mlp_proj)
+        branch, bias, x = steps.mlp(x, branch, bias, ln_2, c_fc, gelu, mlp_proj)
     return steps.add_norm(x, branch, bias, norm).view(shape)
 
 
@@ -161,41 +160,46 @@ class Decoder:
 
     # One pass.
 
-    def prefill(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+    def prefill(self, ids: Tensor, lengths: Tensor, cache: Cache, wide: bool = True) -> Tensor:
         """Prompts (B, T), padded at their ends to one length, into the cache; the logits (B, V) after each prompt.
 
-        lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row.
+        lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row. What
+        padding leaves there is written over before it is read. wide: as `logits` are; or in the weights' dtype, where
+        that is how they are computed.
         """
         with self._inference():
-            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), cache, lengths))
-            return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
+            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), ids.shape[1], cache, lengths))
+            return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0], wide)
 
-    def decode(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+    def decode(self, ids: Tensor, lengths: Tensor, cache: Cache, wide: bool = True) -> Tensor:
         """The next few tokens (B, Tq) of each row -> logits (B, Tq, V).
 
-        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
+        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first. wide: as
+        in prefill.
         """
         with self._inference():
             if cache.words is not None and ids.shape == (1, 1):
                 return self._whole_token(ids, lengths, cache.whole, cache.words)
-            return self._logits(self._walk(ids, Step(self.steps, cache, lengths, ids.shape[1])))
+            return self._logits(self._walk(ids, Step(self.steps, cache, lengths, ids.shape[1])), wide)
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
         with self._inference():
-            return self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), windows=self.windows))
+            return self._walk(
+                ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), ids.shape[1], windows=self.windows)
+            )
 
     def _walk(self, ids: Tensor, cache: Prompts | Step) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C)."""
         gpt, steps, positions = self.gpt, self.steps, cache.positions
-        fused = self._fused and not (steps.on_kernels and isinstance(cache, Prompts))
-        if not (fused and steps.fits(ids.numel(), *self._weights)):
+        if not self._fused:
             return gpt.features(ids, positions=positions, cache=cache)
+        few = not (steps.on_kernels and isinstance(cache, Prompts)) and steps.fits(ids.numel(), *self._weights)
         if self._free_tables:
             x = steps.embedding(ids, gpt.wte.weight, gpt.wpe.weight, positions, self._stream_dtype)
         else:
             x = gpt.embed(ids, positions)
-        return fused_step(steps, self._layers, gpt.ln_f.form, x, cache)
+        return fused_step(steps if few else steps.many, self._layers, gpt.ln_f.form, x, cache)
 
     def first_not_finite(self, ids: Tensor) -> str | None:
         """The name of the first part that makes a number of this row (T,) infinite or NaN."""
@@ -227,15 +231,17 @@ class Decoder:
         with self._inference():
             return self._logits(x)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, wide: bool = True) -> Tensor:
         head = self.gpt.lm_head
         form = getattr(head, "form", head)  # or it is called
-        few = self._fused and self.on_kernels and form is not head and x.dim() == 3
-        if few and self.steps.fits(x.shape[0] * x.shape[1], form.weight):
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            return self.steps.linear(x.flatten(0, 1), *form, wide).view(*x.shape[:2], -1)
-        logits = form(x)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        if not isinstance(head, Called) and self.on_kernels and x.dtype == form.weight.dtype:
+            if self._fused and self.steps.fits(x.numel() // x.shape[-1], form.weight):
+                dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+                return self.steps.linear(x.flatten(0, -2), *form, dtype).unflatten(0, x.shape[:-1])
+            logits = self.steps.head(x, form)
+        else:
+            logits = form(x)
+        return logits if logits.dtype == torch.float64 or not wide else logits.float()
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

@@ -6,7 +6,6 @@ is kept that was read of it, for it may change: its batches serve while a new De
 captured steps read it. They go with the model.
 """
 
-import math
 import threading
 import weakref
 from typing import Any
@@ -51,7 +50,7 @@ class Kept:
         with _LOCK:
             self._batches.append((batch, used))
             total, first = 0, len(self._batches)
-            while first and (total := total + _bytes(self._batches[first - 1][0])) <= most:
+            while first and (total := total + self._batches[first - 1][0].bytes) <= most:
                 first -= 1
             del self._batches[:first]
 
@@ -62,12 +61,6 @@ class Kept:
 
     def __len__(self) -> int:
         return len(self._batches)
-
-
-def _bytes(batch: Batch) -> int:
-    """Nearly: the graphs' own tensors are small beside the cache."""
-    cache = batch.cache.whole
-    return math.prod(cache.shape) * cache.dtype.itemsize
 
 
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()

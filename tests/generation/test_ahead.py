@@ -78,16 +78,44 @@ def test_calls_that_follow_one_that_was_left_in_the_middle(model, seed):
 
 
 def test_a_later_call_captures_nothing(model):
-    """A prompt's pass is captured where a second one in a row is as long; a step once."""
-    decoder, logs = Decoder(model), []
+    """A prompt's pass is captured where it is the second of about that length, a step once, and four of them once."""
+    model, logs = gpt(256), []
+    decoder, long = Decoder(model), [3, 1, 4] * 25  # wider than the others
     with card() as device:
-        for prompt in ([3, 1, 4], [1, 5, 9], [2, 6, 5], [3, 5], [8, 9], [7, 9], [3, 2, 3]):
-            found = generate(decoder, [prompt], 16, temperature=0).tokens
-            assert found == [recomputed(model, prompt, 16, context=64)]
+        for prompt, new in [
+            *[([3, 1, 4], 89), ([3, 5], 90), ([7] * 60, 40)],
+            *[(long, 23), ([1, 2], 80), (long[:-1], 25), (long[:70], 50), ([4, 4], 99)],
+        ]:
+            found = generate(decoder, [prompt], new, temperature=0).tokens
+            assert found == [recomputed(model, prompt, new, context=256)]
             device.drain()
             logs.append([each for each in device.log if each not in ("begin", "replay")])
             device.log.clear()
-    assert logs == [["warm", "capture"], ["capture"], [], [], ["capture"], [], []]
+    assert logs == [["warm", "capture", "capture"], ["capture"], [], [], [], ["capture"], [], []]
+
+
+def test_the_graphs_of_prompts_that_are_kept_are_few(model, monkeypatch):
+    """The latest widths'."""
+    monkeypatch.setattr(batch, "CAPTURED_WIDTHS", 2)
+    decoder, logs = Decoder(gpt(256)), []
+    with card() as device:
+        for length in (3, 70, 4, 71, 130, 4, 130):
+            generate(decoder, [[1] * length], 250 - length, temperature=0)
+            device.drain()
+            logs.append(device.log.count("capture"))
+            device.log.clear()
+    assert logs == [2, 0, 1, 1, 0, 0, 1]
+
+
+def test_a_few_tokens_are_captured_the_second_time(model):
+    decoder, logs = Decoder(model), []
+    with card() as device:
+        for prompt in ([3, 1, 4], [1, 5, 9], [2, 6, 5]):
+            assert generate(decoder, [prompt], 3, temperature=0).tokens == [recomputed(model, prompt, 3, context=64)]
+            device.drain()
+            logs.append([each for each in device.log if each != "begin"])
+            device.log.clear()
+    assert logs == [["warm"] * 2, ["capture", "replay", "capture", "replay", "replay"], ["replay"] * 3]
 
 
 def test_a_model_that_is_given_itself_keeps_its_captures_while_it_is_the_same(model):
@@ -165,7 +193,8 @@ def test_what_is_kept_can_be_given_back(model):
 
 def test_of_what_is_kept_the_latest_has_the_room(model, monkeypatch):
     """Two caches of 64 tokens, 2 layers and 16 channels find room here, and not three."""
-    monkeypatch.setattr(kept, "most_bytes", lambda device: 2 * (2 * 2 * 64 * 16 * 4))
+    monkeypatch.setattr(kept, "most_bytes", lambda device: 2.5 * (2 * 2 * 64 * 16 * 4))
+    monkeypatch.setattr(batch, "CAPTURED_PROMPTS", 0)
     decoder = Decoder(model)
     warm = []
     with card() as device:
@@ -219,8 +248,8 @@ class Pretended:
     def __init__(self, every, depth):
         self.every, self.depth, self.begun, self.sent = every, depth, 0, []
 
-    def advance(self):
-        self.begun += 1
+    def advance(self, count):
+        self.begun += count
 
     def send(self, first, count):
         self.sent.append((first, count))

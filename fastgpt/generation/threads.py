@@ -1,0 +1,29 @@
+"""How many of a CPU's threads a pass takes."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from fastgpt.generation.decoder import Decoder
+
+SMALL = 1 << 19  # multiplications in a step's largest matmul, up to which a CPU's second thread gains nothing
+
+
+@contextlib.contextmanager
+def threads_for(decoder: Decoder, tokens: int) -> Iterator[None]:
+    """On a CPU, one thread for a pass of so few tokens through so small a model that a second one gains nothing.
+
+    The others spin while they wait for work, and on a busy machine each wait is for a processor: docs/generation.md has
+    what was measured. The user's number is set again after each pass.
+    """
+    width = decoder.gpt.config.n_embd
+    threads = torch.get_num_threads()
+    if decoder.device.type != "cpu" or threads == 1 or tokens * width * max(4 * width, decoder.outputs) > SMALL:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
