@@ -554,7 +554,7 @@ MUTANTS = [
     Mutant("doctor: problems without an exit code", "fastgpt/cli/check.py", "_doctor", "return int(not diagnosis.healthy)", "return 0", "test_doctor.py::test_the_command", False),
     Mutant("documents end after their end", "fastgpt/data/windows.py", "documents", "return (idx == end).cumsum(1)", "return (idx == end).cumsum(1) - (idx == end).long()", "test_data.py::test_documents_begin_with_the_end_of_the_one_before", False),
     # small models on a CPU, what callers give, what was made of texts, and what a user is told
-    Mutant("a second thread for a small model", "fastgpt/generation/threads.py", "threads_for", "decoder.outputs) > SMALL:", "decoder.outputs) > -1:", BATCHED + "test_a_small_model_takes_one_thread_a_token_and_gives_the_others_back", False),
+    Mutant("a second thread for a small model", "fastgpt/generation/threads.py", "threads_for", "_work(decoder, tokens) > SMALL:", "_work(decoder, tokens) > -1:", BATCHED + "test_a_small_model_takes_one_thread_a_token_and_gives_the_others_back", False),
     Mutant("threads are kept after a failure", "fastgpt/generation/threads.py", "threads_for", "    finally:\n        torch.set_num_threads(threads)\n", "    finally:\n        pass\n    torch.set_num_threads(threads)\n", BATCHED + "test_a_step_that_fails_gives_the_threads_back", False),
     Mutant("a mask that is added to scores", "fastgpt/generation/given.py", "_unpadded", "if each not in (0, 1):", "if False:", GENERATION + "test_bad_argument_is_refused_by_the_call_itself", False),
     Mutant("any pickle of characters is read", "fastgpt/data/characters.py", "name_in", "if opcode.name not in _OPCODES or", "if", "test_characters.py::test_a_file_of_anyones_runs_no_code", False),

@@ -14,7 +14,7 @@ from fastgpt.generation.batch import Batch, Plan, plan
 from fastgpt.generation.cache import Cache
 from fastgpt.generation.decoder import MAX_STEP, Decoder
 from fastgpt.generation.given import at_least_1, prompts_of, stop_ids_of, strings_of, whole_number
-from fastgpt.generation.kept import clear_all, keep, kept_of
+from fastgpt.generation.kept import clear_all, keep, kept_of, passing
 from fastgpt.generation.sampling import Sampling
 from fastgpt.generation.speculative import Speculation
 
@@ -151,9 +151,7 @@ def stream(
 
 def _ready(model: Any, dtype: torch.dtype | None, tokens: int, rows: int) -> Decoder:
     if not isinstance(model, Decoder):
-        decoder = Decoder(model, dtype=dtype, tokens=tokens, rows=rows)
-        decoder.passing = True
-        return decoder
+        return passing(model, dtype, tokens, rows)
     model.check_unchanged()
     return model
 

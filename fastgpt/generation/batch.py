@@ -188,7 +188,7 @@ class Batch:
 
     def advance(self, count: int = 1) -> None:
         """So many tokens more for every row. ValueError where the model was moved since the last one."""
-        now = self.decoder.anatomy.tokens.weight.device
+        now = self.decoder.tokens.weight.device
         if now != self.decoder.device:
             raise ValueError(f"generate: the model was moved from {self.decoder.device} to {now} between two tokens")
         with device_of(self.decoder):
@@ -243,6 +243,7 @@ class Batch:
             self._step(turn)
 
     def _captured(self, step: Any) -> torch.cuda.CUDAGraph:
+        self.decoder.ready()
         return captured(self.decoder.device, step)[0]
 
     def _first(self) -> None:

@@ -65,7 +65,7 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
-        self.inner, self._modules = inner, list(inner.modules())
+        self.inner, self._modules, self.tokens = inner, list(inner.modules()), found.tokens
         embedded = found.tokens.weight.dtype
         self.steps: Any = ops.decoding_steps(found.backend, head.weight)
         residual = inner.config.residual if isinstance(inner, GPT) else "compute"
@@ -87,7 +87,11 @@ class Decoder:
             for block, attn, mlp in ((block, block.attn, block.mlp) for block in self.gpt.h if self._fused)
         ]  # fmt: skip
         self.windows: tuple[int | None, ...] = tuple(block.attn.window for block in self.gpt.h)
+        # whether its steps read the model's own tensors alone, so that another Decoder's may read the same
+        self.lasts = self._fused and not self.calls and not self._sources.copied
         self._whole_token = self._one_launch()
+        # why a token of one sequence does not come from one launch of a kernel; "" where it does
+        self.one_launch: str = self._whole_token if isinstance(self._whole_token, str) else ""
         self._weights = [part.weight for part in self.gpt.h.modules() if isinstance(part, nn.Linear)]
         if not is_plain_gpt(inner):
             self._try(model)
@@ -106,15 +110,8 @@ class Decoder:
         """Whether it runs on the Triton kernels, and not on PyTorch's functions."""
         return self.steps.on_kernels
 
-    @property
-    def one_launch(self) -> str:
-        """Why a token of one sequence does not come from one launch of a kernel; "" where it does."""
-        return self._whole_token if isinstance(self._whole_token, str) else ""
-
-    @property
-    def lasts(self) -> bool:
-        """Whether its steps read the model's own tensors alone, so that another Decoder's may read the same."""
-        return self._fused and not self.calls and not self._sources.copied
+    def ready(self) -> None:
+        """Made in full, as a capture needs it."""
 
     def read(self) -> Iterator[Any]:
         """All tensors, and numbers beside them, that steps read of the model, where it `lasts`."""

@@ -17,9 +17,8 @@ def threads_for(decoder: Decoder, tokens: int) -> Iterator[None]:
     The others spin while they wait for work, and on a busy machine each wait is for a processor: docs/generation.md has
     what was measured. The user's number is set again after each pass.
     """
-    width = decoder.gpt.config.n_embd
     threads = torch.get_num_threads()
-    if decoder.device.type != "cpu" or threads == 1 or tokens * width * max(4 * width, decoder.outputs) > SMALL:
+    if decoder.device.type != "cpu" or threads == 1 or _work(decoder, tokens) > SMALL:
         yield
         return
     torch.set_num_threads(1)
@@ -27,3 +26,8 @@ def threads_for(decoder: Decoder, tokens: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _work(decoder: Decoder, tokens: int) -> int:
+    width = decoder.gpt.config.n_embd
+    return tokens * width * max(4 * width, decoder.outputs)

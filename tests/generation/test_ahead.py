@@ -146,6 +146,68 @@ def test_a_model_that_is_given_itself_keeps_its_captures_while_it_is_the_same(mo
     assert logs == [True, True, False, False, True, True, True, True]
 
 
+def changed_part(model, what):
+    """Changes a model so that its tokens are others."""
+    mlp, attn = model.h[0].mlp, model.h[1].attn
+    if what == "a parameter's numbers":
+        mlp.c_fc.weight.data.neg_()
+    elif what == "a parameter":
+        mlp.c_fc.weight = torch.nn.Parameter(-mlp.c_fc.weight.detach())
+    elif what == "a parameter's tensor":
+        mlp.c_fc.weight.data = -mlp.c_fc.weight.data
+    elif what == "a parameter's place":
+        mlp.c_fc.bias, attn.c_proj.bias = torch.nn.Parameter(torch.full((64,), 2.0)), None
+    elif what == "a number":
+        attn.scale = 0.01
+    elif what == "a word":
+        mlp.gelu = "none"
+        mlp.c_fc.weight.data *= 0.1
+    elif what == "a norm's eps":
+        model.h[0].ln_1.eps = model.h[0].ln_2.eps = 1000.0
+    elif what == "a part":
+        model.h[0].mlp = gpt(64).h[0].mlp
+    elif what == "the order of parts":
+        model.h[0].mlp, model.h[1].mlp = model.h[1].mlp, model.h[0].mlp
+    elif what == "a hook":
+        mlp.register_forward_hook(lambda module, args, output: -output)
+    else:
+        attn.c_proj.__class__ = type("Negative", (torch.nn.Linear,), dict(forward=lambda self, x: -x @ self.weight.T))
+
+
+CHANGES = (
+    *("a parameter's numbers", "a parameter", "a parameter's tensor", "a parameter's place", "a number", "a word"),
+    *("a norm's eps", "a part", "the order of parts", "a hook", "a class"),
+)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_model_that_changed_between_two_calls_is_read_anew(what):
+    """One that was found to be as before twice."""
+    torch.manual_seed(1)
+    model = gpt(64)
+    with card():
+        first = [generate(model, [[3, 1, 4]], 16, temperature=0).tokens for _ in range(3)]
+        changed_part(model, what)
+        found = [generate(model, [[3, 1, 4]], 16, temperature=0).tokens for _ in range(3)]
+        expected = generate(Decoder(model), [[3, 1, 4]], 16, temperature=0).tokens
+    assert found == [expected] * 3 and expected != first[0] and first == [first[0]] * 3
+
+
+def test_what_is_remembered_of_a_model_keeps_no_weights():
+    model = gpt(64)
+    with card():
+        for _ in range(3):
+            generate(model, [[3, 1, 4]], 16, temperature=0)
+        held = [weakref.ref(model.h[0].mlp.c_fc.weight), weakref.ref(model.h[1])]
+        gc.disable()
+        try:
+            model.h[0].mlp.c_fc.weight = None
+            del model.h[1]
+            assert [each() for each in held] == [None, None]
+        finally:
+            gc.enable()
+
+
 def test_what_is_kept_goes_with_the_model(model):
     model = gpt(64)
     with card():
