@@ -12,7 +12,7 @@ from fastgpt.cuda_graph import captured, warmed
 from fastgpt.generation.ahead import EVERY, Copy, Readback
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling, draw_clocks
-from fastgpt.generation.threads import threads_for
+from fastgpt.generation.threads import device_of, threads_for
 
 GRAPH_FROM = 16  # tokens of one call that make a step's capture worth while; fewer do in the second one
 BLOCKS_FROM = 256  # steps after which EVERY of them in one graph are worth a capture, where each is many launches
@@ -123,19 +123,28 @@ class Batch:
         self._clocks = torch.empty(drawn, dtype=statistics, device=device) if clocks else None
         plain = plan.sampling.greedy and self.seen is None and self.logprobs is None
         self._likeliest = plain and decoder.dtype != torch.float64 and decoder.on_kernels  # by one kernel
-        self._draws = self._draws_by_kernels(decoder)
-        self._wide = not (self._likeliest or (self._draws and self.seen is None))  # kernels read any logits
+        self._draws = self._drawn_by_kernels(decoder)
+        # the dtype that holds the logits of a kernel that writes them in a wider one
+        self._rounded = decoder.dtype if self.cache.words is not None and self.seen is None else None
+        self._wide = not (self._likeliest or (self._draws is not None and self.seen is None))  # kernels read any logits
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of so many steps
         self._prompts: dict[int, torch.cuda.CUDAGraph | None] = {}  # by their width, the latest last; None: read once
         self._used, self._warm, self._replayed = False, False, 0
         self._alive: list[Any] = []  # what captured steps read and this batch does not own
 
-    def _draws_by_kernels(self, decoder: Decoder) -> int:
-        """Among how many of the likeliest; 0 where PyTorch draws."""
-        k = self.sampling.top_k or 0
-        if self.sampling.greedy or self.logprobs is not None or decoder.dtype == torch.float64:
-            return 0
-        return k if decoder.on_kernels and k <= min(decoder.steps.most_drawn, self.vocab_size - 1) else 0
+    def _drawn_by_kernels(self, decoder: Decoder) -> Any:
+        """What draws the next tokens and writes them down; None where PyTorch does."""
+        k = self.sampling.clocks(self.vocab_size)
+        if (
+            self.sampling.greedy
+            or self.logprobs is not None
+            or decoder.dtype == torch.float64
+            or not decoder.on_kernels
+        ):
+            return None
+        if k < self.vocab_size:
+            return decoder.steps.take_drawn if k <= decoder.steps.most_drawn else None
+        return decoder.steps.take_raced if self.sampling.top_p == 1 else None
 
     def begin(
         self, decoder: Decoder, prompts: list[list[int]], seed: int | None = None, new_tokens: int = GRAPH_FROM
@@ -297,9 +306,9 @@ class Batch:
             if self._likeliest:
                 self.decoder.steps.take_likeliest(logits, self.history, self.lengths, self.news, self.last)
                 return
-            if self._draws:
-                given = self.sampling.penalised(logits, self.seen), clocks, self.sampling.filters
-                self.decoder.steps.take_drawn(*given, self.history, self.lengths, self.news, self.last)
+            if self._draws is not None:
+                given = self.sampling.penalised(logits, self.seen), clocks, self.sampling.filters, self._rounded
+                self._draws(*given, self.history, self.lengths, self.news, self.last)
                 if self.seen is not None:
                     self.seen.scatter_(1, self.last, True)
                 return
@@ -331,11 +340,6 @@ class Batch:
     def _finite_at_a_glance(self, logits: Tensor) -> bool:
         """On a CPU, which need not be waited for: a sum is finite only if all of its terms are."""
         return logits.device.type == "cpu" and math.isfinite(logits.sum().item())
-
-
-def device_of(decoder: Decoder):
-    """A context in which the decoder's device is the current one: a graph is captured there, and an event recorded."""
-    return torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _put(into: Tensor, place: Tensor | None, values: Tensor) -> None:

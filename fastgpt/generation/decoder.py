@@ -233,7 +233,7 @@ class Decoder:
         form = getattr(head, "form", head)  # or it is called
         if not isinstance(head, Called) and self.on_kernels and x.dtype == form.weight.dtype:
             if self._fused and self.steps.fits(x.numel() // x.shape[-1], form.weight):
-                dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+                dtype = torch.promote_types(x.dtype, torch.float32) if wide else None
                 return self.steps.linear(x.flatten(0, -2), *form, dtype).unflatten(0, x.shape[:-1])
             logits = self.steps.head(x, form)
         else:

@@ -1,4 +1,4 @@
-"""How many of a CPU's threads a pass takes."""
+"""Where a pass runs: which device is the current one, and how many of a CPU's threads it takes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,6 +8,11 @@ import torch
 from fastgpt.generation.decoder import Decoder
 
 SMALL = 1 << 19  # multiplications in a step's largest matmul, up to which a CPU's second thread gains nothing
+
+
+def device_of(decoder: Decoder):
+    """A context in which the decoder's device is the current one: a graph is captured there, and an event recorded."""
+    return torch.cuda.device(decoder.device) if decoder.device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

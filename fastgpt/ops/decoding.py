@@ -124,6 +124,7 @@ class OnKernels(OnPyTorch):
         self._choose, self._autograd = choose, autograd
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._drawn, self.most_drawn = autograd.take_drawn, autograd.draw.MOST
+        self._raced = autograd.draw.race
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
         self.many = ManyRows(autograd)
         self._whole_token = autograd.whole_token
@@ -200,12 +201,19 @@ class OnKernels(OnPyTorch):
         self._likeliest(logits, history, lengths, news, last)
 
     def take_drawn(
-        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], history: Tensor, lengths: Tensor,
-        news: Tensor, last: Tensor,
+        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], rounded: torch.dtype | None,
+        history: Tensor, lengths: Tensor, news: Tensor, last: Tensor,
     ) -> None:  # fmt: skip
         """The same, but that it is drawn among the k likeliest, k at most most_drawn, by exponential clocks (B, k).
-        filters: temperature, top_p, min_p."""
-        self._drawn(logits, clocks, *filters, history, lengths, news, last)
+        filters: temperature, top_p, min_p. rounded: a dtype that holds the logits, whatever theirs is."""
+        self._drawn(logits, clocks, *filters, history, lengths, news, last, rounded)
+
+    def take_raced(
+        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], rounded: torch.dtype | None,
+        history: Tensor, lengths: Tensor, news: Tensor, last: Tensor,
+    ) -> None:  # fmt: skip
+        """The same among all tokens, by clocks (B, V) in their order; top_p is 1. On the current device."""
+        self._raced(logits, clocks, filters[0], filters[2], history, lengths, news, last)
 
 
 class ManyRows:
