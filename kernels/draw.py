@@ -225,6 +225,7 @@ def draw(
         TOP_P=top_p < 1,
         HALF=half,
         num_warps=8,
+        maxnreg=255,  # left alone, ptxas of Triton 3.6 aims at 80 and spills
     )
 
 

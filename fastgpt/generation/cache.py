@@ -166,12 +166,12 @@ class Step:
         """(B, Tq, 3C) -> (B, Tq, C), each token over all of its row up to itself."""
         keys, values, ring = self._k[layer], self._v[layer], self._rings[layer]
         lengths = self._of_rings if ring else self._lengths
-        packed = _split(qkv, keys.shape[1])
         if lengths is None:
+            packed = _split(qkv, keys.shape[1])
             self._newest[layer].copy_(packed[1:])
+            y = self._steps.attend(packed[0], keys, values, lengths, scale, self._windows[layer])
         else:
-            self._steps.append(qkv, keys, values, lengths, ring)
-        y = self._steps.attend(packed[0], keys, values, lengths, scale, self._windows[layer])
+            y = self._steps.append_and_attend(qkv, keys, values, lengths, scale, self._windows[layer], ring)
         return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 

@@ -71,6 +71,21 @@ class OnPyTorch:
         keys[rows, :, places] = k
         values[rows, :, places] = v
 
+    def append_and_attend(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        window: int | None,
+        ring: bool,
+    ) -> Tensor:
+        """`append`, and what the newest tokens attend to: (B, Tq, 3HD) -> (B, H, Tq, D)."""
+        self.append(qkv, keys, values, lengths, ring)
+        q = qkv.view(*qkv.shape[:2], 3, keys.shape[1], -1)[:, :, 0].transpose(1, 2)
+        return self.attend(q, keys, values, lengths, scale, window)
+
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
         """Whether a layer of that width and dtype may take norm_linear and product."""
         return True
@@ -124,7 +139,8 @@ class OnKernels(OnPyTorch):
         self._choose, self._autograd = choose, autograd
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._drawn, self.most_drawn = autograd.take_drawn, autograd.draw.MOST
-        self._raced = autograd.draw.race
+        self._raced = autograd._on_its_device(autograd.draw.race)
+        self._append_and_attend = autograd._on_its_device(autograd.decode.append_and_attend)
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
         self.many = ManyRows(autograd)
         self._whole_token = autograd.whole_token
@@ -154,6 +170,24 @@ class OnKernels(OnPyTorch):
     ) -> Tensor:
         functions = self._choose("decode_attention", q, k_cache=keys, v_cache=values)
         return functions.decode_attention(q, keys, values, lengths, scale=scale, window=window)
+
+    def append_and_attend(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        window: int | None,
+        ring: bool,
+    ) -> Tensor:
+        heads, dim = keys.shape[1], keys.shape[3]
+        q = qkv.view(*qkv.shape[:2], 3, heads, dim)[:, :, 0].transpose(1, 2)
+        kernels = self._choose("decode_attention", q, k_cache=keys, v_cache=values) is self._autograd
+        if not kernels or qkv.shape[1] > 1 or (window is not None and not ring):
+            return super().append_and_attend(qkv, keys, values, lengths, scale, window, ring)
+        scale = dim**-0.5 if scale is None else scale
+        return self._append_and_attend(qkv, keys, values, lengths, scale, window)
 
     def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, ring: bool = False) -> None:
         self._append(qkv, keys, values, lengths, ring)
@@ -212,7 +246,7 @@ class OnKernels(OnPyTorch):
         self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], rounded: torch.dtype | None,
         history: Tensor, lengths: Tensor, news: Tensor, last: Tensor,
     ) -> None:  # fmt: skip
-        """The same among all tokens, by clocks (B, V) in their order; top_p is 1. On the current device."""
+        """The same among all tokens, by clocks (B, V) in their order; top_p is 1."""
         self._raced(logits, clocks, filters[0], filters[2], history, lengths, news, last)
 
 
