@@ -1,21 +1,21 @@
 """A draw among the k likeliest of each row of logits, written down: what a sampling decoding step does last.
 
-Two launches. The first finds the k likeliest of each of a row's lists, in order; the second those of the row among
+Two launches. The first finds the highest of each group of neighbouring logits. The second finds the k likeliest by
 them, weighs them by softmax(logits / temperature), leaves out what top_p and min_p leave out, and takes the first of
 exponential clocks of these rates to ring (Efraimidis, Spirakis, "Weighted random sampling with a reservoir", 2006,
 algorithm A with reciprocal keys). Clocks are drawn by the caller, in the order of likelihood.
 
-Neither sorts by exchanging neighbours, whose some fifty turns took 30 µs of a GPT-2's row (H100, a profile). A key's
-place is the number of keys above it, all counted at once: of 256 keys 2^16 comparisons, about a microsecond. A list
-is every so many logits, not a piece of the row, for neighbours in a vocabulary are likely together. The k-th of the
-lists' first keys is below k keys at least, so nothing under it is looked at, and what remains is a few more than k:
-the second launch takes them a batch at a time, each with the best so far.
+Nothing is sorted by exchanging neighbours, whose some fifty turns took 30 µs of a GPT-2's row (H100, a profile). A
+key's place is the number of keys above it, all counted at once: of 256 keys 2^16 comparisons, about a microsecond. So
+are the highest of 256 lists of groups, and the k-th of them is below k keys at least: no group that is under it as a
+whole is read. What remains of the others is a few more than k logits, which are taken a batch at a time, each with the
+best so far. Groups of neighbours are of different lists, for neighbours in a vocabulary are likely together.
 
 Keys are as in greedy.py; of logits that 16 bits hold, in a vocabulary of up to 2^16, half as wide and compared in a
 third of the instructions. What becomes of a row with a logit that is not finite is as there.
 """
 
-import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,7 +28,19 @@ MOST = 128  # the likeliest that are found, half of a batch
 _INTERPRETED = triton.knobs.runtime.interpret
 _HALVES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ONE = 2**40  # a probability of 1, where probabilities are counted
-_EACH = tl.constexpr(8)  # keys of a list that are read at once
+
+
+class _Tiles(NamedTuple):
+    """Not measured."""
+
+    piece: int  # logits of a program
+    group: int
+    lists: int
+    batch: int  # groups that are read at once
+    batch_of_keys: int  # that are compared at once, with those of the best so far among them
+
+
+_SMALL = _Tiles(16, 4, 8, 2, 2)  # several of each in the interpreter
 
 
 @triton.jit
@@ -71,64 +83,72 @@ def _above(keys):
 
 
 @triton.jit
-def _likeliest_kernel(
+def _groups_kernel(
     logits_ptr,  # (B, V)
-    keys_ptr,  # (B, K, lists)
-    spoiled_ptr,  # (B, lists)
+    highest_ptr,  # (B, groups)
+    spoiled_ptr,  # (B, pieces)
     stride_l, V,
-    LIST: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    PIECE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    one, lists, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
-    cols = one + tl.arange(0, LIST) * lists
+    piece, pieces, row = tl.program_id(0), tl.num_programs(0), tl.program_id(1).to(tl.int64)
+    groups = piece * (PIECE // GROUP) + tl.arange(0, PIECE // GROUP)
+    cols = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     there = cols < V
     z = tl.load(logits_ptr + row * stride_l + cols, there, float("-inf")).to(tl.float32)  # below all that are finite
     spoiled = tl.where(there, z * 0.0, 0.0)  # NaN from the first that is not finite
-    tl.store(spoiled_ptr + row * lists + one, tl.sum(spoiled, axis=0))
-    keys = _keys(z, cols, HALF)
-    above = _above(keys)
-    tl.store(keys_ptr + (row * K + above) * lists + one, keys, above < K)
-
-
-@triton.jit
-def _survivors(keys_ptr, found_ptr, least, nothing, first, alive, total, lists, K: tl.constexpr, LISTS: tl.constexpr):
-    """The next keys of the lists that are alive, those from `least` on to found_ptr at total: the lists that go on,
-    and the new total."""
-    list, each = tl.arange(0, LISTS), first + tl.arange(0, _EACH)
-    keys = tl.load(keys_ptr + each[None, :] * lists + list[:, None], alive[:, None] & (each < K)[None, :], -1)
-    good = (keys >= least) & (keys > nothing[:, None]) & alive[:, None] & (each < K)[None, :]
-    count = tl.sum(good.to(tl.int32), axis=1)
-    at = total + tl.cumsum(count, axis=0) - count
-    tl.store(found_ptr + at[:, None] + (each - first)[None, :], keys, good)  # a list is in order: the first ones are
-    return count == _EACH, total + tl.sum(count, axis=0)
+    tl.store(spoiled_ptr + row * pieces + piece, tl.sum(tl.sum(spoiled, axis=1), axis=0))
+    highest = tl.max(_keys(z, cols, HALF), axis=1)
+    tl.store(highest_ptr + row * pieces * (PIECE // GROUP) + groups, highest)
 
 
 @triton.jit
 def _draw_kernel(
-    keys_ptr,  # (B, K, lists)
-    spoiled_ptr,  # (B, lists)
+    logits_ptr,  # (B, V)
+    highest_ptr,  # (B, groups)
+    spoiled_ptr,  # (B, pieces)
     clocks_ptr,  # (B, k)
-    found_ptr,  # (B, K + K * lists), what the program writes to read it in another order
+    ids_ptr,  # (B, groups), and found_ptr, (B, K + V): what the program writes to read it in another order
+    found_ptr,
     history_ptr,  # (B, room)
     lengths_ptr,  # (B,)
     news_ptr,  # (B, ring)
     last_ptr,  # (B,)
-    stride_h, lists, k, ring, temperature, most, min_p,
-    K: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, ONE: tl.constexpr, TOP_P: tl.constexpr, HALF: tl.constexpr,
+    stride_l, V, stride_h, groups, pieces, k, ring, temperature, most, min_p,
+    K: tl.constexpr, N: tl.constexpr, LISTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    BATCH: tl.constexpr, PIECES: tl.constexpr, ONE: tl.constexpr, TOP_P: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """most: what likelier tokens may reach together, counted in parts of ONE, for one to be left by TOP_P."""
     row = tl.program_id(0).to(tl.int64)
-    list, each, places = tl.arange(0, LISTS), tl.arange(0, K), tl.arange(0, N)
-    keys_ptr += row * K * lists
-    found_ptr += row * (K + K * lists)
-    clocks = tl.load(clocks_ptr + row * k + each, each < k, 1.0)
-    spoiled = tl.load(spoiled_ptr + row * lists + list, list < lists, 0.0)
+    every, each, places = tl.arange(0, DEPTH * LISTS), tl.arange(0, K), tl.arange(0, N)
+    by_list = tl.arange(0, DEPTH)[:, None] * LISTS + tl.arange(0, LISTS)[None, :]
+    logits_ptr += row * stride_l
+    highest_ptr += row * groups
+    ids_ptr += row * groups
+    found_ptr += row * (K + V)
     nothing = _nothing(HALF)
-    heads = tl.where(list < lists, tl.load(keys_ptr + list, list < lists, 0), nothing)
+    clocks = tl.load(clocks_ptr + row * k + each, each < k, 1.0)
+    spoiled = tl.load(spoiled_ptr + row * pieces + tl.arange(0, PIECES), tl.arange(0, PIECES) < pieces, 0.0)
+    highest = tl.where(every < groups, tl.load(highest_ptr + every, every < groups, 0), nothing)
+    heads = tl.load(highest_ptr + by_list, by_list < groups, 0)
+    heads = tl.max(tl.where(by_list < groups, heads, nothing[None, :]), axis=0)
     least = tl.max(tl.where(_above(heads) == k - 1, heads, nothing), axis=0)
-    alive, total = _survivors(keys_ptr, found_ptr + K, least, nothing, 0, list < lists, 0, lists, K, LISTS)
-    for first in range(_EACH, tl.where(tl.max(alive.to(tl.int32), axis=0) > 0, K, 0), _EACH):
-        alive, total = _survivors(keys_ptr, found_ptr + K, least, nothing, first, alive, total, lists, K, LISTS)
+
+    good = ((highest >= least) & (every < groups)).to(tl.int32)
+    tl.store(ids_ptr + tl.cumsum(good, axis=0) - good, every, good > 0)
+    read, total = tl.sum(good, axis=0), 0
     tl.debug_barrier()  # written by other threads
+    for first in range(0, read, BATCH):
+        at = first + tl.arange(0, BATCH)
+        ids = tl.load(ids_ptr + at, at < read, 0)
+        cols = ids[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        there = (at < read)[:, None] & (cols < V)
+        keys = _keys(tl.load(logits_ptr + cols, there, 0.0).to(tl.float32), cols, HALF)
+        chosen = (there & (keys >= least)).to(tl.int32)
+        count = tl.sum(chosen, axis=1)
+        before = total + tl.cumsum(count, axis=0) - count
+        tl.store(found_ptr + K + before[:, None] + tl.cumsum(chosen, axis=1) - chosen, keys, chosen > 0)
+        total += tl.sum(count, axis=0)
+    tl.debug_barrier()
     for start in range(0, total, N - K):
         coming = start + places - K
         keys = tl.load(found_ptr + K + coming, (places >= K) & (coming < total), 0)
@@ -146,9 +166,9 @@ def _draw_kernel(
         counts = (weights * ONE).to(tl.int64)
         weights = tl.where(tl.cumsum(counts, axis=0) - counts < most, weights, 0.0)
     weights = tl.where(weights >= min_p * tl.max(weights, axis=0), weights, 0.0)
-    chosen = tl.argmax(weights / clocks, axis=0)
+    winner = tl.argmax(weights / clocks, axis=0)
     finite = tl.sum(spoiled, axis=0) == 0.0
-    token = tl.sum(tl.where(each == chosen, place, 0), axis=0)
+    token = tl.sum(tl.where(each == winner, place, 0), axis=0)
     write_token(token, finite, row, history_ptr, lengths_ptr, news_ptr, last_ptr, stride_h, ring)
 
 
@@ -192,48 +212,60 @@ def draw(
     news (B, ring) at lengths modulo ring and to last (B, 1), and adds 1 to lengths. There is room for them."""
     (rows, vocabulary), k = logits.shape, clocks.shape[1]
     most = max(2, next_power_of_2(k))
-    length = _length(vocabulary, most)
-    lists = cdiv(vocabulary, length)
+    tiles = _SMALL if _INTERPRETED else _Tiles(1024, 32 if vocabulary > 2**14 else 4, 256, 64, 2 * MOST)
     half = _HALVES.get(rounded or logits.dtype) if vocabulary <= 2**16 else None
-    width = torch.int64 if half is None else torch.int32
-    keys = torch.empty((rows, most, lists), dtype=width, device=logits.device)
-    found = torch.empty((rows, most + most * lists), dtype=width, device=logits.device)
-    spoiled = torch.empty((rows, lists), dtype=torch.float32, device=logits.device)
-    _likeliest_kernel[(lists, rows)](
-        logits, keys, spoiled, logits.stride(0), vocabulary, LIST=length, K=most, HALF=half, num_warps=8
+    pieces = cdiv(vocabulary, tiles.piece)
+    groups = pieces * (tiles.piece // tiles.group)
+    device, width = logits.device, torch.int64 if half is None else torch.int32
+    highest = torch.empty((rows, groups), dtype=width, device=device)
+    spoiled = torch.empty((rows, pieces), dtype=torch.float32, device=device)
+    ids = torch.empty((rows, groups), dtype=torch.int32, device=device)
+    found = torch.empty((rows, most + vocabulary), dtype=width, device=device)
+    _groups_kernel[(pieces, rows)](
+        logits,
+        highest,
+        spoiled,
+        logits.stride(0),
+        vocabulary,
+        PIECE=tiles.piece,
+        GROUP=tiles.group,
+        HALF=half,
+        num_warps=4,
     )
     _draw_kernel[(rows,)](
-        keys,
+        logits,
+        highest,
         spoiled,
         clocks,
+        ids,
         found,
         history,
         lengths,
         news,
         last,
+        logits.stride(0),
+        vocabulary,
         history.stride(0),
-        lists,
+        groups,
+        pieces,
         k,
         news.shape[1],
         temperature,
         max(1, int(top_p * ONE)),
         min_p,
         K=most,
-        N=2 * most if _INTERPRETED else 2 * MOST,
-        LISTS=next_power_of_2(lists),
+        N=max(tiles.batch_of_keys, 2 * most),
+        LISTS=tiles.lists,
+        DEPTH=next_power_of_2(cdiv(groups, tiles.lists)),
+        GROUP=tiles.group,
+        BATCH=tiles.batch,
+        PIECES=next_power_of_2(pieces),
         ONE=ONE,
         TOP_P=top_p < 1,
         HALF=half,
         num_warps=8,
         maxnreg=255,  # left alone, ptxas of Triton 3.6 aims at 80 and spills
     )
-
-
-def _length(vocabulary: int, most: int) -> int:
-    """Logits of a list: about as many as there are lists, since either are compared with each other."""
-    if _INTERPRETED:  # several lists
-        return max(16, most)
-    return max(256, next_power_of_2(math.isqrt(vocabulary)))
 
 
 def race(
