@@ -193,6 +193,19 @@ def test_a_model_that_changed_between_two_calls_is_read_anew(what):
     assert found == [expected] * 3 and expected != first[0] and first == [first[0]] * 3
 
 
+def test_a_model_that_changes_after_the_call_began_is_told():
+    """Where the model must be read after all."""
+    model = gpt(64)
+    with card() as device:
+        for _ in range(3):
+            generate(model, [[3, 1, 4]], 16, temperature=0)
+        steps = stream(model, [[3, 1, 4]], 16, temperature=0)
+        model.h[0].mlp.c_fc.weight = torch.nn.Parameter(-model.h[0].mlp.c_fc.weight.detach())
+        with pytest.raises(ValueError, match="generate: the model has changed since this call began"):
+            list(steps)
+        device.queue.clear()
+
+
 def test_what_is_remembered_of_a_model_keeps_no_weights():
     model = gpt(64)
     with card():

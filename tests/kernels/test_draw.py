@@ -81,9 +81,11 @@ def test_the_same_clocks_ring_for_the_same_tokens_of_gpt2(vocabulary, how, dtype
     check(vocabulary, how, "cuda", draws=100, dtype=dtype)
 
 
-def test_every_sign_and_equal_logits_keep_their_order(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_sign_and_equal_logits_keep_their_order(dtype, device):
     """Of equal ones the first is the likelier; what lies past the vocabulary is never one."""
-    logits = torch.tensor([[-5.0, -0.0, 3.0, 0.0, 3.0, -7.0, 2.0, -1e30] + [-1e38] * 10], device=device)
+    numbers = [[-5.0, -0.0, 3.0, 0.0, 3.0, -7.0, 2.0, -1e30] + [-1e38] * 10]
+    logits = torch.tensor(numbers, dtype=dtype, device=device)
     order = [2, 4, 6, 1, 3, 0, 5, 7]
     for place, token in enumerate(order):
         clocks = torch.full((1, 8), 1e30, device=device)
