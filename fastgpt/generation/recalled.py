@@ -90,10 +90,7 @@ def snapshot(model: Any) -> Snapshot | None:
     return Snapshot(model)
 
 
-_FOUND = (
-    *("device", "dtype", "vocabulary", "outputs", "context", "windows", "calls", "lasts", "one_launch", "passing"),
-    "tokens",
-)
+_FOUND = ("device", "dtype", "vocabulary", "outputs", "context", "windows", "calls", "lasts", "one_launch", "passing")
 
 
 @dataclasses.dataclass
@@ -113,7 +110,9 @@ class Recalled(Decoder):
 
     def __init__(self, model: Any, found: Found, steps: Any, places: tuple):
         """places: as places_of has them."""
-        self.__dict__.update(found.values, inner=unwrapped(model), steps=steps, _given=(model, found, places))
+        inner = unwrapped(model)
+        own: dict[str, Any] = dict(inner=inner, tokens=inner.wte, steps=steps, _given=(model, found, places))
+        self.__dict__.update(found.values, **own)
 
     def __getattr__(self, name: str) -> Any:  # of what is not there
         if name.startswith("__") or "_given" not in self.__dict__:

@@ -211,12 +211,12 @@ def test_what_is_remembered_of_a_model_keeps_no_weights():
     with card():
         for _ in range(3):
             generate(model, [[3, 1, 4]], 16, temperature=0)
-        held = [weakref.ref(model.h[0].mlp.c_fc.weight), weakref.ref(model.h[1])]
+        held = [weakref.ref(each) for each in (model.h[0].mlp.c_fc.weight, model.h[1], model.wte)]
         gc.disable()
         try:
-            model.h[0].mlp.c_fc.weight = None
+            model.h[0].mlp.c_fc.weight = model.wte = None
             del model.h[1]
-            assert [each() for each in held] == [None, None]
+            assert [each() for each in held] == [None] * 3
         finally:
             gc.enable()
 
