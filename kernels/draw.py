@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .greedy import PIECE, highest_of_pieces, keys_of, place_of, reversed_if_negative, take_highest, write_token
-from .launch import cdiv, next_power_of_2
+from .launch import capability, cdiv, next_power_of_2
 
 MOST = 128  # the likeliest that are found, half of a batch
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -264,7 +264,7 @@ def draw(
         TOP_P=top_p < 1,
         HALF=half,
         num_warps=8,
-        maxnreg=255,  # left alone, ptxas of Triton 3.6 aims at 80 and spills
+        maxnreg=None if capability(logits) == 120 else 255,  # without, or with it on 12.0, ptxas spills a few bytes
     )
 
 
