@@ -59,6 +59,7 @@ def account(way: Way, config: GPTConfig) -> list[Launch]:
         batch = Batch(decoder, plan(decoder, 32, way.rows, ROOM - 32, way.sampling))
         batch.begin(decoder, [[0] * 32] * way.rows)
         with recorded(Sizes(way.rows, config.n_embd, config.n_inner or 4 * config.n_embd, config.vocab_size)) as found:
+            batch._draw_clocks(0)
             batch._step()
     return [_whole(launch, config) if launch.name == "token_kernel" else launch for launch in found]
 

@@ -29,14 +29,9 @@ def warmed(device: torch.device, step: Callable[[], T]) -> T:
     return result
 
 
-def captured(
-    device: torch.device, step: Callable[[], T], generator: torch.Generator | None = None
-) -> tuple[torch.cuda.CUDAGraph, T]:
-    """A graph of `step`, which draws from `generator` anew at each replay, and what replays write their results to.
-    Other threads may work on the device meanwhile."""
+def captured(device: torch.device, step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of `step`, and what replays write their results to. Other threads may work on the device meanwhile."""
     graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
     with _ONE_AT_A_TIME, torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
         result = step()
     return graph, result

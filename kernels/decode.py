@@ -77,6 +77,7 @@ def _reach_of(lengths_ptr, batch, steps, slots, window):
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr,
     lengths_ptr,  # (B,)
+    new_ptr,  # (B, 3 H D), queries, keys and values of one new token a row, or None: its key is in the cache
     o_ptr,  # (B, H, Tq, SPLITS, D); of a single split the result, (B, Tq, H, D)
     lse_ptr,  # (B, H, Tq, SPLITS)
     stride_qb, stride_qh, stride_qt, stride_qd,
@@ -104,6 +105,16 @@ def _decode_kernel(
         k_ptr = head_of(k_ptr, batch, key_head, stride_kb, stride_kh)
         v_ptr = head_of(v_ptr, batch, key_head, stride_vb, stride_vh)
         last = length - steps + step  # that each row sees
+        if new_ptr is not None:
+            newest = (tl.load(lengths_ptr + batch) - 1).to(tl.int32)  # its place; one past the slots is dropped
+            new_ptr += (batch.to(tl.int64) * 3 * key_heads + key_heads + key_head) * D
+            k_new = tl.load(new_ptr + channels, channels < D, 0.0)
+            v_new = tl.load(new_ptr + key_heads * D + channels, channels < D, 0.0)
+            written = (channels < D) & (newest >= begin) & (newest < tl.minimum(begin + SPLIT, length))
+            its_slot = newest.to(tl.int64) if window is None else (newest % slots).to(tl.int64)
+            tl.store(k_ptr + its_slot * stride_kt + channels * stride_kd, k_new, written)
+            tl.store(v_ptr + its_slot * stride_vt + channels * stride_vd, v_new, written)
+            tl.debug_barrier()  # other threads read it
 
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         m = tl.full([BLOCK_M], float("-inf"), ACC)
@@ -238,12 +249,33 @@ def decode_attention_fwd(
     window: int | None = None,
 ) -> torch.Tensor:
     """q (B, H, Tq, D), caches (B, Hkv, Tmax, D), lengths (B,) -> o (B, H, Tq, D), in memory (B, Tq, H, D)."""
+    return _attend(q, k_cache, v_cache, lengths, None, scale, window)
+
+
+def append_and_attend(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`append` of one new token a row, qkv (B, 1, 3C), and the attention of its queries, in one launch or, with splits,
+    two -> o (B, H, 1, D). With a window the caches (B, H, Tmax, D) are rings, of window slots or more."""
+    qkv = qkv.contiguous()
+    q = qkv.view(len(qkv), 1, 3, k_cache.shape[1], -1)[:, :, 0].transpose(1, 2)
+    return _attend(q, k_cache, v_cache, lengths, qkv, scale, window)
+
+
+def _attend(q, k_cache, v_cache, lengths, new, scale, window):
     out = decode_attention_fwd_outputs(q)
     batch, heads, steps, dim = q.shape
     key_heads, slots = k_cache.shape[1:3]
     if out.numel() == 0 or slots == 0:
         return out.zero_()
-    q, k_cache, v_cache = (addressable(t) for t in (q, k_cache, v_cache))
+    q = addressable(q)
+    if new is None:  # or what is written there would be written to a copy
+        k_cache, v_cache = addressable(k_cache), addressable(v_cache)
     group = heads // key_heads
     reach = slots if window is None else min(slots, window + steps - 1)
     tiles = _tiles(group * steps, dim, q.dtype, reach, card_of(q) is not None)
@@ -265,6 +297,7 @@ def decode_attention_fwd(
         k_cache,
         v_cache,
         lengths,
+        new,
         partial,
         lse,
         **strides(q=q, k=k_cache, v=v_cache),

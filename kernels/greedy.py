@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .launch import cdiv, next_power_of_2
 
-_PIECE, _NUM_WARPS = 2048, 4
+PIECE, _NUM_WARPS = 2048, 4
 
 
 @triton.jit
@@ -87,13 +87,31 @@ def greedy(
     """logits (B, V), each row in one piece: writes the likeliest tokens to history (B, room) at lengths (B,), to news
     (B, ring) at lengths modulo ring and to last (B, 1), both in one piece, and adds 1 to lengths. There is room for
     them."""
+    take_highest(*highest_of_pieces(logits), history, lengths, news, last)
+
+
+def highest_of_pieces(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits (B, V) -> (B, pieces) keys of the likeliest, and (B, pieces) NaN where a logit is not finite, else 0."""
     rows, vocabulary = logits.shape
-    pieces = cdiv(vocabulary, _PIECE)
+    pieces = cdiv(vocabulary, PIECE)
     keys = torch.empty((rows, pieces), dtype=torch.int64, device=logits.device)
     spoiled = torch.empty((rows, pieces), dtype=torch.float32, device=logits.device)
     _piece_kernel[(pieces, rows)](
-        logits, keys, spoiled, logits.stride(0), vocabulary, PIECE=_PIECE, num_warps=_NUM_WARPS
+        logits, keys, spoiled, logits.stride(0), vocabulary, PIECE=PIECE, num_warps=_NUM_WARPS
     )
+    return keys, spoiled
+
+
+def take_highest(
+    keys: torch.Tensor,
+    spoiled: torch.Tensor,
+    history: torch.Tensor,
+    lengths: torch.Tensor,
+    news: torch.Tensor,
+    last: torch.Tensor,
+) -> None:
+    """The token of each row's highest key (B, pieces), written down."""
+    rows, pieces = keys.shape
     _greedy_kernel[(rows,)](
         keys,
         spoiled,

@@ -318,6 +318,9 @@ def ways() -> dict[str, Way]:
     add("generate 1, float16", _generate, 1, size="124M", dtype=FP16, temperature=0.0)
     for rows in (1, 64):
         add(f"generate {rows}, sampled", _generate, rows, size="124M", dtype=BF16, top_k=50)
+        add(f"generate {rows}, among all", _generate, rows, size="124M", dtype=BF16, min_p=0.1)
+    add("generate 1, sampled, float32", _generate, 1, size="124M", dtype=FP32, top_k=50)
+    add("generate 1, the most sampled", _generate, 1, size="124M", dtype=BF16, top_k=128, top_p=0.9)
     add("generate 1, long", _generate, 1, 1000, size="124M", dtype=BF16, temperature=0.0)
     add("generate 64, long", _generate, 64, 1000, size="124M", dtype=BF16, temperature=0.0)
     for size in list(SIZES)[1:]:

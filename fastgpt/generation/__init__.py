@@ -9,12 +9,12 @@ from torch import nn
 
 from fastgpt import memory
 from fastgpt.data.tokenizer import undecodable
-from fastgpt.generation.ahead import Told, told
+from fastgpt.generation.ahead import EVERY, Told, told
 from fastgpt.generation.batch import Batch, Plan, plan
 from fastgpt.generation.cache import Cache
 from fastgpt.generation.decoder import MAX_STEP, Decoder
 from fastgpt.generation.given import at_least_1, prompts_of, stop_ids_of, strings_of, whole_number
-from fastgpt.generation.kept import clear_all, keep, kept_of
+from fastgpt.generation.kept import clear_all, keep, kept_of, passing
 from fastgpt.generation.sampling import Sampling
 from fastgpt.generation.speculative import Speculation
 
@@ -140,7 +140,7 @@ def stream(
     if batch is None:
         _check_memory(decoder, planned, helper)
         batch = Batch(decoder, planned)
-    batch.begin(decoder, prompts, seed)
+    batch.begin(decoder, prompts, seed, max_new_tokens)
     speculation = None if helper is None else Speculation(batch, helper, draft_tokens)
     repeated = [prompt for prompt in prompts for _ in range(num_samples)]
     return _continue(batch, speculation, [_Row(prompt, max_new_tokens, stops) for prompt in repeated], stops)
@@ -151,9 +151,7 @@ def stream(
 
 def _ready(model: Any, dtype: torch.dtype | None, tokens: int, rows: int) -> Decoder:
     if not isinstance(model, Decoder):
-        decoder = Decoder(model, dtype=dtype, tokens=tokens, rows=rows)
-        decoder.passing = True
-        return decoder
+        return passing(model, dtype, tokens, rows)
     model.check_unchanged()
     return model
 
@@ -192,7 +190,8 @@ def _check_memory(decoder: Decoder, planned: Plan, helper: Decoder | None) -> No
     """ValueError for what the memory of the device does not hold, once what calls before left there is given back."""
     pairs = [decoder] if helper is None else [decoder, helper]
     caches = [Cache.size(each.gpt.config, planned.rows, planned.slots, each.dtype, each.windows) for each in pairs]
-    needed = sum(caches) + planned.rows * planned.room * 8 + planned.rows * decoder.outputs * 4
+    clocks = planned.sampling.clocks(planned.vocab_size) * (EVERY if planned.captures else 1)
+    needed = sum(caches) + planned.rows * (planned.room * 8 + (decoder.outputs + clocks) * 4)
     there = memory.available_bytes(decoder.device)
     if there is not None and needed > there:
         clear_all()

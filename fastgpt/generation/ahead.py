@@ -31,8 +31,8 @@ class Device(Protocol):
     every: int  # steps at most between two copies to the host
     depth: int  # copies that are under way before the first of them is waited for
 
-    def advance(self) -> None:
-        """One step more, begun."""
+    def advance(self, count: int) -> None:
+        """So many steps more, begun."""
 
     def send(self, first: int, count: int) -> Arriving:
         """Begin to copy what the last `count` steps told, of which the first has this number."""
@@ -48,9 +48,8 @@ def told(device: Device, limit: int, ended: Callable[[], bool]) -> Iterator[Told
     begun = 0
     while begun < limit or under_way:
         count = min(device.every if begun else 1, limit - begun)
-        for _ in range(count):
-            device.advance()
         if count:
+            device.advance(count)
             under_way.append(device.send(begun, count))
             begun += count
         if 1 < begun < limit and len(under_way) < device.depth:

@@ -91,32 +91,36 @@ class Prompts:
     """A pass over B prompts, each token over those of its prompt up to itself.
 
     cache: keeps them, unless None; of a multiple of B rows, each prompt that many times, in a row. lengths: (B,), of
-    the prompts, which rings are filled by; None where all are T long. windows: of a pass without a cache.
+    the prompts, which rings are filled by; None where all are T long. windows: of a pass without a cache. What pads a
+    prompt is at its last place, so that no weight is read that the prompt itself would not need: one may be NaN.
     """
-
-    positions = None  # the first ones
 
     def __init__(
         self,
         steps: ops.DecodingSteps,
         heads: int,
         prompts: int,
+        time: int,
         cache: Cache | None = None,
         lengths: Tensor | None = None,
         windows: Windows = (),
     ):
         self._causal_attention, self._heads = steps.causal_attention, heads
+        self._kept = () if cache is None else cache.by_layer(cache.whole.unbind(1), cache.round.unbind(1))
         self._cache, self._copies = cache, 1 if cache is None else cache.rows // prompts
         self._lengths, self._windows = lengths, windows if cache is None else cache.windows
+        self.positions: Tensor | None = None  # the first ones
+        if lengths is not None:
+            places = torch.arange(time, dtype=torch.int64, device=lengths.device)
+            self.positions = torch.minimum(places, lengths[:, None] - 1)
 
     def attend(self, layer: int, qkv: Tensor, scale: float | None) -> Tensor:
         """(B, T, 3C) -> (B, T, C)."""
         if self._cache is not None:
-            _, k, v = _split(qkv, self._heads)
-            for kept, new in ((self._cache.k[layer], k), (self._cache.v[layer], v)):
-                if new.shape[2] > kept.shape[2]:
-                    new = self._last(new, kept.shape[2])
-                kept.unflatten(0, (-1, self._copies))[:, :, :, : new.shape[2]] = new[:, None]
+            new, kept = _split(qkv, self._heads)[1:], self._kept[layer]  # (2, B, H, T, D), (2, rows, H, slots, D)
+            if new.shape[3] > kept.shape[3]:
+                new = torch.stack([self._last(each, kept.shape[3]) for each in new])
+            kept.unflatten(1, (-1, self._copies))[:, :, :, :, : new.shape[3]] = new[:, :, None]
         window = self._windows[layer] if self._windows else None
         if window is not None and window >= qkv.shape[1]:
             window = None
@@ -162,12 +166,12 @@ class Step:
         """(B, Tq, 3C) -> (B, Tq, C), each token over all of its row up to itself."""
         keys, values, ring = self._k[layer], self._v[layer], self._rings[layer]
         lengths = self._of_rings if ring else self._lengths
-        packed = _split(qkv, keys.shape[1])
         if lengths is None:
+            packed = _split(qkv, keys.shape[1])
             self._newest[layer].copy_(packed[1:])
+            y = self._steps.attend(packed[0], keys, values, lengths, scale, self._windows[layer])
         else:
-            self._steps.append(qkv, keys, values, lengths, ring)
-        y = self._steps.attend(packed[0], keys, values, lengths, scale, self._windows[layer])
+            y = self._steps.append_and_attend(qkv, keys, values, lengths, scale, self._windows[layer], ring)
         return y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
 
 

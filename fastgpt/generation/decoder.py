@@ -22,10 +22,10 @@ from fastgpt.swap import trial
 _TRIAL_TOKENS = 16
 
 
-def fused_step(steps: ops.DecodingSteps, layers: list, norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
+def fused_step(steps: Any, layers: list, norm: tuple, x: Tensor, cache: CachedPass) -> Tensor:
     """Embedded tokens (B, Tq, C) -> what the head sees, (B, Tq, C), of a view none of whose layers calls a module. The
     block's formula, as model.Block has it: each norm is of one call with the residual add before it and the linear
-    layer after it. layers: the forms of each, as Decoder lists them."""
+    layer after it. steps: ops.DecodingSteps, or its `many`. layers: the forms of each, as Decoder lists them."""
     shape, x = x.shape, x.flatten(0, 1)
     branch: Tensor | None = None
     bias: Tensor | None = None
@@ -33,8 +33,7 @@ def fused_step(steps: ops.DecodingSteps, layers: list, norm: tuple, x: Tensor, c
         qkv, x = steps.norm_linear(x, branch, bias, ln_1, c_attn, "")
         y = cache.attend(index, qkv.view(*shape[:2], -1), scale)
         branch, bias = steps.product(y.view(-1, shape[2]), c_proj)
-        hidden, x = steps.norm_linear(x, branch, bias, ln_2, c_fc, gelu)
-        branch, bias = steps.product(hidden, mlp_proj)
+        branch, bias, x = steps.mlp(x, branch, bias, ln_2, c_fc, gelu, mlp_proj)
     return steps.add_norm(x, branch, bias, norm).view(shape)
 
 
@@ -66,7 +65,7 @@ class Decoder:
             dtype = torch.get_autocast_dtype(self.device.type)
         if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise TypeError(f"generate: dtype is {dtype}, not a floating-point one")
-        self.inner, self._modules = inner, list(inner.modules())
+        self.inner, self._modules, self.tokens = inner, list(inner.modules()), found.tokens
         embedded = found.tokens.weight.dtype
         self.steps: Any = ops.decoding_steps(found.backend, head.weight)
         residual = inner.config.residual if isinstance(inner, GPT) else "compute"
@@ -88,7 +87,11 @@ class Decoder:
             for block, attn, mlp in ((block, block.attn, block.mlp) for block in self.gpt.h if self._fused)
         ]  # fmt: skip
         self.windows: tuple[int | None, ...] = tuple(block.attn.window for block in self.gpt.h)
+        # whether its steps read the model's own tensors alone, so that another Decoder's may read the same
+        self.lasts = self._fused and not self.calls and not self._sources.copied
         self._whole_token = self._one_launch()
+        # why a token of one sequence does not come from one launch of a kernel; "" where it does
+        self.one_launch: str = self._whole_token if isinstance(self._whole_token, str) else ""
         self._weights = [part.weight for part in self.gpt.h.modules() if isinstance(part, nn.Linear)]
         if not is_plain_gpt(inner):
             self._try(model)
@@ -107,15 +110,8 @@ class Decoder:
         """Whether it runs on the Triton kernels, and not on PyTorch's functions."""
         return self.steps.on_kernels
 
-    @property
-    def one_launch(self) -> str:
-        """Why a token of one sequence does not come from one launch of a kernel; "" where it does."""
-        return self._whole_token if isinstance(self._whole_token, str) else ""
-
-    @property
-    def lasts(self) -> bool:
-        """Whether its steps read the model's own tensors alone, so that another Decoder's may read the same."""
-        return self._fused and not self.calls and not self._sources.copied
+    def ready(self) -> None:
+        """Made in full, as a capture needs it."""
 
     def read(self) -> Iterator[Any]:
         """All tensors, and numbers beside them, that steps read of the model, where it `lasts`."""
@@ -161,41 +157,46 @@ class Decoder:
 
     # One pass.
 
-    def prefill(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+    def prefill(self, ids: Tensor, lengths: Tensor, cache: Cache, wide: bool = True) -> Tensor:
         """Prompts (B, T), padded at their ends to one length, into the cache; the logits (B, V) after each prompt.
 
-        lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row.
+        lengths: (B,), of the prompts. A cache of a multiple of B rows gets each prompt that many times, in a row. What
+        padding leaves there is written over before it is read. wide: as `logits` are; or in the weights' dtype, where
+        that is how they are computed.
         """
         with self._inference():
-            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), cache, lengths))
-            return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
+            x = self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), ids.shape[1], cache, lengths))
+            return self._logits(x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0], wide)
 
-    def decode(self, ids: Tensor, lengths: Tensor, cache: Cache) -> Tensor:
+    def decode(self, ids: Tensor, lengths: Tensor, cache: Cache, wide: bool = True) -> Tensor:
         """The next few tokens (B, Tq) of each row -> logits (B, Tq, V).
 
-        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first.
+        lengths: (B,), of the rows with these tokens counted in, whose keys and values go into the cache first. wide: as
+        in prefill.
         """
         with self._inference():
             if cache.words is not None and ids.shape == (1, 1):
                 return self._whole_token(ids, lengths, cache.whole, cache.words)
-            return self._logits(self._walk(ids, Step(self.steps, cache, lengths, ids.shape[1])))
+            return self._logits(self._walk(ids, Step(self.steps, cache, lengths, ids.shape[1])), wide)
 
     def features(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C), without a cache."""
         with self._inference():
-            return self._walk(ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), windows=self.windows))
+            return self._walk(
+                ids, Prompts(self.steps, self.gpt.config.n_head, len(ids), ids.shape[1], windows=self.windows)
+            )
 
     def _walk(self, ids: Tensor, cache: Prompts | Step) -> Tensor:
         """ids (B, T) -> what the head sees, (B, T, C)."""
         gpt, steps, positions = self.gpt, self.steps, cache.positions
-        fused = self._fused and not (steps.on_kernels and isinstance(cache, Prompts))
-        if not (fused and steps.fits(ids.numel(), *self._weights)):
+        if not self._fused:
             return gpt.features(ids, positions=positions, cache=cache)
+        few = not (steps.on_kernels and isinstance(cache, Prompts)) and steps.fits(ids.numel(), *self._weights)
         if self._free_tables:
             x = steps.embedding(ids, gpt.wte.weight, gpt.wpe.weight, positions, self._stream_dtype)
         else:
             x = gpt.embed(ids, positions)
-        return fused_step(steps, self._layers, gpt.ln_f.form, x, cache)
+        return fused_step(steps if few else steps.many, self._layers, gpt.ln_f.form, x, cache)
 
     def first_not_finite(self, ids: Tensor) -> str | None:
         """The name of the first part that makes a number of this row (T,) infinite or NaN."""
@@ -227,15 +228,17 @@ class Decoder:
         with self._inference():
             return self._logits(x)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, wide: bool = True) -> Tensor:
         head = self.gpt.lm_head
         form = getattr(head, "form", head)  # or it is called
-        few = self._fused and self.on_kernels and form is not head and x.dim() == 3
-        if few and self.steps.fits(x.shape[0] * x.shape[1], form.weight):
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            return self.steps.linear(x.flatten(0, 1), *form, wide).view(*x.shape[:2], -1)
-        logits = form(x)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        if not isinstance(head, Called) and self.on_kernels and x.dtype == form.weight.dtype:
+            if self._fused and self.steps.fits(x.numel() // x.shape[-1], form.weight):
+                dtype = torch.promote_types(x.dtype, torch.float32) if wide else None
+                return self.steps.linear(x.flatten(0, -2), *form, dtype).unflatten(0, x.shape[:-1])
+            logits = self.steps.head(x, form)
+        else:
+            logits = form(x)
+        return logits if logits.dtype == torch.float64 or not wide else logits.float()
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:

@@ -6,19 +6,20 @@ is kept that was read of it, for it may change: its batches serve while a new De
 captured steps read it. They go with the model.
 """
 
-import math
 import threading
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastgpt.generation.batch import Batch, Plan
 from fastgpt.generation.decoder import Decoder
+from fastgpt.generation.recalled import Found, Recalled, Snapshot, asked_of, places_of, snapshot, steps_of
 from fastgpt.generation.view import unwrapped
-from fastgpt.private import StorageWeakRef
+from fastgpt.model import GPT
 
+REMEMBERED = 8  # Decoders of a model, of as many options
 SHARE = 64  # of a device's memory, the part that kept batches may take
 _LOCK = threading.Lock()
 
@@ -28,11 +29,34 @@ class Kept:
 
     def __init__(self, places: tuple = (), storages: tuple = ()):
         self.places, self._storages = places, storages
+        self._snapshot: Snapshot | None = None
+        self._found: list[Found] = []  # the latest last
         self._batches: list[tuple[Batch, Any]] = []  # the latest last, with an event of its last use
 
     def holds(self, places: tuple) -> bool:
         """Whether what is read at these places is what was, in the same memory all the time."""
         return places == self.places and not any(storage.expired() for storage in self._storages)
+
+    def remember(self, decoder: Decoder, asked: tuple) -> None:
+        """What a Decoder of a model found, which is as it was when it was made."""
+        if self._snapshot is None or not self._snapshot.holds():
+            self._snapshot, self._found = snapshot(decoder.inner), []
+        if self._snapshot is not None:
+            self._found = [*self._found[1 - REMEMBERED :], Found.of(decoder, asked)]
+
+    def recall(self, model: Any, asked: tuple) -> Decoder | None:
+        """A Decoder like that one, unless the model has changed."""
+        found = next((each for each in self._found if each.asked == asked), None)
+        if found is None or self._snapshot is None or not self._snapshot.holds():
+            return None
+        if any(storage.expired() for storage in self._storages):
+            return None
+        steps = steps_of(unwrapped(model))
+        if steps.on_kernels != self.places[1]:
+            return None
+        decoder = Recalled(model, found, steps, self.places)
+        decoder.kept = self
+        return decoder
 
     def take(self, plan: Plan) -> Batch | None:
         """A batch of this plan, which is then the caller's alone."""
@@ -51,7 +75,7 @@ class Kept:
         with _LOCK:
             self._batches.append((batch, used))
             total, first = 0, len(self._batches)
-            while first and (total := total + _bytes(self._batches[first - 1][0])) <= most:
+            while first and (total := total + self._batches[first - 1][0].bytes) <= most:
                 first -= 1
             del self._batches[:first]
 
@@ -64,14 +88,24 @@ class Kept:
         return len(self._batches)
 
 
-def _bytes(batch: Batch) -> int:
-    """Nearly: the graphs' own tensors are small beside the cache."""
-    cache = batch.cache.whole
-    return math.prod(cache.shape) * cache.dtype.itemsize
-
-
 _OF_MODELS: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 _ALL: weakref.WeakSet[Kept] = weakref.WeakSet()
+
+
+def passing(model: Any, dtype: torch.dtype | None, tokens: int, rows: int) -> Decoder:
+    """A Decoder for one call of a model, of which the same was asked before or not."""
+    inner = unwrapped(model)
+    before = _OF_MODELS.get(inner) if isinstance(inner, GPT) else None
+    asked = None if before is None else asked_of(inner, dtype, tokens, rows)
+    found = before.recall(model, asked) if before is not None and asked is not None else None
+    if found is not None:
+        return found
+    decoder = Decoder(model, dtype=dtype, tokens=tokens, rows=rows)
+    decoder.passing = True
+    kept = kept_of(decoder)
+    if decoder.lasts and isinstance(inner, GPT):
+        kept.remember(decoder, asked_of(inner, dtype, tokens, rows))
+    return decoder
 
 
 def kept_of(decoder: Decoder) -> Kept:
@@ -79,7 +113,7 @@ def kept_of(decoder: Decoder) -> Kept:
     if decoder.kept is None:
         decoder.kept = Kept()
         if decoder.passing and decoder.lasts:
-            places, storages = _places(decoder)
+            places, storages = places_of(decoder)
             found = _OF_MODELS.get(decoder.inner)
             if found is None or not found.holds(places):
                 found = _OF_MODELS[decoder.inner] = Kept(places, storages)
@@ -117,16 +151,3 @@ def release(model: nn.Module | Decoder) -> None:
     kept = model.kept if isinstance(model, Decoder) else _OF_MODELS.pop(unwrapped(model), None)
     if kept is not None:
         kept.clear()
-
-
-def _places(decoder: Decoder) -> tuple[tuple, tuple]:
-    """All that a decoder's steps read, as numbers: where tensors lie and how, and what else there is."""
-    places: list[Any] = [decoder.dtype, decoder.steps.on_kernels, decoder.one_launch, str(decoder.gpt.config)]
-    storages = []
-    for value in decoder.read():
-        if isinstance(value, Tensor):
-            places += [value.data_ptr(), value.shape, value.stride(), value.dtype]
-            storages.append(StorageWeakRef(value.untyped_storage()))
-        else:
-            places.append(value)
-    return tuple(places), tuple(storages)

@@ -54,12 +54,18 @@ class Sampling:
         """Of what top_k leaves: temperature, top_p, min_p."""
         return float(self.temperature), float(self.top_p), float(self.min_p)
 
-    def draw(self, logits: Tensor, seen: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """Logits (B, V) -> token ids (B,). seen: (B, V), True for the tokens of each row, if there is a penalty."""
-        if self.greedy:
+    def clocks(self, vocab_size: int) -> int:
+        """How many a draw among so many tokens takes; 0 where there is none."""
+        return 0 if self.greedy else min(self.top_k or vocab_size, vocab_size)
+
+    def draw(self, logits: Tensor, seen: Tensor | None, clocks: Tensor | None) -> Tensor:
+        """Logits (B, V) -> token ids (B,). seen: (B, V), True for the tokens of each row, if there is a penalty.
+        clocks: as `draw_clocks` draws them, (B, self.clocks(V)) of the logits' dtype; of tokens in the order of
+        likelihood where there is a top_k below V or else a top_p, or in their own. None where there is no draw."""
+        if clocks is None:
             return self.penalised(logits, seen).max(-1).indices  # on a CPU a third of argmax's time
         weights, ids = self._candidates(logits, seen)
-        chosen = race(weights, generator)
+        chosen = (weights / clocks).argmax(-1)
         return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
 
     def probabilities(self, logits: Tensor, seen: Tensor | None) -> Tensor:
@@ -102,12 +108,15 @@ _NEVER_ZERO = ("cpu", "cuda")
 _LEAST_CLOCK = 2.0**-25
 
 
+def draw_clocks(clocks: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Exponentially distributed numbers, none of them 0, in their place."""
+    clocks.exponential_(generator=generator)
+    return clocks if clocks.device.type in _NEVER_ZERO else clocks.clamp_(min=_LEAST_CLOCK)
+
+
 def race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """A draw a row of (B, K) by these weights: exponential clocks of these rates, and the first that rings.
 
     torch.multinomial does the same, but asks the device first whether the weights are well.
     """
-    clocks = torch.empty_like(weights).exponential_(generator=generator)
-    if weights.device.type not in _NEVER_ZERO:
-        clocks.clamp_(min=_LEAST_CLOCK)
-    return (weights / clocks).argmax(-1)
+    return (weights / draw_clocks(torch.empty_like(weights), generator)).argmax(-1)

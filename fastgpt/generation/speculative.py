@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastgpt.generation.ahead import Told
-from fastgpt.generation.batch import Batch, threads_for
+from fastgpt.generation.batch import Batch
 from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import race
+from fastgpt.generation.threads import threads_for
 
 
 class Speculation:

@@ -71,6 +71,21 @@ class OnPyTorch:
         keys[rows, :, places] = k
         values[rows, :, places] = v
 
+    def append_and_attend(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        window: int | None,
+        ring: bool,
+    ) -> Tensor:
+        """`append`, and what the newest tokens attend to: (B, Tq, 3HD) -> (B, H, Tq, D)."""
+        self.append(qkv, keys, values, lengths, ring)
+        q = qkv.view(*qkv.shape[:2], 3, keys.shape[1], -1)[:, :, 0].transpose(1, 2)
+        return self.attend(q, keys, values, lengths, scale, window)
+
     def fuses(self, width: int, dtype: torch.dtype) -> bool:
         """Whether a layer of that width and dtype may take norm_linear and product."""
         return True
@@ -96,9 +111,21 @@ class OnPyTorch:
         """x (M, K) through a linear layer -> (M, N), and the bias that it still lacks."""
         return linear(x), None
 
+    def mlp(
+        self, x: Tensor, branch: Tensor, branch_bias: Tensor | None, norm: Any, first: Any, gelu: str, second: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The sum x + branch + branch_bias (M, K), and its norm through two linear layers with a GELU between them: the
+        new branch, the bias that it still lacks, and the sum."""
+        hidden, x = self.norm_linear(x, branch, branch_bias, norm, first, gelu)
+        return *self.product(hidden, second), x
+
     def add_norm(self, x: Tensor, branch: Any, branch_bias: Tensor | None, norm: Any) -> Tensor:
         """The norm of x + branch + branch_bias (M, K), in branch's dtype."""
         return _norm(_sum(x, branch, branch_bias), branch.dtype, norm)
+
+    def head(self, x: Tensor, linear: Any) -> Tensor:
+        """x (…, K) -> (…, N): a linear layer whose outputs nobody asks to lie in one piece, but for each row's."""
+        return linear(x)
 
 
 class OnKernels(OnPyTorch):
@@ -109,11 +136,13 @@ class OnKernels(OnPyTorch):
     def __init__(self, autograd: Any, choose: Callable):
         """autograd: the module of that name, which only ops imports. choose(function's name, operand, **arguments)
         gives the backend's module that serves a call."""
-        self._choose = choose
+        self._choose, self._autograd = choose, autograd
         self._append, self._likeliest = autograd.append_to_cache, autograd.take_likeliest
         self._drawn, self.most_drawn = autograd.take_drawn, autograd.draw.MOST
+        self._raced = autograd._on_its_device(autograd.draw.race)
+        self._append_and_attend = autograd._on_its_device(autograd.decode.append_and_attend)
         self._fits, self._linear, self._norm_linear = autograd.fits_few, autograd.few_linear, autograd.few_norm_linear
-        self._add_norm = autograd.add_layer_norm
+        self.many = ManyRows(autograd)
         self._whole_token = autograd.whole_token
         self._widest: int = autograd.few_rows.MAX_NORMED
 
@@ -125,7 +154,10 @@ class OnKernels(OnPyTorch):
 
     def causal_attention(self, qkv: Tensor, heads: int, scale: float | None, window: int | None = None) -> Tensor:
         functions = self._choose("causal_attention_qkv", qkv, heads=heads)
-        return functions.causal_attention_qkv(qkv, heads, scale=scale, window=window)
+        if functions is not self._autograd:
+            return functions.causal_attention_qkv(qkv, heads, scale=scale, window=window)
+        scale = (qkv.shape[-1] // 3 // heads) ** -0.5 if scale is None else scale
+        return functions.attention_qkv_fwd(qkv, None, None, None, heads, scale, 0.0, window)[0]
 
     def attend(
         self,
@@ -138,6 +170,24 @@ class OnKernels(OnPyTorch):
     ) -> Tensor:
         functions = self._choose("decode_attention", q, k_cache=keys, v_cache=values)
         return functions.decode_attention(q, keys, values, lengths, scale=scale, window=window)
+
+    def append_and_attend(
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        scale: float | None,
+        window: int | None,
+        ring: bool,
+    ) -> Tensor:
+        heads, dim = keys.shape[1], keys.shape[3]
+        q = qkv.view(*qkv.shape[:2], 3, heads, dim)[:, :, 0].transpose(1, 2)
+        kernels = self._choose("decode_attention", q, k_cache=keys, v_cache=values) is self._autograd
+        if not kernels or qkv.shape[1] > 1 or (window is not None and not ring):
+            return super().append_and_attend(qkv, keys, values, lengths, scale, window, ring)
+        scale = dim**-0.5 if scale is None else scale
+        return self._append_and_attend(qkv, keys, values, lengths, scale, window)
 
     def append(self, qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, ring: bool = False) -> None:
         self._append(qkv, keys, values, lengths, ring)
@@ -159,7 +209,20 @@ class OnKernels(OnPyTorch):
         return self._linear(x, linear.weight, None), linear.bias
 
     def add_norm(self, x: Tensor, branch: Any, branch_bias: Tensor | None, norm: Any) -> Tensor:
-        return self._add_norm(branch, x, *norm, x_bias=branch_bias)[0]
+        return self.many.add_norm(x, branch, branch_bias, norm)
+
+    def head(self, x: Tensor, linear: Any) -> Tensor:
+        """A GPT's vocabulary is odd, and a product whose rows of results begin at odd places is one of cuBLAS's slow
+        ones: for 64 rows of GPT-2's 156 µs instead of some 40 (H100, a profile). So they are written a multiple of 64
+        apart, and the last few outputs, which are no multiple of 8, by a product of their own. No weight is copied."""
+        outputs, whole = len(linear.weight), len(linear.weight) // 8 * 8
+        if whole in (0, outputs) or linear.bias is not None:
+            return linear(x)
+        rows = x.flatten(0, -2)
+        y = rows.new_empty(len(rows), -(-outputs // 64) * 64)
+        for first, last in ((0, whole), (whole, outputs)):
+            torch.mm(rows, linear.weight[first:last].t(), out=y[:, first:last])
+        return y[:, :outputs].unflatten(0, x.shape[:-1])
 
     def norm_linear(
         self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, linear: Any, gelu: str
@@ -172,12 +235,57 @@ class OnKernels(OnPyTorch):
         self._likeliest(logits, history, lengths, news, last)
 
     def take_drawn(
-        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], history: Tensor, lengths: Tensor,
-        news: Tensor, last: Tensor,
+        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], rounded: torch.dtype | None,
+        history: Tensor, lengths: Tensor, news: Tensor, last: Tensor,
     ) -> None:  # fmt: skip
         """The same, but that it is drawn among the k likeliest, k at most most_drawn, by exponential clocks (B, k).
-        filters: temperature, top_p, min_p."""
-        self._drawn(logits, clocks, *filters, history, lengths, news, last)
+        filters: temperature, top_p, min_p. rounded: a dtype that holds the logits, whatever theirs is."""
+        self._drawn(logits, clocks, *filters, history, lengths, news, last, rounded)
+
+    def take_raced(
+        self, logits: Tensor, clocks: Tensor, filters: tuple[float, float, float], rounded: torch.dtype | None,
+        history: Tensor, lengths: Tensor, news: Tensor, last: Tensor,
+    ) -> None:  # fmt: skip
+        """The same among all tokens, by clocks (B, V) in their order; top_p is 1."""
+        self._raced(logits, clocks, filters[0], filters[2], history, lengths, news, last)
+
+
+class ManyRows:
+    """The steps of a layer for more rows than few_rows' kernels serve: LayerNorm's kernel, with the residual add in it,
+    cuBLAS's products, and the GELU's pass. The launchers are called as they are: nothing here has a derivative."""
+
+    def __init__(self, autograd: Any):
+        self._layer_norm, self._gelu_mlp = autograd.layer_norm_fwd, autograd.gelu_mlp_fwd
+
+    def _normed(
+        self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias, eps = norm
+        if branch is None:
+            y = self._layer_norm(x, None, weight, bias, None, None, eps, 0.0, x.dtype)[0]
+        else:
+            y, x, _ = self._layer_norm(branch, x, weight, bias, branch_bias, None, eps, 0.0, x.dtype)
+        return (y if y.dtype == dtype else y.to(dtype)), x
+
+    def norm_linear(
+        self, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None, norm: Any, linear: Any, gelu: str
+    ) -> tuple[Tensor, Tensor]:
+        """As OnPyTorch has it, without a GELU."""
+        normed, x = self._normed(x, branch, branch_bias, norm, linear.weight.dtype)
+        return linear(normed), x
+
+    def product(self, x: Tensor, linear: Any) -> tuple[Tensor, Tensor | None]:
+        return F.linear(x, linear.weight), linear.bias
+
+    def mlp(
+        self, x: Tensor, branch: Tensor, branch_bias: Tensor | None, norm: Any, first: Any, gelu: str, second: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        normed, x = self._normed(x, branch, branch_bias, norm, first.weight.dtype)
+        y = self._gelu_mlp(normed, first.weight, first.bias, second.weight, None, gelu == "tanh", False)[0]
+        return y, second.bias, x
+
+    def add_norm(self, x: Tensor, branch: Tensor, branch_bias: Tensor | None, norm: Any) -> Tensor:
+        return self._normed(x, branch, branch_bias, norm, branch.dtype)[0]
 
 
 def _sum(x: Tensor, branch: Tensor | None, bias: Tensor | None) -> Tensor:

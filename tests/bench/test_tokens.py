@@ -1,5 +1,6 @@
 """The account of a token's launches: what a captured step does on a GPU, kernel by kernel."""
 
+import sys
 from collections import Counter
 
 import pytest
@@ -16,6 +17,7 @@ from bench.launches.record import recorded
 from bench.machine import Machine
 from fastgpt import generate
 from fastgpt.generation import batch
+from fastgpt.generation.decoder import Decoder
 from fastgpt.generation.sampling import Sampling
 from fastgpt.model import GPT, GPTConfig
 from tests.generation.small_gpt import gpt
@@ -79,6 +81,24 @@ def test_a_later_call_launches_its_tokens_and_little_else(monkeypatch):
                 generate(model, [[1, 2, 3]], 24, temperature=0)
             counts.append(sum(each.kernels for each in found))
     assert len(made) == 2 and counts[2] == counts[3] < 16 < counts[1] < counts[0]
+
+
+def test_a_later_call_of_a_model_costs_the_host_what_one_of_its_decoder_does():
+    """Of as many calls of Python's functions, for each has its price: a look at each part of the model is few."""
+    with feign.card(90), recorded(Sizes(1, 768, 3072, 50257)):
+        with torch.device("cuda"):
+            model = GPT(CONFIG).bfloat16().eval()
+        counts = []
+        for given in (model, Decoder(model, tokens=64)):
+            for prompt in ([1, 2, 3], [1, 2, 3], [1, 2]):
+                calls = Counter()
+                sys.setprofile(lambda frame, event, arg, calls=calls: calls.update([event]))
+                try:
+                    generate(given, [prompt], 64, temperature=0)
+                finally:
+                    sys.setprofile(None)
+            counts.append(calls["call"])
+    assert counts[0] < 1.05 * counts[1]
 
 
 def test_the_table(capsys):

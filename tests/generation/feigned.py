@@ -80,14 +80,7 @@ def card(seed=0):
 
     def captured(self, step):
         device.log.append("capture")
-        filled = self.filled  # a graph's shapes are those of its capture
-
-        def run():
-            self.filled, now = filled, self.filled
-            step()
-            self.filled = now
-
-        return Graph(device, run)
+        return Graph(device, step)
 
     def warmed(_, step):
         device.log.append("warm")
@@ -95,18 +88,18 @@ def card(seed=0):
 
     advance, begin = Batch._advance, Batch.begin
 
-    def advance_later(self):
-        at = dict(steps=self.steps, filled=self.filled, decoder=self.decoder)
+    def advance_later(self, count):
+        decoder = self.decoder
 
         def run():
-            now = {name: self.__dict__.pop(name) for name in at if name in self.__dict__}
-            self.__dict__.update(at)
-            advance(self)
-            for name in at:
-                del self.__dict__[name]
-            self.__dict__.update(now)
+            now = self.__dict__.get("decoder")  # none after the call
+            self.decoder = decoder
+            advance(self, count)
+            self.decoder = now
+            if now is None:
+                del self.decoder
 
-        device.steps += 1
+        device.steps += count
         device.give(run)
 
     def begin_in_order(self, decoder, *given):
@@ -122,6 +115,7 @@ def card(seed=0):
         patch.setattr(batch, "Readback", Late)
         patch.setattr(Batch, "_captured", captured)
         patch.setattr(batch, "warmed", warmed)
+        patch.setattr(batch, "BLOCKS_FROM", 7)
         patch.setattr(Batch, "_advance", advance_later)
         patch.setattr(Batch, "begin", begin_in_order)
         yield device

@@ -82,7 +82,7 @@ def test_a_gpts_own_features_with_a_cache(model):
     ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     whole, cache = model.features(ids), decoder.cache(2, 5)
     with torch.no_grad():
-        first = model.features(ids[:, :3], cache=Prompts(decoder.steps, model.config.n_head, 2, cache))
+        first = model.features(ids[:, :3], cache=Prompts(decoder.steps, model.config.n_head, 2, 3, cache))
         step = Step(decoder.steps, cache, torch.tensor([5, 5]), 2)
         second = model.features(ids[:, 3:], positions=step.positions, cache=step)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole, rtol=1e-4, atol=1e-4)

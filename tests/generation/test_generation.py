@@ -223,11 +223,12 @@ def test_a_row_that_has_ended_may_overflow_its_numbers(model):
 
 def test_a_cards_free_memory_is_what_counts(model, monkeypatch):
     decoder = Decoder(model)
+    one, many = (plan(decoder, 2, rows, 4, Sampling()) for rows in (1, 10000))
     monkeypatch.setattr(decoder, "device", torch.device("cuda:0"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**20, 2**40))
-    _check_memory(decoder, plan(decoder, 2, 1, 4, Sampling()), None)
+    _check_memory(decoder, one, None)
     with pytest.raises(ValueError, match=r"10000 rows of 5 tokens need about [\d.]+ GiB, cuda:0 has 0.0"):
-        _check_memory(decoder, plan(decoder, 2, 10000, 4, Sampling()), None)
+        _check_memory(decoder, many, None)
 
 
 def test_the_kernels_give_the_fallbacks_tokens(device):

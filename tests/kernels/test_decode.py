@@ -69,6 +69,33 @@ def test_groups_and_steps(heads, key_heads, steps, device):
     check(operands([16, 50], heads, key_heads, steps, 50, 16, torch.float32, device))
 
 
+@pytest.mark.parametrize(
+    ("lengths", "slots", "window", "dim"),
+    [
+        ([1, 16, 17, 30, 33], 32, None, 16),  # the last one's place is past the cache
+        ([1, 32, 33, 64, 65, 100], 100, None, 24),
+        ([3, 20, 21, 55, 70, 200], 20, 7, 16),
+        ([90, 40, 1], 80, 70, 16),
+    ],
+)
+def test_a_token_is_appended_and_attends_in_one_launch(lengths, slots, window, dim, device):
+    """To the bit what two launches do, wherever its split and tile begin, and whatever lay in its slot."""
+    heads, rows = 2, len(lengths)
+    for dtype in DTYPES[: 1 if device.type == "cpu" else 3]:
+        qkv = torch.randn(rows, 1, 3 * heads * dim, device=device).to(dtype)
+        caches = [torch.randn(2, rows, heads, slots, dim, device=device).to(dtype) for _ in range(2)]
+        places = torch.tensor(lengths, device=device)
+        for row, length in enumerate(lengths):
+            at = (length - 1) % slots
+            caches[0][:, row, :, at] = torch.nan if length <= slots or window else caches[0][:, row, :, at]
+        caches[1].copy_(caches[0])
+        autograd.append_to_cache(qkv, *caches[0], places, window is not None)
+        q = qkv.view(rows, 1, 3, heads, dim)[:, :, 0].transpose(1, 2)
+        expected = autograd.decode_attention(q, *caches[0], places, scale=0.3, window=window)
+        found = decode.append_and_attend(qkv, *caches[1], places, 0.3, window)
+        assert torch.equal(found, expected) and torch.equal(caches[1], caches[0]) and not found.isnan().any()
+
+
 def test_scale_is_heard(device):
     check(operands([37], 2, 2, 2, 40, 16, torch.float32, device), scale=0.7)
 

@@ -10,7 +10,7 @@ from fastgpt.testing import assert_accurate
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
 from fastgpt.kernels import few_rows
-from fastgpt.ops import autograd
+from fastgpt.ops import autograd, decoding_steps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -38,6 +38,20 @@ def test_a_linear_layer(rows, channels, units, device):
             wide = [None if t is None else t.double() for t in (x, w, b)]
             size = wide[0].abs() @ wide[1].abs().T + (0 if b is None else wide[2].abs())
             assert_accurate(got, F.linear(*wide), F.linear(x, w, b), size)
+
+
+@pytest.mark.parametrize("outputs", [3, 16, 50, 201])
+@pytest.mark.parametrize("shape", [(5,), (7, 2)])
+def test_a_head_of_any_number_of_outputs(outputs, shape, device):
+    """In rows that begin at multiples of 64 outputs, where cuBLAS has fast products for odd numbers of them."""
+    for bias in (None, draw(outputs, dtype=torch.float32, device=device)):
+        linear = torch.nn.Linear(32, outputs, device=device)
+        linear.bias = None if bias is None else torch.nn.Parameter(bias)
+        steps, x = decoding_steps("triton", linear.weight), draw(*shape, 32, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            found = steps.head(x, linear)
+            torch.testing.assert_close(found, linear(x))
+        assert bias is not None or outputs < 8 or found.stride(-2) * found.element_size() % 16 == 0
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -131,3 +145,16 @@ def test_the_likeliest_token_is_written_down(vocab, device):
     assert last.tolist() == [[each] for each in [*expected[:2].tolist(), 0, 0, 0]]
     assert [history[row, row].item() for row in range(5)] == [*expected[:2].tolist(), 0, 0, 0]
     assert history.count_nonzero() <= 2
+
+
+def test_the_likeliest_of_logits_of_16_bits(device):
+    """In rows that lie apart, as the head's product gives them: of equal ones the first."""
+    logits = torch.randn(3, 320, device=device).to(torch.bfloat16)[:, :301]
+    history, lengths = torch.zeros(3, 9, dtype=torch.int64, device=device), torch.arange(3, device=device)
+    news, last = (
+        torch.zeros(3, 1, dtype=torch.int64, device=device),
+        torch.zeros(3, 1, dtype=torch.int64, device=device),
+    )
+    autograd.take_likeliest(logits, history, lengths, news, last)
+    wide = logits.float()
+    assert last.tolist() == news.tolist() == [[row.eq(row.max()).nonzero()[0].item()] for row in wide]
