@@ -303,9 +303,9 @@ MUTANTS = [
     Mutant("a second backward reads what the first wrote over", "fastgpt/ops/cpu/mlp.py", "GeluMlp.backward", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
     Mutant("the cube's factor without the other", "fastgpt/ops/cpu/mlp.py", "gelu_leaving_slope_", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
     Mutant("a slope of three times too little", "fastgpt/ops/cpu/mlp.py", "gelu_leaving_slope_", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
-    Mutant("a pass over the first rows alone", "fastgpt/ops/cpu/logits.py", "_pass_over_rows", "part = slice(start, start + step)", "part = slice(0, step)", FALLBACK_LOSS, False),
+    Mutant("a pass over the first rows alone", "fastgpt/ops/cpu/logits.py", "pass_over_rows", "part = slice(start, start + step)", "part = slice(0, step)", FALLBACK_LOSS, False),
     Mutant("smoothing left out at the target", "fastgpt/ops/cpu/logits.py", "_Rows.gradient", "((1 - smoothing) * self.grads)", "self.grads", FALLBACK_LOSS, False),
-    Mutant("halves keep their logits", "fastgpt/ops/cpu/logits.py", "_pass_over_rows", "logits[part] = z", "pass", FALLBACK_LOSS, False),
+    Mutant("halves keep their logits", "fastgpt/ops/cpu/logits.py", "pass_over_rows", "logits[part] = z", "pass", FALLBACK_LOSS, False),
     Mutant("half of the logits at once", "fastgpt/ops/cpu/logits.py", "rows_at_once", "dtype.itemsize // 4, _AT_ONCE", "dtype.itemsize // 2, _AT_ONCE", "test_loss.py::test_beside_the_gradients_it_holds_a_part_of_the_logits", False),
     # MLP
     Mutant("the other GELU", "fastgpt/ops/autograd.py", "gelu_mlp", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),

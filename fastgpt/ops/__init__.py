@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks
+from fastgpt.ops import checks, fp8
 from fastgpt.ops.choice import (
     Backend,
     autograd,
@@ -24,6 +24,8 @@ from fastgpt.ops.choice import (
     decoding_steps,
     explain,
     explain_token,
+    fp8_obstacle,
+    fp8_producers,
     interpreted,
     kernels_run_on,
     no_triton,
@@ -46,6 +48,9 @@ __all__ = [
     "embedding",
     "explain",
     "explain_token",
+    "fp8",
+    "fp8_obstacle",
+    "fp8_producers",
     "gelu_mlp",
     "interpreted",
     "kernels_run_on",
