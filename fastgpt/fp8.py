@@ -10,13 +10,13 @@ What no pass writes in 8 bits anyway stays in the compute dtype, for a pass that
 saves: the output projection of attention and the gradient of qkv's input; and the gradients of weights, for which both
 operands would be transposed. Evaluation and generation know nothing of this: they run the weights' own dtype.
 
-For the first EXACT passes each scale is of the very tensor that it scales. From then on it is of the largest magnitude
+For the first 16 passes each scale is of the very tensor that it scales. From then on it is of the largest magnitude
 in the HISTORY passes before, for a producer must know it beforehand. A pass is a forward in training and its backward,
 of which a step has one or, where gradients add up, more.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from fastgpt import ops, private
 from fastgpt.modules import attention_makes_bias, free_linear, occupied, plain
 
 Mode = Literal["none", "head", "forward", "all"]
-EXACT = HISTORY = 16
+HISTORY = 16
 
 
 class Layer(NamedTuple):
@@ -45,6 +45,7 @@ class Layer(NamedTuple):
 class Fp8(nn.Module):
     """Of one model. Its buffers are in no state dict; `state` and `load` are for checkpoints."""
 
+    exact_passes = HISTORY
     amax: Tensor  # (slots, PLACES) float32: magnitudes of the pass that is under way, or of the last one
     history: Tensor  # (HISTORY, slots): of the passes before, the newest first
     largest: Tensor  # (slots,): of each one's format
@@ -54,7 +55,7 @@ class Fp8(nn.Module):
         super().__init__()
         self.mode, self.simulate, self.backend = config.fp8, config.fp8_simulate, config.backend
         self.formats = dict(_slots(self.mode, config.n_layer))
-        self.passes = 0  # begun, up to EXACT + 1: from there on scales are delayed
+        self.passes = 0  # begun, up to exact_passes + 1: from there on scales are delayed
         self.slots: dict[str, ops.fp8.Slot] = {}
         self.weights: dict[str, ops.fp8.Weight] = {}
         self._reset(None)
@@ -80,7 +81,7 @@ class Fp8(nn.Module):
     @property
     def exact(self) -> bool:
         """Whether the next pass's scales are still of the tensors themselves; no CUDA graph may hold such a pass."""
-        return self.passes < EXACT
+        return self.passes < self.exact_passes
 
     @property
     def makes(self) -> Any:
@@ -88,9 +89,8 @@ class Fp8(nn.Module):
         return ops.fp8_producers(self.backend, self.amax)
 
     def begin(self, model: Any) -> None:
-        """Before each forward in training: new scales, and copies of the weights. Nothing tells whether those are others
-        than before, for a fused optimizer does not count what it writes. RuntimeError or ValueError for what 8 bits are
-        not for."""
+        """Before each forward in training: new scales, and copies of the weights. Nothing tells whether those changed,
+        for a fused optimizer does not count what it writes. RuntimeError or ValueError for what 8 bits are not for."""
         weights = dict(_weights(model, self.mode))
         if torch.compiler.is_compiling():
             raise RuntimeError(f"fp8={self.mode!r} does not run under torch.compile yet; fp8='none' does")
@@ -104,7 +104,7 @@ class Fp8(nn.Module):
             newest = self.amax.amax(1)
             self.history.copy_(torch.cat([newest[None], self.history[:-1]]))
             self.amax.zero_()
-        self.passes = min(self.passes + 1, EXACT + 1)
+        self.passes = min(self.passes + 1, self.exact_passes + 1)
         self._make_slots()
         self._copy(weights)
 
@@ -113,14 +113,17 @@ class Fp8(nn.Module):
         if not plain(*(weight for weight, _ in weights.values())):
             kinds = sorted({type(weight).__name__ for weight, _ in weights.values()})
             raise ValueError(f"fp8={self.mode!r} needs ordinary weights, not {', '.join(kinds)}")
-        if not self.simulate and (obstacle := ops.fp8_obstacle(first.device)) is not None:
-            raise ValueError(
-                f"fp8={self.mode!r} can't be had: {obstacle}; fp8_simulate=True computes the same numbers, slowly"
-            )
+        if self.simulate:
+            return
+        if (obstacle := ops.fp8_obstacle(first.device)) is not None:
+            simulated = "fp8_simulate=True computes the same numbers, slowly"
+            raise ValueError(f"fp8={self.mode!r} can't be had: {obstacle}; {simulated}")
+        if (dtype := ops.fp8.compute_dtype(first)) != torch.bfloat16:
+            raise ValueError(f"fp8={self.mode!r} is for training in bfloat16, these matmuls are in {dtype}")
 
     def _make_slots(self) -> None:
         formats, amax = self.formats.values(), self.amax.unbind()
-        if self.passes <= EXACT:
+        if self.passes <= self.exact_passes:
             made = map(ops.fp8.Slot, formats, amax)
         else:
             both = ops.fp8.scales(self.history.amax(0), self.largest)
@@ -148,7 +151,7 @@ class Fp8(nn.Module):
         found["passes"] = torch.tensor(self.passes, dtype=torch.int64, device="cpu")
         return {name: each.clone() for name, each in found.items()}
 
-    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
         """What `state` gave; without it, or of another mode or number of layers, the scales begin anew."""
         self._reset(device)
         names = list(self.formats)
@@ -194,7 +197,9 @@ def serves(block: Any) -> bool:
     return not any(map(occupied, parts)) and all(map(free_linear, linears))
 
 
-def block_of_copies(block: Any, layer: Layer, x, branch, branch_bias, documents, add_bias: bool) -> tuple[Tensor, Tensor]:
+def block_of_copies(
+    block: Any, layer: Layer, x: Tensor, branch, branch_bias, documents, add_bias: bool
+) -> tuple[Tensor, Tensor]:
     """model.Block.forward, of copies."""
     fp8, attn, mlp = layer.fp8, block.attn, block.mlp
     makes, simulate = fp8.makes, fp8.simulate
@@ -206,10 +211,8 @@ def block_of_copies(block: Any, layer: Layer, x, branch, branch_bias, documents,
     leaves_bias = free_linear(attn.c_proj)
     branch = attn.attend(qkv, bias if apart else None, not leaves_bias, documents)
     normed, x, copy = _norm(block.ln_2, makes, branch, x, attn.c_proj.bias if leaves_bias else None, layer.slot("ln_2"))
-    how = ops.fp8.Mlp(
-        layer.weight("fc"), layer.weight("fc2"), *map(layer.slot, ("act", "dy", "dpre")), mlp.gelu == "tanh",
-        mlp.recompute,
-    )  # fmt: skip
+    act, dy, dpre = map(layer.slot, ("act", "dy", "dpre"))
+    how = ops.fp8.Mlp(layer.weight("fc"), layer.weight("fc2"), act, dy, dpre, mlp.gelu == "tanh", mlp.recompute)
     given = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias if add_bias else None
     return x, ops.fp8.gelu_mlp(normed, *given, copy, how, makes, simulate)
 

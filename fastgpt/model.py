@@ -308,7 +308,7 @@ class GPT(nn.Module):
 
     def stream(
         self, idx: Tensor, documents: Tensor | None, positions: Tensor | None = None, cache: CachedPass | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `features` norms: the stream, the branch that is not yet added to it, and the bias that it lacks."""
         config = self.config
         if self.fp8 is not None and self.training and cache is None:

@@ -66,7 +66,9 @@ def fp8_producers(backend: Backend, operand: Tensor) -> fp8.OnPyTorch:
     """What makes the copies of a model in 8-bit floats, for a tensor of its device."""
     kernels = backend_for("layer_norm", backend, operand) is autograd
     if kernels and (interpreted() or fp8_obstacle(operand.device) is None):
-        return autograd.fp8_kernels
+        from fastgpt.ops.fp8_kernels import OnKernels  # of autograd, which only a Triton has
+
+        return OnKernels()
     return fp8.OnPyTorch()
 
 

@@ -9,7 +9,7 @@ magnitude beside. The gradients of weights are products in the compute dtype.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt.ops import loss, pytorch
 from fastgpt.ops.cpu import logits as cpu_logits
+from fastgpt.ops.loss import compute_dtype as compute_dtype
 from fastgpt.private import scaled_mm
 
 PLACES = 64  # at which programs note their maxima, so that few wait for the same one
@@ -28,6 +29,7 @@ class Format(NamedTuple):
     largest: float
 
 
+PLAIN = -100, 0.0, 0.0  # of a loss: what is ignored, label smoothing, z-loss
 E4M3 = Format(torch.float8_e4m3fn, 448.0)
 E5M2 = Format(torch.float8_e5m2, 57344.0)
 
@@ -111,16 +113,14 @@ def padded(rows: int) -> int:
     return rows if rows % MULTIPLE == 0 else loss.padded(rows)
 
 
-def _without_autocast(function):
-    """A product of ours is in the dtype that is asked for, whatever autocast would make of it."""
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Products here are in the dtype that is asked for, whatever autocast would make of them."""
+    return torch.autocast(x.device.type, enabled=False)
 
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        device = next(each for each in args if isinstance(each, Tensor)).device.type
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
 
-    return run
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # backward(create_graph=True)
+        raise RuntimeError("matmuls of 8-bit floats have no second derivative; fp8='none' has one")
 
 
 def product(
@@ -178,14 +178,14 @@ class OnPyTorch:
         return dpre, dpre.sum(0), None if slot is None else self.copy(dpre, slot), act
 
     def over_logits(
-        self, logits: Tensor, vocab: int, targets: Tensor, row_grads: Tensor | None, settings: Any, losses: Tensor,
-        format: Format, inverse: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Write the losses; with row_grads the gradient over the logits, and return both it and the values of its
+        self, logits: Tensor, vocab: int, targets: Tensor, row_grads: Tensor | None, losses: Tensor, format: Format,
+        inverse: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Write the losses, and with row_grads the gradient over the logits; with an inverse, the values of its
         copy."""
-        cpu_logits.pass_over_rows(logits[:, :vocab], vocab, targets, row_grads, *settings[:3], losses)
+        cpu_logits.pass_over_rows(logits[:, :vocab], vocab, targets, row_grads, *PLAIN, losses)
         logits[:, vocab:] = 0
-        return logits, None if inverse is None else rounded(logits, inverse, format)
+        return None if inverse is None else rounded(logits, inverse, format)
 
 
 def _name(tanh: bool) -> str:
@@ -203,23 +203,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, copy: Copy, w: Weight
 
 class Linear(torch.autograd.Function):
     @staticmethod
-    @_without_autocast
     def forward(ctx, x, weight, bias, copy, w, simulate):
         ctx.save_for_backward(x, weight, bias)
-        return product(copy, w.forward, x.dtype, bias, simulate=simulate, fast=True)
+        with _no_autocast(x):
+            return product(copy, w.forward, x.dtype, bias, simulate=simulate, fast=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @_without_autocast
     def backward(ctx, dy):
         x, weight, bias = ctx.saved_tensors
+        _refuse_second_derivative()
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        return (
-            dy @ weight.to(dy.dtype) if needs_x else None,
-            (dy.t() @ x).to(weight.dtype) if needs_weight else None,
-            dy.sum(0).to(bias.dtype) if needs_bias else None,
-            *[None] * 3,
-        )
+        with _no_autocast(x):
+            return (
+                dy @ weight.to(dy.dtype) if needs_x else None,
+                (dy.t() @ x).to(weight.dtype) if needs_weight else None,
+                dy.sum(0).to(bias.dtype) if needs_bias else None,
+                *[None] * 3,
+            )
 
 
 def gelu_mlp(
@@ -232,40 +232,40 @@ def gelu_mlp(
 
 class GeluMlp(torch.autograd.Function):
     @staticmethod
-    @_without_autocast
     def forward(ctx, x, w_in, b_in, w_out, b_out, copy, how, makes, simulate):
-        pre = product(copy, how.w_in.forward, x.dtype, b_in, simulate=simulate, fast=True)
-        act, act_copy = makes.gelu(pre, how.tanh, how.act, keeps=not how.recompute)
-        ctx.save_for_backward(x, w_in, b_in, w_out, b_out, pre, act)
-        ctx.given = how, makes, simulate
-        return product(act_copy, how.w_out.forward, x.dtype, b_out, simulate=simulate, fast=True)
+        with _no_autocast(x):
+            pre = product(copy, how.w_in.forward, x.dtype, b_in, simulate=simulate, fast=True)
+            act, act_copy = makes.gelu(pre, how.tanh, how.act, keeps=not how.recompute)
+            ctx.save_for_backward(x, w_in, b_in, w_out, b_out, pre, act)
+            ctx.given = how, makes, simulate
+            return product(act_copy, how.w_out.forward, x.dtype, b_out, simulate=simulate, fast=True)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @_without_autocast
     def backward(ctx, dy):
+        _refuse_second_derivative()
         x, w_in, b_in, w_out, b_out, pre, act = ctx.saved_tensors
         how, makes, simulate = ctx.given
         needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = ctx.needs_input_grad[:5]
-        if how.dy is None:
-            dact = dy @ w_out.to(dy.dtype)
-        else:
-            dact = product(makes.copy(dy, how.dy), how.w_out.backward, dy.dtype, simulate=simulate)
-        again = act is None and needs_w_out
-        dpre, sums, copy, made = makes.gelu_backward(dact, pre, how.tanh, how.dpre, again)
-        dx = None
-        if needs_x and copy is not None:
-            dx = product(copy, how.w_in.backward, dy.dtype, simulate=simulate)
-        elif needs_x:
-            dx = dpre @ w_in.to(dy.dtype)
-        return (
-            dx,
-            (dpre.t() @ x).to(w_in.dtype) if needs_w_in else None,
-            sums.to(b_in.dtype) if needs_b_in else None,
-            (dy.t() @ (made if again else act)).to(w_out.dtype) if needs_w_out else None,
-            dy.sum(0).to(b_out.dtype) if needs_b_out else None,
-            *[None] * 4,
-        )
+        with _no_autocast(x):
+            if how.dy is None:
+                dact = dy @ w_out.to(dy.dtype)
+            else:
+                dact = product(makes.copy(dy, how.dy), how.w_out.backward, dy.dtype, simulate=simulate)
+            again = act is None and needs_w_out
+            dpre, sums, copy, made = makes.gelu_backward(dact, pre, how.tanh, how.dpre, again)
+            dx = None
+            if needs_x and copy is not None:
+                dx = product(copy, how.w_in.backward, dy.dtype, simulate=simulate)
+            elif needs_x:
+                dx = dpre @ w_in.to(dy.dtype)
+            return (
+                dx,
+                (dpre.t() @ x).to(w_in.dtype) if needs_w_in else None,
+                sums.to(b_in.dtype) if needs_b_in else None,
+                (dy.t() @ (made if again else act)).to(w_out.dtype) if needs_w_out else None,
+                dy.sum(0).to(b_out.dtype) if needs_b_out else None,
+                *[None] * 4,
+            )
 
 
 def linear_cross_entropy(
@@ -273,35 +273,32 @@ def linear_cross_entropy(
     simulate: bool,
 ) -> Tensor:  # fmt: skip
     """The mean loss, as ops.linear_cross_entropy has it, of copies; gradient: the format of the logits' one."""
-    settings = loss.LossSettings(-100, 0.0, 0.0, x.dtype)
+    settings = loss.LossSettings(*PLAIN, x.dtype)
     if not torch.is_grad_enabled():  # a Function can't tell
         x, weight = x.detach(), weight.detach()
     chunked = functools.partial(_chunked_losses, copy=copy, w=w, gradient=gradient, makes=makes, simulate=simulate)
     return loss.LinearCrossEntropy.apply(_rows(x), weight, targets.reshape(-1), "mean", settings, chunked)
 
 
-@_without_autocast
 def _chunked_losses(x, weight, targets, row_grads, *more, copy, w, gradient, makes, simulate):
     """As what loss.chunked_op makes. A gradient of logits is at most what reaches its row's loss, which is the scale's
     magnitude; more: LossSettings, needs_x and needs_weight."""
-    *given, needs_x, needs_weight = more
-    settings, vocab = loss.LossSettings(*given), len(weight)
-    losses, dx, dweight = loss.outputs(x, weight, settings.dtype, needs_x, needs_weight, True)
+    *_, dtype, needs_x, needs_weight = more
+    losses, dx, dweight = loss.outputs(x, weight, dtype, needs_x, needs_weight, True)
     padded = dweight.as_strided((len(w.values), x.shape[1]), dweight.stride()) if needs_weight else None
-    scale = inverse = None
+    scale, inverse = copy.scale, None
     if row_grads is not None and needs_x:
         scale, inverse = scales(magnitude(row_grads), gradient.largest)
     at_once = max(256, 8 * -(-len(x) // 96))
     for start in range(0, len(x), at_once):
         rows = slice(start, start + at_once)
-        logits = product(Copy(copy.values[rows], copy.scale), w.forward, x.dtype, simulate=simulate, fast=True)
-        grads = None if row_grads is None else row_grads[rows]
-        dlogits, values = makes.over_logits(
-            logits, vocab, targets[rows], grads, settings, losses[rows], gradient, inverse
-        )
-        if needs_x and values is not None:
-            dx[rows] = product(Copy(values, scale), w.backward, x.dtype, simulate=simulate)
-        if padded is not None:
-            loss.add_product(padded, dlogits.t(), x[rows], first=start == 0)
-        del logits, dlogits, values  # or the next chunk's would live beside them
+        with _no_autocast(x):
+            logits = product(Copy(copy.values[rows], copy.scale), w.forward, dtype, simulate=simulate, fast=True)
+            grads = None if row_grads is None else row_grads[rows]
+            values = makes.over_logits(logits, len(weight), targets[rows], grads, losses[rows], gradient, inverse)
+            if values is not None:
+                dx[rows] = product(Copy(values, scale), w.backward, dtype, simulate=simulate)
+            if padded is not None:
+                loss.add_product(padded, logits.t(), x[rows], first=start == 0)
+        del logits, values  # or the next chunk's would live beside them
     return losses, dx, dweight

@@ -24,7 +24,7 @@ from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, muon, set_learning_rate
 from fastgpt.training.saving import BackgroundSaver, Saver
-from fastgpt.training.settings import TrainConfig, autocast_dtype
+from fastgpt.training.settings import TrainConfig, autocast_dtype, check_fp8
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
 from fastgpt.training.tracking import trackers
@@ -52,6 +52,7 @@ class Run:
         world: World,
         signals: Signals,
     ):
+        check_fp8(model.config, config, world.size)
         self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
         self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
         where = Checkpoints(folder / CHECKPOINTS), folder, world, self.say
