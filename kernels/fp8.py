@@ -26,20 +26,26 @@ def eight_bits(x, inverse, dtype: tl.constexpr):
     """The copy of x, in float8e4nv or float8e5."""
     LARGEST: tl.constexpr = 448.0 if dtype == tl.float8e4nv else 57344.0
     cut = tl.minimum(tl.maximum(x * inverse, -LARGEST), LARGEST)
-    cut = tl.where(tl.abs(x) < float("inf"), cut, float("nan"))
-    if _INTERPRETED:  # whose own cast drops digits below the least exponent, and a carry into the next one
-        cut = _rounded(cut, dtype)
-    return cut.to(dtype)
+    finite = tl.abs(x) < float("inf")
+    if _INTERPRETED:
+        return _interpreted(cut, finite, dtype)
+    return tl.where(finite, cut, float("nan")).to(dtype)
 
 
 @triton.jit
-def _rounded(x, dtype: tl.constexpr):
-    """To the digits that the dtype has, half to even: by adding a number whose last digit is x's last one there."""
+def _interpreted(x, finite, dtype: tl.constexpr):
+    """The same in Triton's interpreter, whose cast drops digits below the least exponent, a carry into the next one,
+    and NaN. Here x is rounded before, half to even, by adding a number whose last digit is x's last one in the dtype.
+    """
     LEAST: tl.constexpr = 0.015625 if dtype == tl.float8e4nv else 6.103515625e-05  # 2**-6, 2**-14
     DIGITS: tl.constexpr = 1572864.0 if dtype == tl.float8e4nv else 3145728.0  # 1.5 2**20, 1.5 2**21
-    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
     large = tl.maximum(power, LEAST) * DIGITS
-    return (x + large) - large
+    positive = (tl.abs(x) + large) - large
+    x = (positive.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    byte = tl.where(finite, x.to(dtype).to(tl.uint8, bitcast=True), 0x7F).to(tl.uint8)
+    return byte.to(dtype, bitcast=True)
 
 
 @triton.jit
