@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     number: int
 
     def slot(self, name: str) -> Any:
-        return self.fp8.slots.get(f"{self.number}.{name}")
+        return self.fp8.slots[f"{self.number}.{name}"]
 
     def weight(self, name: str) -> Any:
         return self.fp8.weights[f"{self.number}.{name}"]
@@ -56,15 +56,15 @@ class Fp8(nn.Module):
         self.mode, self.simulate, self.backend = config.fp8, config.fp8_simulate, config.backend
         self.formats = dict(_slots(self.mode, config.n_layer))
         self.passes = 0  # begun, up to exact_passes + 1: from there on scales are delayed
-        self.slots: dict[str, ops.fp8.Slot] = {}
-        self.weights: dict[str, ops.fp8.Weight] = {}
+        self.slots: dict[str, ops.eight_bits.Slot] = {}
+        self.weights: dict[str, ops.eight_bits.Weight] = {}
         self._reset(None)
         for number, block in enumerate(blocks if self.mode != "head" else ()):
             block.copies = Layer(self, number)
 
     def _reset(self, device: torch.device | None) -> None:
         count = len(self.formats)
-        for name, shape in dict(amax=(count, ops.fp8.PLACES), history=(HISTORY, count)).items():
+        for name, shape in dict(amax=(count, ops.eight_bits.PLACES), history=(HISTORY, count)).items():
             zeros = torch.zeros(shape, dtype=torch.float32, device=device)
             self.register_buffer(name, zeros, persistent=False)
         largest = [format.largest for format in self.formats.values()]
@@ -118,28 +118,28 @@ class Fp8(nn.Module):
         if (obstacle := ops.fp8_obstacle(first.device)) is not None:
             simulated = "fp8_simulate=True computes the same numbers, slowly"
             raise ValueError(f"fp8={self.mode!r} can't be had: {obstacle}; {simulated}")
-        if (dtype := ops.fp8.compute_dtype(first)) != torch.bfloat16:
+        if (dtype := ops.eight_bits.compute_dtype(first)) != torch.bfloat16:
             raise ValueError(f"fp8={self.mode!r} is for training in bfloat16, these matmuls are in {dtype}")
 
     def _make_slots(self) -> None:
         formats, amax = self.formats.values(), self.amax.unbind()
         if self.passes <= self.exact_passes:
-            made = map(ops.fp8.Slot, formats, amax)
+            made = map(ops.eight_bits.Slot, formats, amax)
         else:
-            both = ops.fp8.scales(self.history.amax(0), self.largest)
-            made = map(ops.fp8.Slot, formats, amax, *(each.unbind() for each in both))
+            both = ops.eight_bits.scales(self.history.amax(0), self.largest)
+            made = map(ops.eight_bits.Slot, formats, amax, *(each.unbind() for each in both))
         self.slots = dict(zip(self.formats, made, strict=True))
 
     def _copy(self, weights: dict[str, tuple[Tensor, bool]]) -> None:
-        format = ops.fp8.E4M3
+        format = ops.eight_bits.E4M3
         tensors = [weight.detach() for weight, _ in weights.values()]
-        scales, inverses = ops.fp8.scales(torch.stack(private.magnitudes(tensors, torch.inf)), format.largest)
+        scales, inverses = ops.eight_bits.scales(torch.stack(private.magnitudes(tensors, torch.inf)), format.largest)
         for number, (name, (_, transposes)) in enumerate(weights.items()):
             weight, old = tensors[number], self.weights.get(name)
             if old is None:
                 made = functools.partial(torch.zeros, dtype=format.dtype, device=weight.device)
-                rows, columns = ops.fp8.padded(len(weight)), weight.shape[1]
-                old = ops.fp8.Weight(made(rows, columns), made(columns, rows) if transposes else None, scales)
+                rows, columns = ops.eight_bits.padded(len(weight)), weight.shape[1]
+                old = ops.eight_bits.Weight(made(rows, columns), made(columns, rows) if transposes else None, scales)
             self.weights[name] = old._replace(scale=scales[number])
             self.makes.weight(weight, inverses[number], format, old.values, old.transposed)
 
@@ -165,8 +165,8 @@ class Fp8(nn.Module):
 def check_sizes(config: Any) -> None:
     """ValueError for a GPTConfig with sizes that no library multiplies in 8 bits."""
     for name, value in dict(n_embd=config.n_embd, n_inner=config.n_inner or 4 * config.n_embd).items():
-        if config.fp8 != "none" and value % ops.fp8.MULTIPLE:
-            raise ValueError(f"GPTConfig: fp8 needs a multiple of {ops.fp8.MULTIPLE}, {name} is {value}")
+        if config.fp8 != "none" and value % ops.eight_bits.MULTIPLE:
+            raise ValueError(f"GPTConfig: fp8 needs a multiple of {ops.eight_bits.MULTIPLE}, {name} is {value}")
 
 
 def _slots(mode: Mode, layers: int):
@@ -174,10 +174,10 @@ def _slots(mode: Mode, layers: int):
     them: its bound is known beforehand."""
     for number in range(layers if mode != "head" else 0):
         for name in ("ln_1", "ln_2", "act"):
-            yield f"{number}.{name}", ops.fp8.E4M3
+            yield f"{number}.{name}", ops.eight_bits.E4M3
         for name in ("dy", "dpre") if mode == "all" else ():
-            yield f"{number}.{name}", ops.fp8.E5M2
-    yield "ln_f", ops.fp8.E4M3
+            yield f"{number}.{name}", ops.eight_bits.E5M2
+    yield "ln_f", ops.eight_bits.E4M3
 
 
 def _weights(model: Any, mode: Mode):
@@ -205,16 +205,17 @@ def block_of_copies(
     makes, simulate = fp8.makes, fp8.simulate
     normed, x, copy = _norm(block.ln_1, makes, branch, x, branch_bias, layer.slot("ln_1"))
     bias, apart = attn.c_attn.bias, attention_makes_bias(attn.c_attn, x.device, attn.backend)
-    qkv = ops.fp8.linear(
+    qkv = ops.eight_bits.linear(
         normed, attn.c_attn.weight, bias.detach() if apart else bias, copy, layer.weight("qkv"), simulate
     )
     leaves_bias = free_linear(attn.c_proj)
     branch = attn.attend(qkv, bias if apart else None, not leaves_bias, documents)
     normed, x, copy = _norm(block.ln_2, makes, branch, x, attn.c_proj.bias if leaves_bias else None, layer.slot("ln_2"))
-    act, dy, dpre = map(layer.slot, ("act", "dy", "dpre"))
-    how = ops.fp8.Mlp(layer.weight("fc"), layer.weight("fc2"), act, dy, dpre, mlp.gelu == "tanh", mlp.recompute)
+    gradients = tuple(map(layer.slot, ("dy", "dpre"))) if fp8.mode == "all" else None
+    weights = layer.weight("fc"), layer.weight("fc2")
+    how = ops.eight_bits.Mlp(*weights, layer.slot("act"), gradients, mlp.gelu == "tanh", mlp.recompute)
     given = mlp.c_fc.weight, mlp.c_fc.bias, mlp.c_proj.weight, mlp.c_proj.bias if add_bias else None
-    return x, ops.fp8.gelu_mlp(normed, *given, copy, how, makes, simulate)
+    return x, ops.eight_bits.gelu_mlp(normed, *given, copy, how, makes, simulate)
 
 
 def loss_of_copies(model: Any, x: Tensor, branch, branch_bias, targets: Tensor) -> Tensor:
@@ -222,8 +223,8 @@ def loss_of_copies(model: Any, x: Tensor, branch, branch_bias, targets: Tensor) 
     fp8 = model.fp8
     makes = fp8.makes
     normed, _, copy = _norm(model.ln_f, makes, branch, x, branch_bias, fp8.slots["ln_f"])
-    how = copy, fp8.weights["head"], ops.fp8.E5M2, makes, fp8.simulate
-    return ops.fp8.linear_cross_entropy(normed, model.head_weight, targets, *how)
+    how = copy, fp8.weights["head"], ops.eight_bits.E5M2, makes, fp8.simulate
+    return ops.eight_bits.linear_cross_entropy(normed, model.head_weight, targets, *how)
 
 
 def _norm(norm: Any, makes: Any, branch, x: Tensor, branch_bias, slot) -> tuple[Tensor, Tensor, Any]:

@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, fp8
+from fastgpt.ops import checks
+from fastgpt.ops import fp8 as eight_bits
 from fastgpt.ops.choice import (
     Backend,
     autograd,
@@ -45,10 +46,10 @@ __all__ = [
     "decode_attention",
     "decoding_steps",
     "document_ids",
+    "eight_bits",
     "embedding",
     "explain",
     "explain_token",
-    "fp8",
     "fp8_obstacle",
     "fp8_producers",
     "gelu_mlp",

@@ -73,8 +73,7 @@ class Mlp(NamedTuple):
     w_in: Weight
     w_out: Weight
     act: Slot
-    dy: Slot | None  # with both of these the gradients of inputs are made of copies too
-    dpre: Slot | None
+    gradients: tuple[Slot, Slot] | None  # of y and pre, where those of x and act are made of their copies
     tanh: bool
     recompute: bool
 
@@ -170,12 +169,18 @@ class OnPyTorch:
         return act if keeps else None, self.copy(act, slot)
 
     def gelu_backward(
-        self, dact: Tensor, pre: Tensor, tanh: bool, slot: Slot | None, again: bool
-    ) -> tuple[Tensor, Tensor, Copy | None, Tensor | None]:
+        self, dact: Tensor, pre: Tensor, tanh: bool, slot: Slot, again: bool
+    ) -> tuple[Tensor, Tensor, Copy, Tensor | None]:
         """dpre, which may take dact's place, the sums of its columns, its copy, and gelu(pre) if it is wanted again."""
         dpre = torch.ops.aten.gelu_backward(dact, pre, approximate=_name(tanh))
         act = F.gelu(pre, approximate=_name(tanh)) if again else None
-        return dpre, dpre.sum(0), None if slot is None else self.copy(dpre, slot), act
+        return dpre, dpre.sum(0), self.copy(dpre, slot), act
+
+    def mlp_backward(self, dy, x, w_in, w_out, pre, act, tanh: bool, needs: list[bool]):
+        """As _mlp_backward, of nothing but halves."""
+        dpre = torch.ops.aten.gelu_backward(dy @ w_out, pre, approximate=_name(tanh))
+        act = F.gelu(pre, approximate=_name(tanh)) if act is None else act
+        return dpre @ w_in, dpre.t() @ x, dpre.sum(0), dy.t() @ act, dy.sum(0)
 
     def over_logits(
         self, logits: Tensor, vocab: int, targets: Tensor, row_grads: Tensor | None, losses: Tensor, format: Format,
@@ -243,29 +248,33 @@ class GeluMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         _refuse_second_derivative()
-        x, w_in, b_in, w_out, b_out, pre, act = ctx.saved_tensors
+        x, w_in, _, w_out, _, pre, act = saved = ctx.saved_tensors  # a checkpoint gives them once
         how, makes, simulate = ctx.given
-        needs_x, needs_w_in, needs_b_in, needs_w_out, needs_b_out = ctx.needs_input_grad[:5]
+        needs = list(ctx.needs_input_grad[:5])
         with _no_autocast(x):
-            if how.dy is None:
-                dact = dy @ w_out.to(dy.dtype)
+            if how.gradients is None:
+                weights = w_in.to(dy.dtype), w_out.to(dy.dtype)
+                grads = makes.mlp_backward(dy, x, *weights, pre, act, how.tanh, needs)
             else:
-                dact = product(makes.copy(dy, how.dy), how.w_out.backward, dy.dtype, simulate=simulate)
-            again = act is None and needs_w_out
-            dpre, sums, copy, made = makes.gelu_backward(dact, pre, how.tanh, how.dpre, again)
-            dx = None
-            if needs_x and copy is not None:
-                dx = product(copy, how.w_in.backward, dy.dtype, simulate=simulate)
-            elif needs_x:
-                dx = dpre @ w_in.to(dy.dtype)
-            return (
-                dx,
-                (dpre.t() @ x).to(w_in.dtype) if needs_w_in else None,
-                sums.to(b_in.dtype) if needs_b_in else None,
-                (dy.t() @ (made if again else act)).to(w_out.dtype) if needs_w_out else None,
-                dy.sum(0).to(b_out.dtype) if needs_b_out else None,
-                *[None] * 4,
-            )
+                grads = _mlp_backward(dy, x, w_in, w_out, pre, act, how, makes, simulate, needs)
+        found = zip(grads, saved[:5], needs, strict=True)
+        return *(grad.to(like.dtype) if needed else None for grad, like, needed in found), *[None] * 4
+
+
+def _mlp_backward(dy, x, w_in, w_out, pre, act, how: Mlp, makes: OnPyTorch, simulate: bool, needs: list[bool]):
+    """The gradients of x, w_in, b_in, w_out and b_out, those of inputs of copies; None where `needs` has False."""
+    assert how.gradients is not None
+    of_dy, of_dpre = how.gradients
+    dact = product(makes.copy(dy, of_dy), how.w_out.backward, dy.dtype, simulate=simulate)
+    again = act is None and needs[3]
+    dpre, sums, copy, made = makes.gelu_backward(dact, pre, how.tanh, of_dpre, again)
+    return (
+        product(copy, how.w_in.backward, dy.dtype, simulate=simulate) if needs[0] else None,
+        dpre.t() @ x if needs[1] else None,
+        sums,
+        dy.t() @ (made if again else act) if needs[3] else None,
+        dy.sum(0) if needs[4] else None,
+    )
 
 
 def linear_cross_entropy(

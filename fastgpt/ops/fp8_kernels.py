@@ -70,17 +70,22 @@ class OnKernels(OnPyTorch):
 
     @_there
     def gelu_backward(
-        self, dact: Tensor, pre: Tensor, tanh: bool, slot: Slot | None, again: bool
-    ) -> tuple[Tensor, Tensor, Copy | None, Tensor | None]:
+        self, dact: Tensor, pre: Tensor, tanh: bool, slot: Slot, again: bool
+    ) -> tuple[Tensor, Tensor, Copy, Tensor | None]:
         act = torch.empty_like(pre) if again else torch.empty((0,), dtype=pre.dtype, device=pre.device)
-        if slot is None or slot.scale is None:
+        if slot.scale is None:
             partials = mlp.gelu_backward_pass(dact, pre, tanh, act, again)
-            made = None if slot is None else self.copy(dact, slot)
+            made = self.copy(dact, slot)
         else:
             values, copy = _beside(pre, slot, "dpre8")
             partials = mlp.gelu_backward_pass(dact, pre, tanh, act, again, **copy)
             made = Copy(values, slot.scale)
         return dact, partials.sum(0), made, act if again else None
+
+    def mlp_backward(self, dy, x, w_in, w_out, pre, act, tanh: bool, needs: list[bool]):
+        """By whatever serves the same call without copies."""
+        act = torch.empty((0,), dtype=pre.dtype, device=pre.device) if act is None else act
+        return autograd.gelu_mlp_bwd(dy, x, w_in, w_out, pre, act, tanh, needs)
 
     @_there
     def over_logits(self, logits, vocab, targets, row_grads, losses, format: Format, inverse):

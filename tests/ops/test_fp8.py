@@ -119,8 +119,8 @@ def test_gelu_mlp_with_rounding_off(gelu, backward, recompute):
     operands = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
     def mlp(x, w_in, b_in, w_out, b_out):
-        of_gradients = (slot(), slot(delayed=1.0)) if backward else (None, None)
-        how = Mlp(weight(w_in), weight(w_out), slot(delayed=2.0), *of_gradients, gelu == "tanh", recompute)
+        of_gradients = (slot(), slot(delayed=1.0)) if backward else None
+        how = Mlp(weight(w_in), weight(w_out), slot(delayed=2.0), of_gradients, gelu == "tanh", recompute)
         return fp8.gelu_mlp(x, w_in, b_in, w_out, b_out, MAKES.copy(x.detach(), slot()), how, MAKES, True)
 
     torch.testing.assert_close(mlp(*operands), reference.gelu_mlp(*operands, approximate=gelu))
