@@ -96,15 +96,15 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def rounded(x: Tensor, inverse: Tensor, format: Format) -> Tensor:
     """The values of x's copy."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    cut = (wide * inverse).clamp(-format.largest, format.largest)
-    return torch.where(wide.isfinite(), cut, torch.nan).to(format.dtype)
+    cut = (wide * inverse).clamp_(-format.largest, format.largest)
+    return cut.sub_(wide - wide).to(format.dtype)  # 0, or NaN of what is not finite
 
 
 def magnitude(x: Tensor) -> Tensor:
     """The largest of what is finite, () float32."""
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float32, device=x.device)
-    return torch.where(x.isfinite(), x, 0).abs().amax().float()
+    return x.abs().nan_to_num_(0.0, 0.0).amax().float()
 
 
 def padded(rows: int) -> int:
