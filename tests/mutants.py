@@ -77,6 +77,7 @@ SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/ops/decoding.py",
     "fastgpt/training/monitor.py",
 )
+COPIES, EIGHT, SCALES = "test_fp8_copies.py::", "fastgpt/ops/fp8.py", "fastgpt/fp8.py"
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
 WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "test_swap_forms.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
@@ -691,4 +692,19 @@ MUTANTS = [
     Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),
     Mutant("turns: always the first one's", "fastgpt/sanitizer/turns.py", "Turns", "self._random.choice(self._alive)", "self._alive[0]", "test_sanitizer_turns.py::test_those_that_wait_for_later_ones_come_to_an_end"),
     Mutant("turns: behind is everything", "fastgpt/sanitizer/launch.py", "Launch.tagged", "view.holds(plain, 1) &", "", "test_sanitizer_turns.py::test_a_pointer_made_of_a_number_is_held_to_the_tensors_behind_it"),
+    Mutant("fp8: cut off at twice the largest", "kernels/fp8.py", "eight_bits", "-LARGEST), LARGEST)", "-LARGEST), 2 * LARGEST)", COPIES + "test_a_cast"),
+    Mutant("fp8: infinity is cut off", "kernels/fp8.py", "eight_bits", 'tl.abs(x) < float("inf")', "x == x", COPIES + "test_a_cast"),
+    Mutant("fp8: what is not there has a magnitude", "kernels/fp8.py", "magnitudes", "mask & (tl.abs(x) < float(\"inf\"))", 'tl.abs(x) < float("inf")', COPIES + "test_layer_norm"),
+    Mutant("fp8: the least is noted", "kernels/fp8.py", "note", "tl.max(", "tl.min(", COPIES + "test_a_cast"),
+    Mutant("fp8: a weight's transpose is not one", "kernels/fp8.py", "_cast_weight_kernel", "tl.trans(copy)", "copy", COPIES + "test_a_weight"),
+    Mutant("fp8: the norm's copy is of what was not rounded", NORM, "_layer_norm_fwd_kernel", "y.to(y_ptr.dtype.element_ty).to(ACC)", "y.to(ACC)", COPIES + "test_layer_norm"),
+    Mutant("fp8: a program's last rows alone are noted", MLP, "_gelu_bwd_kernel", "tl.maximum(tops, magnitudes(dz, mask))", "magnitudes(dz, mask)", COPIES + "test_gelu_backward"),
+    Mutant("fp8: the gradient's copy without its padding", LOSS, "_cross_entropy_kernel", "gradient8 + row * width + cols", "gradient8 + row * V + cols", COPIES + "test_cross_entropy"),
+    Mutant("fp8: no room to grow", EIGHT, "scales", "exponent + 1)", "exponent + 0)", "test_fp8.py::test_scales_are_powers_of_two_that_leave_room", False),
+    Mutant("fp8: the fallback cuts infinity off", EIGHT, "rounded", "cut.sub_(wide - wide)", "cut", "test_fp8.py::test_what_is_not_finite_is_nan", False),
+    Mutant("fp8: the oldest pass is kept", SCALES, "Fp8.begin", "self.history[:-1]", "self.history[1:]", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
+    Mutant("fp8: magnitudes are never forgotten", SCALES, "Fp8.begin", "self.amax.zero_()", "pass", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
+    Mutant("fp8: a resumed run begins with its own scales", SCALES, "Fp8.load", 'int(state["passes"])', "0", "test_train_fp8.py::test_resumed_is_uninterrupted_to_the_bit", False),
+    Mutant("fp8: evaluated in 8 bits", MODEL, "GPT.forward", "self.fp8 is not None and self.training and", "self.fp8 is not None and", "test_model_fp8.py::test_evaluation_and_what_is_saved_are_as_ever", False),
+    Mutant("fp8: captured with scales of its own", "fastgpt/training/optimizer.py", "TrainingStep.__call__", "or _scales_of_now(self.model)", "", CAPTURED + "test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed", False),
 ]  # fmt: skip

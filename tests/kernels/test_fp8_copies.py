@@ -58,7 +58,8 @@ def test_layer_norm(device, dtype, rows, columns):
     """Rows past the end and a large bias, which is what a norm of nothing gives, are not noted."""
     x, weight, bias = (torch.randn(shape, device=device).to(dtype) for shape in ((1, rows, columns), columns, columns))
     own = slot(device, E4M3, 4.0)
-    bias[0] = 0.0
+    if rows == 1:  # all of them, past the one
+        weight[:], bias = 1.0, (-10 * torch.nn.functional.layer_norm(x.float(), (columns,)))[0, 0].to(dtype)
     y, _, copy = KERNELS.norm(x.requires_grad_(), None, weight, bias, 1e-5, own)
     check(copy, y, own)
     assert torch.equal(y, ops.layer_norm(x, weight, bias, backend="triton"))
@@ -105,7 +106,7 @@ def test_gelu(device, dtype, tanh, keeps):
 @pytest.mark.parametrize("again", [True, False])
 def test_gelu_backward(device, dtype, again):
     pre, dact = 2 * torch.randn(21, 144, device=device).to(dtype), 1e-3 * torch.randn(21, 144, device=device).to(dtype)
-    dact[20, 143] = 0.5  # the largest, by the last program
+    dact[2, 143] = 0.5  # the largest, in a program's first rows of several
     own = slot(device, E5M2, 1e-2)  # which it passes by far
     theirs = PLAIN.gelu_backward(dact, pre, True, slot(device, E5M2, 1e-2), again)
     dpre, sums, copy, act = KERNELS.gelu_backward(dact, pre, True, own, again)
