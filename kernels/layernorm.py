@@ -301,7 +301,7 @@ def copied_layer_norm_fwd(
             BLOCK_C=tiles.block_c,
             **copy,
             num_warps=tiles.num_warps,
-            maxnreg=tiles.registers + (16 if copy else 0),
+            maxnreg=min(tiles.registers + (16 if copy else 0), 2048 // tiles.num_warps),  # of a multiprocessor's
         )
     return y, s, stats
 
