@@ -311,7 +311,7 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `features` norms: the stream, the branch that is not yet added to it, and the bias that it lacks."""
         config = self.config
-        if self.fp8 is not None and self.training and cache is None:
+        if cache is None and self.training and self.fp8 is not None:
             self.fp8.begin(self)
         x = self.embed(idx, positions)
         branch, branch_bias = None, None
@@ -328,7 +328,7 @@ class GPT(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """idx, targets: (B, T) integers; a target of -100 is ignored. documents: as `features` takes it."""
         own = self.lm_head is not None and not (free_linear(self.lm_head) and self.lm_head.bias is None)
-        if self.fp8 is not None and self.training and targets is not None and not own and not occupied(self.ln_f):
+        if self.training and self.fp8 is not None and targets is not None and not own and not occupied(self.ln_f):
             return loss_of_copies(self, *self.stream(idx, documents), targets)
         x = self.features(idx, documents)
         if targets is None:

@@ -240,7 +240,7 @@ MUTANTS = [
     Mutant("window: lost in the view that is decoded", READ, "View._block", "window=layer.window", "window=None", RINGS + "test_greedy_tokens_are_those_of_the_models_own_forward", False),
     Mutant("window: the pattern shifted", MODEL, "GPTConfig.window_of", "layer % len", "(layer + 1) % len", GPT_WINDOWS + "test_logits_and_gradients", False),
     Mutant("window: the last layer has one too", MODEL, "GPTConfig.window_of", "and layer < self.n_layer - 1", "", GPT_WINDOWS + "test_the_pattern_goes_over_the_layers_and_the_last_sees_all", False),
-    Mutant("window: not heard by a layer", MODEL, "CausalSelfAttention.forward", "window=self.window", "window=None", GPT_WINDOWS + "test_logits_and_gradients", False),
+    Mutant("window: not heard by a layer", MODEL, "CausalSelfAttention.attend", "window=self.window", "window=None", GPT_WINDOWS + "test_logits_and_gradients", False),
     Mutant("window: lost in a saved configuration", "fastgpt/weights/saving.py", "_write_config", "dataclasses.asdict(config)", "dataclasses.asdict(config) | {'window': None}", GPT_WINDOWS + "test_a_window_survives_fastgpts_own_folder", False),
     Mutant("window: written for a family that has none", "fastgpt/weights/saving.py", "_refuse_windows", "if windowed:", "if False:", GPT_WINDOWS + "test_a_family_that_has_no_windows_is_refused", False),
     Mutant("window: Hopper's kernels take it", HOPPER_CHOICE, "_beyond", "if window is not None:", "if False:", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
@@ -283,7 +283,7 @@ MUTANTS = [
     Mutant("mean over ignored rows too", "fastgpt/ops/loss.py", "_divisor", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     Mutant("the kernel's loss from a rounded log-sum-exp", LOSS, "_cross_entropy_kernel", "loss = log_total + (top - z_target)", "loss = lse - z_target", "test_cross_entropy.py::test_a_loss_near_zero_keeps_its_digits"),
     Mutant("each of several gradients is the first", "fastgpt/ops/loss.py", "one_by_one", "arg.select(dim, i)", "arg.select(dim, 0)", "test_several_gradients.py::test_several_gradients_at_once"),
-    Mutant("a launcher's sums of the default dtype", MLP, "_gelu_backward", "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
+    Mutant("a launcher's sums of the default dtype", MLP, "gelu_backward_pass", "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
     # the fallback's head
     Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "_Rows.finish", "log_total - (1 - smoothing) * self.z_target", "lse - self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
     Mutant("smoothing's sum of what has its top", "fastgpt/ops/cpu/logits.py", "_Rows.read", "self.below = z.sum(1)", "self.below = (z + self.top[:, None]).sum(1)", FALLBACK_LOSS, False),
@@ -316,7 +316,7 @@ MUTANTS = [
     Mutant("db_in zero", MLP, "gelu_mlp_bwd", "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
     Mutant("derivative overflows", GELU, "gelu_derivative", "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "_gelu_bwd_kernel", "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
-    Mutant("activation not made again", MLP, "_gelu_backward", "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
+    Mutant("activation not made again", MLP, "gelu_backward_pass", "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
     # Embedding
     Mutant("positions not added", EMBEDDING, "_embedding_fwd_kernel", "x += tl.load(position_ptr", "x += 0 * tl.load(position_ptr", "test_embedding.py::test_widths"),
     Mutant("positions taken from the row", EMBEDDING, "_embedding_fwd_kernel", "places = time\n", "places = rows.to(tl.int64)\n", "test_embedding.py::test_widths"),
@@ -705,6 +705,6 @@ MUTANTS = [
     Mutant("fp8: the oldest pass is kept", SCALES, "Fp8.begin", "self.history[:-1]", "self.history[1:]", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
     Mutant("fp8: magnitudes are never forgotten", SCALES, "Fp8.begin", "self.amax.zero_()", "pass", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
     Mutant("fp8: a resumed run begins with its own scales", SCALES, "Fp8.load", 'int(state["passes"])', "0", "test_train_fp8.py::test_resumed_is_uninterrupted_to_the_bit", False),
-    Mutant("fp8: evaluated in 8 bits", MODEL, "GPT.forward", "self.fp8 is not None and self.training and", "self.fp8 is not None and", "test_model_fp8.py::test_evaluation_and_what_is_saved_are_as_ever", False),
+    Mutant("fp8: evaluated in 8 bits", MODEL, "GPT.forward", "self.training and self.fp8 is not None", "self.fp8 is not None", "test_model_fp8.py::test_evaluation_and_what_is_saved_are_as_ever", False),
     Mutant("fp8: captured with scales of its own", "fastgpt/training/optimizer.py", "TrainingStep.__call__", "or _scales_of_now(self.model)", "", CAPTURED + "test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed", False),
 ]  # fmt: skip
