@@ -469,7 +469,7 @@ MUTANTS = [
     Mutant("shards that no manifest names", SHARDED, "Shards.check", "if there != (named", "if False and there != (named", BACKGROUND + "test_a_file_that_no_manifest_names_is_not_read", False),
     Mutant("shards with NaN", "fastgpt/training/state.py", "_restore_shards", "if world.agree(bool(bad)):", "if False:", BACKGROUND + "test_numbers_that_are_not_finite_are_refused", False),
     Mutant("moments stay in their shards", "fastgpt/training/state.py", "_restore_shards", "saved.shards.load_into(tensors, group)", 'saved.shards.load_into({name: t for name, t in tensors.items() if "/" not in name}, group)', LAID_OUT, False),
-    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.features", "leaves_bias = not self.blocks_alone and only_multiplies", "leaves_bias = only_multiplies", LAID_OUT, False),
+    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.stream", "leaves_bias = not self.blocks_alone and only_multiplies", "leaves_bias = only_multiplies", LAID_OUT, False),
     Mutant("gradients of the last batch alone", "fastgpt/training/step.py", "Step.batch", "model.set_requires_gradient_sync(last)", "model.set_requires_gradient_sync(not last)", WORLD, False),
     # what does more than its class, and what only looks like it
     Mutant("a Decoder trusts the count of writes", READ, "Sources.changed", "not torch.equal(now, self._sample)", "False", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
@@ -491,8 +491,8 @@ MUTANTS = [
     Mutant("GPT passes by a hooked projection", MODEL, "Block.forward", "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
     Mutant("GPT passes by a hooked MLP", MODEL, "MLP.forward", "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),
     Mutant("GPT passes by a hooked embedding", MODEL, "GPT.embed", "if free_embedding(self.wte) and free_embedding(self.wpe):", "if True:", HOOKED, False),
-    Mutant("GPT adds a bias twice", MODEL, "GPT.features", "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
-    Mutant("GPT does not hear positions", MODEL, "GPT.features", "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
+    Mutant("GPT adds a bias twice", MODEL, "GPT.stream", "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
+    Mutant("GPT does not hear positions", MODEL, "GPT.stream", "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
     Mutant("GPT does not hear the scale of the scores", MODEL, "CausalSelfAttention.forward", "cache.attend(self.layer, qkv, self.scale)", "cache.attend(self.layer, qkv, None)", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
     Mutant("all layers in one layer's cache", MODEL, "GPT.__init__", "Block(config, layer) for layer", "Block(config) for layer", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
     Mutant("a subclass is walked through as ours", READ, "is_plain_gpt", "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
@@ -570,7 +570,7 @@ MUTANTS = [
     # strides, one operand at a time
     Mutant("residual read with x's strides", NORM, "_layer_norm_fwd_kernel", "residual_ptr, rows, stride_rm, stride_rc", "residual_ptr, rows, stride_xm, stride_xc", VIEWS),
     Mutant("wide: s read with dy's strides", NORM, "_layer_norm_sums_kernel", "sum_ptr + rows64 * stride_sm + cols64 * stride_sc", "sum_ptr + rows64 * stride_gm + cols64 * stride_gc", VIEWS),
-    Mutant("x_bias taken for contiguous", NORM, "layer_norm_fwd", "x_bias.contiguous()", "x_bias", VIEWS),
+    Mutant("x_bias taken for contiguous", NORM, "copied_layer_norm_fwd", "x_bias.contiguous()", "x_bias", VIEWS),
     Mutant("few rows: rows of the weight taken for adjacent", "kernels/few_rows.py", "_linear_kernel", "units.to(tl.int64)[:, None] * stride_wn", "units.to(tl.int64)[:, None] * K", "test_views.py::test_few_rows"),
     Mutant("channels may be far apart", TILES, "addressable", "max(tensor.stride()[2:])", "tensor.stride(2)", VIEWS),
     Mutant("decoding: far channels of q are not copied", DECODE, "decode_attention_fwd", "for t in (q, k_cache, v_cache))", "if t is not q else t for t in (q, k_cache, v_cache))", VIEWS),
@@ -579,7 +579,7 @@ MUTANTS = [
     Mutant("history's rows taken for adjacent", "kernels/greedy.py", "write_token", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
     Mutant("a cache's far heads", DECODE, "_append_kernel", "(channels // D).to(tl.int64)", "channels // D", "test_views.py::test_append_past_an_offset_of_32_bits"),
     # options in pairs, and exact boundaries
-    Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.features", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
+    Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.stream", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
     Mutant("z_loss of ignored rows, differentiated twice", "fastgpt/ops/loss.py", "of_all_logits", "losses.masked_fill(targets == settings.ignore_index, 0)", "losses.masked_fill((targets == settings.ignore_index) & (settings.z_loss == 0), 0)", "test_pairs.py::test_second_derivatives_of_the_loss", False),
     Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "helper.context < longest + max_new_tokens - 1:", "helper.context < longest + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
     Mutant("a stop id as the last token is a length", "fastgpt/generation/__init__.py", "_Row.take", "if self.reason is None and len(self.tokens) == self.limit:", "if len(self.tokens) == self.limit:", "test_boundaries.py::test_a_stop_id_at_the_last_token_asked_for", False),
