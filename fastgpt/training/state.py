@@ -45,7 +45,7 @@ class Snapshot(NamedTuple):
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]  # h.0.attn.c_attn.weight/exp_avg, …
     random: dict[str, Tensor]  # cpu.0, cuda.0, …: uint8
-    fp8: dict[str, Tensor]  # as Fp8.state has it; empty where training knows no 8-bit floats
+    fp8: Mapping[str, Tensor] = MappingProxyType({})  # as Fp8.state has it, where training multiplies such floats
 
     def size(self) -> int:
         """Bytes on the disk, about."""
@@ -99,7 +99,7 @@ def write(folder: Path, config: GPTConfig, taken: Snapshot, facts: dict) -> None
     write_tensors(taken.moments, folder / OPTIMIZER)
     write_tensors(taken.random, folder / RANDOM)
     if taken.fp8:
-        write_tensors(taken.fp8, folder / FP8)
+        write_tensors(dict(taken.fp8), folder / FP8)
     (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
