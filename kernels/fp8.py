@@ -62,8 +62,8 @@ def note(amax, x):
 @triton.jit(do_not_specialize_on_alignment=["inverse_ptr"])  # one of many in a row
 def _cast_kernel(
     x_ptr,  # (N,)
-    y8_ptr,  # (N,)
-    inverse_ptr,  # ()
+    y8_ptr,  # (N,), or None where only amax is asked for
+    inverse_ptr,  # (), or None
     amax_ptr,  # (PLACES,)
     N,
     BLOCK: tl.constexpr,
@@ -71,7 +71,8 @@ def _cast_kernel(
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + places, places < N, 0.0).to(tl.float32)
     note(amax_ptr, magnitudes(x, places < N))
-    tl.store(y8_ptr + places, eight_bits(x, tl.load(inverse_ptr), y8_ptr.dtype.element_ty), places < N)
+    if y8_ptr is not None:
+        tl.store(y8_ptr + places, eight_bits(x, tl.load(inverse_ptr), y8_ptr.dtype.element_ty), places < N)
 
 
 @triton.jit(do_not_specialize_on_alignment=["inverse_ptr"])  # one of many in a row
@@ -100,8 +101,9 @@ def _cast_weight_kernel(
         tl.store(turned_ptr + places, turned, (cols < K)[:, None] & (rows < N)[None, :])
 
 
-def cast(x: torch.Tensor, y8: torch.Tensor, inverse: torch.Tensor, amax: torch.Tensor) -> None:
-    """Write the copy y8 of x, both in one piece and of one shape, and note x's magnitudes in amax (PLACES,)."""
+def cast(x: torch.Tensor, y8: torch.Tensor | None, inverse: torch.Tensor | None, amax: torch.Tensor) -> None:
+    """Write the copy y8 of x, both in one piece and of one shape, and note x's magnitudes in amax (PLACES,); without a
+    y8 note them alone."""
     if x.numel():
         _cast_kernel[(cdiv(x.numel(), 2048),)](x, y8, inverse, amax, x.numel(), BLOCK=2048, num_warps=4)
 

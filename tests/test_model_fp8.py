@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from bench.gates import feign
 from fastgpt import GPT, GPTConfig, ops
 from fastgpt.fp8 import Fp8
 from fastgpt.training.optimizer import TrainingStep, adamw
@@ -194,6 +195,28 @@ def test_without_the_hardware_it_says_what_is_missing(mode):
     with pytest.raises(ValueError, match=f"fp8='{mode}' can't be had: the weights are on cpu.*fp8_simulate=True"):
         model(*batch())
     model.eval()(*batch())
+
+
+def test_cards_and_dtypes_that_have_no_such_matmuls():
+    for capability, dtype, said in (
+        (86, torch.bfloat16, "compute capability 8.6, matmuls of 8-bit floats need 8.9"),
+        (89, torch.float32, r"is for training in bfloat16, these matmuls are in torch.float32"),
+    ):
+        with feign.card(capability), torch.device("cuda"):
+            model = GPT(GPTConfig(**SHAPE, fp8="all")).to(dtype).train()
+            with pytest.raises(ValueError, match=said):
+                model(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_weights_that_are_no_ordinary_tensors():
+    model = gpt("head", tie=False)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().as_subclass(Subclass))
+    with pytest.raises(ValueError, match="fp8='head' needs ordinary weights, not "):
+        model(*batch())
+
+
+class Subclass(torch.Tensor):
+    pass
 
 
 @pytest.mark.parametrize(("field", "value"), [("n_embd", 24), ("n_inner", 40)])

@@ -71,10 +71,11 @@ def _train(_, size: str = "124M", autocast: torch.dtype | None = BF16, end: int 
         step.loss(model, idx, targets)
 
 
-def _train_fp8(_, **changes) -> None:
-    """Of passes whose scales are known beforehand. Cards below 8.9 have no such matmuls."""
+def _train_fp8(_, exact: int = 0, **changes) -> None:
+    """exact: passes with scales of their own tensors; without them those are known beforehand. Cards below 8.9 have no
+    such matmuls."""
     if torch.cuda.get_device_capability() >= (8, 9):
-        with mock.patch.object(Fp8, "exact_passes", 0):
+        with mock.patch.object(Fp8, "exact_passes", exact):
             _train(None, **changes)
 
 
@@ -306,6 +307,7 @@ def ways() -> dict[str, Way]:
     add("train, windows, float32", _train, autocast=None, window=256)
     for mode in ("forward", "all"):
         add(f"train, fp8 {mode}", _train_fp8, fp8=mode)
+    add("train, fp8 all, first passes", _train_fp8, exact=1, fp8="all")
     add("train, fp8 all, dropout", _train_fp8, fp8="all", dropout=0.1)
     add("train, fp8 all, hidden units again", _train_fp8, fp8="all", activation_checkpointing="mlp")
     add("train 1558M, fp8 all", _train_fp8, size="1558M", fp8="all")

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastgpt.kernels import cross_entropy, layernorm, mlp
 from fastgpt.kernels import fp8 as kernels
 from fastgpt.ops import autograd
-from fastgpt.ops.fp8 import PLAIN, Copy, Format, OnPyTorch, Slot
+from fastgpt.ops.fp8 import PLAIN, Copy, Format, OnPyTorch, Slot, scales
 
 
 def _there(method):
@@ -25,16 +25,18 @@ def _there(method):
 
 
 class OnKernels(OnPyTorch):
-    """Where a slot has no scale yet, the tensor is made as ever, and its copy in passes of their own."""
+    """Where a slot has no scale yet, the tensor is made as ever, and its copy in two passes over it."""
 
     @_there
     def copy(self, x: Tensor, slot: Slot) -> Copy:
-        if slot.scale is None:
-            return super().copy(x, slot)
-        x = x.contiguous()
+        x, scale, inverse = x.contiguous(), slot.scale, slot.inverse
+        if scale is None:
+            own = torch.zeros_like(slot.amax)
+            kernels.cast(x, None, None, own)
+            scale, inverse = scales(own.amax(), slot.format.largest)
         values = torch.empty_like(x, dtype=slot.format.dtype)
-        kernels.cast(x, values, slot.inverse, slot.amax)
-        return Copy(values, slot.scale)
+        kernels.cast(x, values, inverse, slot.amax)
+        return Copy(values, scale)
 
     @_there
     def weight(self, w: Tensor, inverse: Tensor, format: Format, values: Tensor, transposed: Tensor | None) -> None:

@@ -112,6 +112,9 @@ class Run:
     def description(self) -> str:
         block, train, val = self.model.config.block_size, self.corpus.train, self.corpus.val
         serves = ops.backend_in_words(self.model.config.backend, self.model.wte.weight)
+        if self.model.fp8 is not None:
+            how = "simulated" if self.model.config.fp8_simulate else "by the hardware"
+            serves += f", matmuls of 8-bit floats ({self.model.config.fp8}) {how}"
         where = "the CPU" if self.device.type == "cpu" else self.device
         batches = self.windows // self.world.size // self.batch
         graph = "one CUDA graph a step\n" if self.why_no_graph is None else f"no CUDA graph: {self.why_no_graph}\n"

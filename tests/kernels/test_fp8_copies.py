@@ -1,5 +1,6 @@
 """The copies in 8 bits that kernels write beside a tensor: to the bit what the fallback makes of that tensor."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not to be had on this platform")
 
-from fastgpt import ops
+from fastgpt import GPT, GPTConfig, ops
+from fastgpt.fp8 import Fp8
 from fastgpt.ops import fp8
 from fastgpt.ops.fp8 import E4M3, E5M2, OnPyTorch, Slot
 from fastgpt.ops.fp8_kernels import OnKernels
@@ -50,6 +52,10 @@ def test_a_cast(device, dtype, format):
     for amax in (1.0, 4000.0):
         own = slot(device, format, amax)
         check(KERNELS.copy(x, own), x, own)
+    first = Slot(format, torch.zeros(fp8.PLACES, device=device))  # by x's own magnitude
+    found, wanted = KERNELS.copy(x, first), PLAIN.copy(x, first._replace(amax=first.amax.clone()))
+    assert found.scale == wanted.scale and first.amax.max() == fp8.magnitude(x)
+    assert torch.equal(found.values.float().nan_to_num(7), wanted.values.float().nan_to_num(7))
 
 
 @DTYPES
@@ -147,3 +153,22 @@ def test_a_weight(device, dtype):
         assert not values[70:].float().any() and torch.equal(turned.float(), values.float().t())
         KERNELS.weight(-w, inverse, E4M3, values, None)
         assert torch.equal(values.float(), -turned.float().t())
+
+
+@pytest.mark.parametrize("mode", ["forward", "all"])
+def test_a_pass_on_both_backends(device, mode, monkeypatch):
+    """The first, by scales of its own, and the next, by that one's: losses and gradients; simulated products."""
+    monkeypatch.setattr(Fp8, "exact_passes", 1)
+    idx, found = torch.randint(30, (1, 6), device=device), {}
+    for backend in ("torch", "triton"):
+        torch.manual_seed(1)
+        shape = GPTConfig(vocab_size=30, block_size=8, n_layer=1, n_head=2, n_embd=16, fp8=mode, fp8_simulate=True)
+        model = GPT(dataclasses.replace(shape, backend=backend)).to(device).train()
+        for _ in range(2):
+            model.zero_grad()
+            loss = model(idx, idx.roll(-1))
+            loss.backward()
+            found.setdefault(backend, []).append([loss.detach(), *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(found["triton"], found["torch"], strict=True):
+        for mine, other in zip(ours, theirs, strict=True):
+            assert (mine - other).abs().max() <= 0.02 * other.abs().max() + 1e-6

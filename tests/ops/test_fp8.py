@@ -1,12 +1,14 @@
 """Copies in 8 bits and their products: rounding against all numbers that the format has, scales, and gradients."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgpt.ops import fp8, reference
+from bench.gates import feign
+from fastgpt.ops import fp8, fp8_producers, reference
 from fastgpt.ops.fp8 import E4M3, E5M2, Format, Mlp, OnPyTorch, Slot, Weight
 
 EXACT = Format(torch.float64, math.inf)  # rounds nothing
@@ -66,6 +68,7 @@ def test_what_is_not_finite_is_nan(format, dtype):
     found = fp8.rounded(x, torch.tensor(0.5), format).float()
     assert found[:3].isnan().all() and found[3:].tolist() == [1.0, 0.0]
     assert fp8.magnitude(x) == 2.0, "of what is finite"
+    assert fp8.magnitude(x[:0]) == 0.0, "of nothing"
 
 
 @FORMATS
@@ -178,3 +181,17 @@ def test_no_second_derivative():
     y = fp8.linear(x, w, None, MAKES.copy(x.detach(), slot(E4M3)), weight(w, E4M3), True)
     with pytest.raises(RuntimeError, match="fp8='none' has one"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_kernels_run_on_the_device_of_their_tensor(monkeypatch):
+    jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not to be had on this platform")
+    monkeypatch.setattr(jit.JITFunction, "run", lambda *args, **kwargs: None)
+    entered = []
+    with feign.card(90), torch.device("cuda"):
+        x = torch.zeros(4, 16)
+        makes, own = fp8_producers("auto", x), Slot(E4M3, torch.zeros(fp8.PLACES), torch.ones(()), torch.ones(()))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: (entered.append(device), nullcontext())[1])
+        makes.copy(x, own)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        makes.copy(x, own)
+    assert [device.type for device in entered] == ["cuda"], "where another one is current, and only there"

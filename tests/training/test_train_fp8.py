@@ -67,5 +67,6 @@ def test_by_the_command(tmp_path, capsys):
     quick = ["--eval_iters", "1", "--sample_tokens", "0", "--batch_size", "2", "--device", "cpu"]
     where = ["--data", str(text), "--out", str(tmp_path / "out")]
     main(["train", *where, *sizes, *quick, "--fp8", "forward", "--fp8_simulate", "true"])
-    assert "saved in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "saved in" in said and "matmuls of 8-bit floats (forward) simulated" in said
     assert 'fp8 = "forward"' in (tmp_path / "out" / SETTINGS).read_text(encoding="utf-8")
