@@ -18,6 +18,7 @@ COMMANDS = {
     "steps": "whole training steps as people run them: theirs eager, compiled, accelerated, and fastgpt's",
     "pairs": "two ways to train on a CPU in turns until their ratio is known, with what is promised of it",
     "muon": "Muon beside AdamW, a small GPT trained with each in turns: loss by steps and by seconds",
+    "fp8-loss": "what matmuls of 8-bit floats cost in loss, a small GPT over many seeds, with its standard error",
     "smoke": "every kernel once at small shapes",
     "sanitize": "the same under NVIDIA's compute-sanitizer",
     "gpu-day": "all that a GPU should tell, in a few minutes, in one folder and one archive",
@@ -34,6 +35,7 @@ MODULES = {
     "roofs": "machine",
     "pairs": "steps.pairs",
     "gpu-day": "gpu_day",
+    "fp8-loss": "fp8_loss",
 }
 
 

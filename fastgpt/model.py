@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.fields import build, check_fields, nearest
+from fastgpt.fp8 import Fp8, Layer, Mode, block_of_copies, check_sizes, loss_of_copies, serves
 from fastgpt.modules import free_embedding, free_linear, is_linear, occupied, packed_projection
 
 
@@ -40,6 +41,8 @@ class GPTConfig:
     window: int | None = None  # tokens that a token sees in a windowed layer, itself included; None is no such layer
     window_pattern: str = "SSSL"  # of the layers, over and over: S has the window, L and the last layer see all
     backend: ops.Backend = "auto"
+    fp8: Mode = "none"  # matmuls that training makes of 8-bit floats; fastgpt/fp8.py says which
+    fp8_simulate: bool = False  # the same numbers where the hardware has no such matmuls, slowly
 
     def __post_init__(self):
         check_fields(self)
@@ -55,6 +58,7 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: layer_norm_eps is {self.layer_norm_eps}, not a positive number")
         if not self.window_pattern or self.window_pattern.strip("SL"):
             raise ValueError(f"GPTConfig: window_pattern is {self.window_pattern!r}, not a word of S and L")
+        check_sizes(self)
 
     def window_of(self, layer: int) -> int | None:
         """The window of a layer, None of one that sees all of the context. The last layer does, whatever the pattern
@@ -156,12 +160,17 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C). Without add_bias, c_proj's bias is left to whoever adds the result to the stream."""
         if cache is not None:
             qkv = self.c_attn(x)  # (B, T, 3C)
-            y = cache.attend(self.layer, qkv, self.scale)  # (B, T, C)
-        else:
-            qkv, bias = packed_projection(self.c_attn, x, self.backend)
-            options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
-            options |= dict(scale=self.scale, window=self.window, qkv_bias=bias)
-            y = ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend)
+            return self.project(cache.attend(self.layer, qkv, self.scale), add_bias)
+        qkv, bias = packed_projection(self.c_attn, x, self.backend)
+        return self.attend(qkv, bias, add_bias, documents)
+
+    def attend(self, qkv: Tensor, qkv_bias: Tensor | None, add_bias: bool, documents: Tensor | None) -> Tensor:
+        """What comes after the projection (B, T, 3C), whose bias is one that it was given as a constant, or None."""
+        options: Any = dict(dropout_p=self.dropout if self.training else 0.0, documents=documents)
+        options |= dict(scale=self.scale, window=self.window, qkv_bias=qkv_bias)
+        return self.project(ops.causal_attention_qkv(qkv, self.n_head, **options, backend=self.backend), add_bias)
+
+    def project(self, y: Tensor, add_bias: bool) -> Tensor:
         return self.c_proj(y) if add_bias else F.linear(y, self.c_proj.weight)
 
 
@@ -204,6 +213,8 @@ class Block(nn.Module):
     (16 C in all; 12 C with activation_checkpointing "mlp", 2 C with "block"), and 6 + H numbers of statistics.
     """
 
+    copies: Layer | None = None  # where training makes them
+
     def __init__(self, config: GPTConfig, layer: int = 0):
         super().__init__()
         self.ln_1 = LayerNorm(config)
@@ -223,6 +234,8 @@ class Block(nn.Module):
         """The stream x and the branch that is not yet added to it, both (B, T, C), and the bias (C,) that the branch
         still lacks -> stream and branch again; the new branch lacks the bias of this block's mlp.c_proj, unless
         add_bias."""
+        if self.copies is not None and self.training and cache is None and serves(self):
+            return block_of_copies(self, self.copies, x, branch, branch_bias, documents, add_bias)
         normed, x = self.ln_1.add(branch, x, branch_bias)
         leaves_bias = only_multiplies(self.attn.c_proj)
         seen: dict = dict(documents=documents) if cache is None else dict(cache=cache)
@@ -248,6 +261,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config)
         self.lm_head = None if config.tie else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.fp8 = None if config.fp8 == "none" else Fp8(config, self.h)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -288,7 +302,17 @@ class GPT(nn.Module):
         """Token ids (B, T) -> what the head sees, (B, T, C). documents: (B, T) integers; a token sees its own document
         alone. positions: (B, T) or (T,), the first T if None. cache: what attends in each layer's place. ValueError for
         more tokens than the context holds."""
+        x, branch, branch_bias = self.stream(idx, documents, positions, cache)
+        normed, _ = self.ln_f.add(branch, x, branch_bias)
+        return normed
+
+    def stream(
+        self, idx: Tensor, documents: Tensor | None, positions: Tensor | None = None, cache: CachedPass | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `features` norms: the stream, the branch that is not yet added to it, and the bias that it lacks."""
         config = self.config
+        if cache is None and self.training and self.fp8 is not None:
+            self.fp8.begin(self)
         x = self.embed(idx, positions)
         branch, branch_bias = None, None
         again = config.activation_checkpointing == "block" and self.training and torch.is_grad_enabled()
@@ -299,15 +323,17 @@ class GPT(nn.Module):
             given = x, branch, branch_bias, documents, not leaves_bias, cache
             x, branch = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
             branch_bias = block.mlp.c_proj.bias if leaves_bias else None  # a parameter is no output to checkpoint
-        normed, _ = self.ln_f.add(branch, x, branch_bias)
-        return normed
+        return x, branch, branch_bias
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """idx, targets: (B, T) integers; a target of -100 is ignored. documents: as `features` takes it."""
+        own = self.lm_head is not None and not (free_linear(self.lm_head) and self.lm_head.bias is None)
+        if self.training and self.fp8 is not None and targets is not None and not own and not occupied(self.ln_f):
+            return loss_of_copies(self, *self.stream(idx, documents), targets)
         x = self.features(idx, documents)
         if targets is None:
             return self.head(x)
-        if self.lm_head is not None and not (free_linear(self.lm_head) and self.lm_head.bias is None):
+        if own:
             logits = self.head(x).flatten(0, 1)
             wide = torch.promote_types(logits.dtype, torch.float32)
             return F.cross_entropy(logits.to(wide), targets.flatten().long())

@@ -237,12 +237,17 @@ def linear_weight(module: Any) -> Tensor:
 def packed_projection(linear: Any, x: Tensor, backend: Any) -> tuple[Tensor, Tensor | None]:
     """A linear layer's queries, keys and values (B, T, 3C) for causal_attention_qkv alone, and what to give that as
     qkv_bias: the layer's bias, where it was added as a constant and attention's kernels can make its gradient."""
-    kernels = backend in ("auto", "triton") and torch.is_grad_enabled() and ops.kernels_run_on(x.device)
-    if kernels and not ops.watcher() and free_linear(linear):
-        bias = linear.bias
-        if bias is not None and bias.requires_grad:
-            return F.linear(x, linear_weight(linear), bias.detach()), bias
+    if attention_makes_bias(linear, x.device, backend):
+        return F.linear(x, linear_weight(linear), linear.bias.detach()), linear.bias
     return linear(x), None
+
+
+def attention_makes_bias(linear: Any, device: torch.device, backend: Any) -> bool:
+    """Whether attention's kernels are to make the gradient of its projection's bias."""
+    kernels = backend in ("auto", "triton") and torch.is_grad_enabled() and ops.kernels_run_on(device)
+    if kernels and not ops.watcher() and free_linear(linear):
+        return linear.bias is not None and linear.bias.requires_grad
+    return False
 
 
 def dropout_p(module) -> float | None:

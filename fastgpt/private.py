@@ -79,3 +79,17 @@ def compiled_from(module: Any) -> nn.Module | None:
     """What torch.compile was given to make this module."""
     found = getattr(module, "_orig_mod", None)
     return found if isinstance(found, nn.Module) else None
+
+
+# The product of 8-bit floats (M, K) and (K, N), the second in columns, with a scale each: a public function since
+# PyTorch 2.10, and under a private name everywhere.
+_scaled_mm = torch._scaled_mm
+magnitudes = torch._foreach_norm  # of each of a list of tensors, with ord inf the largest; one pass for all
+
+
+def scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Any, dtype: Any, fast: bool) -> Tensor:
+    public = getattr(nn.functional, "scaled_mm", None)
+    if public is None:
+        return _scaled_mm(a, b, scale_a, scale_b, bias, out_dtype=dtype, use_fast_accum=fast)
+    kind = nn.functional.ScalingType.TensorWise
+    return public(a, b, scale_a, kind, scale_b, kind, bias=bias, output_dtype=dtype, use_fast_accum=fast)

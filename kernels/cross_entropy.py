@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8 import eight_bits
 from .launch import launch, next_power_of_2
 
 
@@ -46,7 +47,7 @@ def _gradient(z, cols, place, top, scale, grad, smoothing, V, SMOOTHS: tl.conste
     return tl.where(cols == place, dz - (1 - smoothing) * grad, dz)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inverse"])  # one of many in a row
 def _cross_entropy_kernel(
     logits_ptr,  # (N, WIDTH), overwritten by the gradient
     targets_ptr,  # (N,)
@@ -64,6 +65,8 @@ def _cross_entropy_kernel(
     SMOOTHS: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    gradient8=None,  # (N, WIDTH) in 8 bits, with the one that follows
+    inverse=None,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_ln
@@ -97,16 +100,26 @@ def _cross_entropy_kernel(
         grad = tl.where(valid, tl.load(row_grads_ptr + row * stride_gn).to(ACC), float("nan"))
         grad = tl.where(target == ignore_index, 0.0, grad)
         scale = grad * (1 + 2 * z_loss * lse) / total
+        if gradient8 is not None:
+            divisor = tl.load(inverse)
         place = target.to(tl.int32)  # one out of range has NaN for its gradient, wherever it falls
         for start in range(0, whole, BLOCK_V):
             cols = start + tl.arange(0, BLOCK_V)
             z = tl.load(logits_ptr + cols).to(ACC)
             dz = _gradient(z, cols, place, top, scale, grad, smoothing, V, SMOOTHS)
-            tl.store(logits_ptr + cols, dz.to(logits_ptr.dtype.element_ty), eviction_policy="evict_first")
+            dz = dz.to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + cols, dz, eviction_policy="evict_first")
+            if gradient8 is not None:  # of the gradient as it was rounded
+                copy = eight_bits(dz.to(ACC), divisor, gradient8.dtype.element_ty)
+                tl.store(gradient8 + row * width + cols, copy)
         z = tl.load(logits_ptr + last, last < width, 0.0).to(ACC)
         dz = _gradient(z, last, place, top, scale, grad, smoothing, V, SMOOTHS)
         dz = tl.where(last < V, dz, 0.0)
-        tl.store(logits_ptr + last, dz.to(logits_ptr.dtype.element_ty), last < width)
+        dz = dz.to(logits_ptr.dtype.element_ty)
+        tl.store(logits_ptr + last, dz, last < width)
+        if gradient8 is not None:
+            copy = eight_bits(dz.to(ACC), divisor, gradient8.dtype.element_ty)
+            tl.store(gradient8 + row * width + last, copy, last < width)
 
 
 def cross_entropy_rows(
@@ -118,9 +131,12 @@ def cross_entropy_rows(
     label_smoothing: float,
     z_loss: float,
     losses: torch.Tensor,
+    **copy,
 ) -> torch.Tensor:
     """logits (N, vocab or more), N at least 1, each row in one piece, and targets (N,): writes losses (N,), and with
-    row_grads (N,) the gradient over the logits, zeros over the padding, which is less than 64. Returns the logits."""
+    row_grads (N,) the gradient over the logits, zeros over the padding, which is less than 64. Returns the logits.
+    copy: gradient8, as the logits in 8 bits and in one piece, which is written, and the inverse of its scale; or
+    nothing."""
     block_v, num_warps = _tiles(vocab)
     launch(
         _cross_entropy_kernel,
@@ -141,6 +157,7 @@ def cross_entropy_rows(
         SMOOTHS=label_smoothing != 0,
         ACC=tl.float64 if logits.dtype == torch.float64 else tl.float32,
         BLOCK_V=block_v,
+        **copy,
         num_warps=num_warps,
         maxnreg=64 if logits.element_size() > 2 else None,  # left alone, ptxas spills float32 on capability 12.0
     )

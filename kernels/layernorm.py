@@ -15,7 +15,7 @@ c are kept apart for the backward, for their sum would round c away again. With 
 written once as a row of float32 partials that torch adds up in a fixed order: no atomics, the same bits every time.
 
 Bytes a row, e the size of an element, beside 12 of statistics:
-    forward   read x, residual; write y, s:     4 C e  (plain LayerNorm: 2 C e)
+    forward   read x, residual; write y, s:     4 C e  (plain LayerNorm: 2 C e; y's copy in 8 bits: C more)
     backward  read dy, dsum, s; write ds:       4 C e  (plain LayerNorm: 3 C e; dx apart from ds under dropout: 5 C e;
               past ONE_PASS_COLUMNS, wider than any GPT-2, dx and the sums take another pass over dy, s and ds)
 """
@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8 import eight_bits, magnitudes, note
 from .launch import accumulator, cdiv, dropout_numbers, launch, multiprocessors, next_power_of_2, statistics_dtype
 from .philox import keep_mask
 
@@ -95,7 +96,7 @@ def _normed(s, stats_ptr, rows, M, ACC: tl.constexpr):
     return ((s - mean[:, None]) - correction[:, None]) * rstd[:, None], rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inverse"])  # one of many in a row
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr,
     y_ptr,  # (M, C)
@@ -106,6 +107,8 @@ def _layer_norm_fwd_kernel(
     eps, threshold, keep_scale,
     C: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_X_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    y8=None,  # (M, C) in 8 bits, with the two that follow
+    inverse=None, amax=None,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows, in_cols = rows < M, tl.arange(0, BLOCK_C) < C
@@ -135,6 +138,10 @@ def _layer_norm_fwd_kernel(
     if HAS_BIAS:
         y += _load_row(bias_ptr, C, ACC, BLOCK_C)
     _store_rows(y_ptr, y, rows, M, C, BLOCK_C)
+    if y8 is not None:  # of y as it was rounded
+        y = y.to(y_ptr.dtype.element_ty).to(ACC)
+        note(amax, magnitudes(y, in_rows[:, None] & in_cols[None, :]))
+        _store_rows(y8, eight_bits(y, tl.load(inverse), y8.dtype.element_ty), rows, M, C, BLOCK_C)
 
 
 @triton.jit
@@ -255,6 +262,14 @@ def layer_norm_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, residual (..., C) -> y (..., C) in x's dtype, s (..., C) in residual_dtype (empty with no residual) and
     stats (3, rows). seed: (1,) int64, needed where dropout_p > 0."""
+    return copied_layer_norm_fwd(x, residual, weight, bias, x_bias, seed, eps, dropout_p, residual_dtype)
+
+
+def copied_layer_norm_fwd(
+    x, residual, weight, bias, x_bias, seed, eps: float, dropout_p: float, residual_dtype: torch.dtype, **copy
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """layer_norm_fwd. copy: y8 (rows, C) in 8 bits, which is written, the inverse of its scale, and amax, where y's
+    magnitudes are noted; or nothing."""
     y, s, stats = layer_norm_fwd_outputs(x, residual, weight, bias, x_bias, seed, eps, dropout_p, residual_dtype)
     columns = x.shape[-1]
     x_rows = x.reshape(-1, columns)
@@ -286,8 +301,9 @@ def layer_norm_fwd(
             ACC=accumulator(x),
             BLOCK_M=tiles.block_m,
             BLOCK_C=tiles.block_c,
+            **copy,
             num_warps=tiles.num_warps,
-            maxnreg=tiles.registers,
+            maxnreg=min(tiles.registers + (16 if copy else 0), 2048 // tiles.num_warps),  # of a multiprocessor's
         )
     return y, s, stats
 

@@ -5,7 +5,8 @@
 The matmuls are cuBLAS's, which adds b_in as it writes. The forward's pass then reads pre and writes act: 2 M F
 elements. The backward's pass turns dact into dpre = dact gelu'(pre) in place and sums its columns for b_in's gradient:
 3 M F elements, 4 if act is made again (`recompute`). The derivative is taken at pre as it was rounded. Column sums are
-float32 partials, added up by torch: the same bits every time.
+float32 partials, added up by torch: the same bits every time. A copy in 8 bits, where one is asked for, is M F bytes
+more in either pass; act itself is then written only if it is kept.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .fp8 import eight_bits, magnitudes, note
 from .gelu import gelu, gelu_derivative
 from .launch import accumulator, cdiv, launch, multiprocessors, statistics_dtype
 
@@ -36,26 +38,35 @@ def _tiles(rows: int, hidden: int, multiprocessors: int | None, backward: bool) 
     return Tiles(8, 128, 4, min(cdiv(rows, 8), max(1, 16 * multiprocessors // cdiv(hidden, 128))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inverse"])  # one of many in a row
 def _gelu_fwd_kernel(
     pre_ptr,  # (M, F)
-    act_ptr,  # (M, F)
+    act_ptr,  # (M, F), or None where only its copy is wanted
     M,
     F,
     TANH: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    act8=None,  # (M, F) in 8 bits, with the two that follow
+    inverse=None,
+    amax=None,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = (rows[:, None] < M) & (cols[None, :] < F)
     places = rows[:, None] * F + cols[None, :]
     z = tl.load(pre_ptr + places, mask, 0.0).to(ACC)  # [BLOCK_M, BLOCK_F]
-    tl.store(act_ptr + places, gelu(z, TANH).to(act_ptr.dtype.element_ty), mask)
+    act = gelu(z, TANH).to(pre_ptr.dtype.element_ty)
+    if act_ptr is not None:
+        tl.store(act_ptr + places, act, mask)
+    if act8 is not None:  # of act as it was rounded
+        act = act.to(ACC)
+        note(amax, magnitudes(act, mask))
+        tl.store(act8 + places, eight_bits(act, tl.load(inverse), act8.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["inverse"])  # one of many in a row
 def _gelu_bwd_kernel(
     dact_ptr,  # (M, F), overwritten by dpre
     pre_ptr,  # (M, F)
@@ -68,9 +79,15 @@ def _gelu_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    dpre8=None,  # (M, F) in 8 bits, with the two that follow
+    inverse=None,
+    amax=None,
 ):
     cols = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     sums = tl.zeros([BLOCK_M, BLOCK_F], ACC)
+    if dpre8 is not None:
+        tops = tl.zeros([BLOCK_M, BLOCK_F], ACC)
+        divisor = tl.load(inverse)
     for start in range(tl.program_id(0) * BLOCK_M, M, tl.num_programs(0) * BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         mask = (rows[:, None] < M) & (cols[None, :] < F)
@@ -79,9 +96,15 @@ def _gelu_bwd_kernel(
         dz = tl.load(dact_ptr + places, mask, 0.0).to(ACC) * gelu_derivative(z, TANH)
         sums += dz
         tl.store(dact_ptr + places, dz.to(dact_ptr.dtype.element_ty), mask)
+        if dpre8 is not None:  # of dpre as it was rounded
+            dz = dz.to(dact_ptr.dtype.element_ty).to(ACC)
+            tops = tl.maximum(tops, magnitudes(dz, mask))
+            tl.store(dpre8 + places, eight_bits(dz, divisor, dpre8.dtype.element_ty), mask)
         if RECOMPUTE:
             tl.store(act_ptr + places, gelu(z, TANH).to(act_ptr.dtype.element_ty), mask)
     tl.store(partials_ptr + tl.program_id(0) * F + cols, tl.sum(sums, axis=0), cols < F)
+    if dpre8 is not None:
+        note(amax, tops)
 
 
 def gelu_mlp_fwd(
@@ -114,7 +137,7 @@ def linear_gelu(x, w_in, b_in, tanh, pre, act) -> None:
         torch.mm(x, w_in.t(), out=pre)
     else:
         torch.addmm(b_in, x, w_in.t(), out=pre)
-    _gelu(pre, tanh, act)
+    gelu_pass(pre, tanh, act)
 
 
 def gelu_mlp_fwd_outputs(x, w_in, b_in, w_out, b_out, tanh, recompute):
@@ -167,7 +190,7 @@ def linear_gelu_backward(dy, w_out, pre, tanh, act=None) -> tuple[torch.Tensor, 
     """dpre (M, F) and partial sums of its columns (programs, F). Writes act (M, F) if there is one."""
     dpre = torch.mm(dy, w_out)
     unread = torch.empty((0,), dtype=pre.dtype, device=pre.device)
-    return dpre, _gelu_backward(dpre, pre, tanh, unread if act is None else act, act is not None)
+    return dpre, gelu_backward_pass(dpre, pre, tanh, unread if act is None else act, act is not None)
 
 
 def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
@@ -189,8 +212,9 @@ def gelu_mlp_bwd_outputs(dy, x, w_in, w_out, pre, act, tanh, needs):
     )
 
 
-def _gelu(pre, tanh, act) -> None:
-    """Writes act (M, F)."""
+def gelu_pass(pre, tanh, act, **copy) -> None:
+    """Writes act (M, F) if there is one. copy: act8 (M, F) in 8 bits, which is written, the inverse of its scale, and
+    amax, where act's magnitudes are noted; or nothing."""
     rows, hidden = pre.shape
     if pre.numel() == 0:
         return
@@ -206,13 +230,15 @@ def _gelu(pre, tanh, act) -> None:
         ACC=accumulator(pre),
         BLOCK_M=tiles.block_m,
         BLOCK_F=tiles.block_f,
+        **copy,
         num_warps=tiles.num_warps,
     )
 
 
-def _gelu_backward(dact, pre, tanh, act, recompute) -> torch.Tensor:
+def gelu_backward_pass(dact, pre, tanh, act, recompute, **copy) -> torch.Tensor:
     """Turns dact (M, F) into dpre and writes act (M, F) if recompute. Returns partial sums (programs, F) of dpre's
-    columns."""
+    columns. copy: dpre8 (M, F) in 8 bits, which is written, the inverse of its scale, and amax, where dpre's magnitudes
+    are noted; or nothing."""
     rows, hidden = pre.shape
     tiles = _tiles(rows, hidden, multiprocessors(pre), backward=True)
     partials = torch.empty((tiles.programs, hidden), dtype=statistics_dtype(pre), device=pre.device)
@@ -232,6 +258,7 @@ def _gelu_backward(dact, pre, tanh, act, recompute) -> torch.Tensor:
         ACC=accumulator(pre),
         BLOCK_M=tiles.block_m,
         BLOCK_F=tiles.block_f,
+        **copy,
         num_warps=tiles.num_warps,
     )
     return partials

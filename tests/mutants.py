@@ -79,6 +79,7 @@ SPECULATIVE, STEPS, MONITOR = (
     "fastgpt/ops/decoding.py",
     "fastgpt/training/monitor.py",
 )
+COPIES, EIGHT, SCALES = "test_fp8_copies.py::", "fastgpt/ops/fp8.py", "fastgpt/fp8.py"
 SHOWN, HOLED, OFFLINE = "test_showing.py::", "test_holes.py::", "test_offline.py::"
 WORLDLY, CHANGED, FORMS = "test_swap_world.py::", "test_swap_classes.py::", "test_swap_forms.py::"
 TOLD = SHOWN + "test_what_it_raises_is_told_in_a_line_and_training_goes_on"
@@ -242,7 +243,7 @@ MUTANTS = [
     Mutant("window: lost in the view that is decoded", READ, "View._block", "window=layer.window", "window=None", RINGS + "test_greedy_tokens_are_those_of_the_models_own_forward", False),
     Mutant("window: the pattern shifted", MODEL, "GPTConfig.window_of", "layer % len", "(layer + 1) % len", GPT_WINDOWS + "test_logits_and_gradients", False),
     Mutant("window: the last layer has one too", MODEL, "GPTConfig.window_of", "and layer < self.n_layer - 1", "", GPT_WINDOWS + "test_the_pattern_goes_over_the_layers_and_the_last_sees_all", False),
-    Mutant("window: not heard by a layer", MODEL, "CausalSelfAttention.forward", "window=self.window", "window=None", GPT_WINDOWS + "test_logits_and_gradients", False),
+    Mutant("window: not heard by a layer", MODEL, "CausalSelfAttention.attend", "window=self.window", "window=None", GPT_WINDOWS + "test_logits_and_gradients", False),
     Mutant("window: lost in a saved configuration", "fastgpt/weights/saving.py", "_write_config", "dataclasses.asdict(config)", "dataclasses.asdict(config) | {'window': None}", GPT_WINDOWS + "test_a_window_survives_fastgpts_own_folder", False),
     Mutant("window: written for a family that has none", "fastgpt/weights/saving.py", "_refuse_windows", "if windowed:", "if False:", GPT_WINDOWS + "test_a_family_that_has_no_windows_is_refused", False),
     Mutant("window: Hopper's kernels take it", HOPPER_CHOICE, "_beyond", "if window is not None:", "if False:", KEEPS + "test_other_attention_keeps_the_triton_kernel", False),
@@ -298,7 +299,7 @@ MUTANTS = [
     Mutant("mean over ignored rows too", "fastgpt/ops/loss.py", "_divisor", 'return counted if reduction == "mean"', 'return counted * 0 + len(targets) if reduction == "mean"', ENTROPY),
     Mutant("the kernel's loss from a rounded log-sum-exp", LOSS, "_cross_entropy_kernel", "loss = log_total + (top - z_target)", "loss = lse - z_target", "test_cross_entropy.py::test_a_loss_near_zero_keeps_its_digits"),
     Mutant("each of several gradients is the first", "fastgpt/ops/loss.py", "one_by_one", "arg.select(dim, i)", "arg.select(dim, 0)", "test_several_gradients.py::test_several_gradients_at_once"),
-    Mutant("a launcher's sums of the default dtype", MLP, "_gelu_backward", "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
+    Mutant("a launcher's sums of the default dtype", MLP, "gelu_backward_pass", "dtype=statistics_dtype(pre), ", "", "test_other_defaults.py::test_a_kernel"),
     # the fallback's head
     Mutant("the loss from a rounded log-sum-exp", "fastgpt/ops/cpu/logits.py", "_Rows.finish", "log_total - (1 - smoothing) * self.z_target", "lse - self.top - (1 - smoothing) * self.z_target", "test_loss.py::test_a_loss_near_zero_keeps_its_digits", False),
     Mutant("smoothing's sum of what has its top", "fastgpt/ops/cpu/logits.py", "_Rows.read", "self.below = z.sum(1)", "self.below = (z + self.top[:, None]).sum(1)", FALLBACK_LOSS, False),
@@ -319,9 +320,9 @@ MUTANTS = [
     Mutant("a second backward reads what the first wrote over", "fastgpt/ops/cpu/mlp.py", "GeluMlp.backward", "ctx.overwritten = True", "pass", FALLBACK_MLP + "test_a_second_backward_and_a_second_derivative_of_gelu_mlp", False),
     Mutant("the cube's factor without the other", "fastgpt/ops/cpu/mlp.py", "gelu_leaving_slope_", "value=0.044715 * _SCALE, out=z)", "value=0.044715, out=z)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
     Mutant("a slope of three times too little", "fastgpt/ops/cpu/mlp.py", "gelu_leaving_slope_", "torch.add(s, z, alpha=3, out=part)", "torch.add(s, z, out=part)", FALLBACK_MLP + "test_gelu_mlp_of_many_rows", False),
-    Mutant("a pass over the first rows alone", "fastgpt/ops/cpu/logits.py", "_pass_over_rows", "part = slice(start, start + step)", "part = slice(0, step)", FALLBACK_LOSS, False),
+    Mutant("a pass over the first rows alone", "fastgpt/ops/cpu/logits.py", "pass_over_rows", "part = slice(start, start + step)", "part = slice(0, step)", FALLBACK_LOSS, False),
     Mutant("smoothing left out at the target", "fastgpt/ops/cpu/logits.py", "_Rows.gradient", "((1 - smoothing) * self.grads)", "self.grads", FALLBACK_LOSS, False),
-    Mutant("halves keep their logits", "fastgpt/ops/cpu/logits.py", "_pass_over_rows", "logits[part] = z", "pass", FALLBACK_LOSS, False),
+    Mutant("halves keep their logits", "fastgpt/ops/cpu/logits.py", "pass_over_rows", "logits[part] = z", "pass", FALLBACK_LOSS, False),
     Mutant("half of the logits at once", "fastgpt/ops/cpu/logits.py", "rows_at_once", "dtype.itemsize // 4, _AT_ONCE", "dtype.itemsize // 2, _AT_ONCE", "test_loss.py::test_beside_the_gradients_it_holds_a_part_of_the_logits", False),
     # MLP
     Mutant("the other GELU", "fastgpt/ops/autograd.py", "gelu_mlp", 'approximate == "tanh"', 'approximate == "none"', MLP_WIDTHS),
@@ -331,7 +332,7 @@ MUTANTS = [
     Mutant("db_in zero", MLP, "gelu_mlp_bwd", "partials.sum(0)", "partials.sum(0) * 0", MLP_WIDTHS),
     Mutant("derivative overflows", GELU, "gelu_derivative", "z = tl.where(z > 10.0, 10.0, tl.where(z < -10.0, -10.0, z))", "z = z", POINTS),
     Mutant("some rows left out of the backward", MLP, "_gelu_bwd_kernel", "tl.num_programs(0) * BLOCK_M)", "2 * tl.num_programs(0) * BLOCK_M)", "test_mlp.py::test_row_counts"),
-    Mutant("activation not made again", MLP, "_gelu_backward", "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
+    Mutant("activation not made again", MLP, "gelu_backward_pass", "RECOMPUTE=recompute", "RECOMPUTE=False", "test_mlp.py::test_both_gelus_recomputed_or_not"),
     # Embedding
     Mutant("positions not added", EMBEDDING, "_embedding_fwd_kernel", "x += tl.load(position_ptr", "x += 0 * tl.load(position_ptr", "test_embedding.py::test_widths"),
     Mutant("positions taken from the row", EMBEDDING, "_embedding_fwd_kernel", "places = time\n", "places = rows.to(tl.int64)\n", "test_embedding.py::test_widths"),
@@ -494,7 +495,7 @@ MUTANTS = [
     Mutant("shards that no manifest names", SHARDED, "Shards.check", "if there != (named", "if False and there != (named", BACKGROUND + "test_a_file_that_no_manifest_names_is_not_read", False),
     Mutant("shards with NaN", "fastgpt/training/state.py", "_restore_shards", "if world.agree(bool(bad)):", "if False:", BACKGROUND + "test_numbers_that_are_not_finite_are_refused", False),
     Mutant("moments stay in their shards", "fastgpt/training/state.py", "_restore_shards", "saved.shards.load_into(tensors, group)", 'saved.shards.load_into({name: t for name, t in tensors.items() if "/" not in name}, group)', LAID_OUT, False),
-    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.features", "leaves_bias = not self.blocks_alone and only_multiplies", "leaves_bias = only_multiplies", LAID_OUT, False),
+    Mutant("a bias of a block that is gone", "fastgpt/model.py", "GPT.stream", "leaves_bias = not self.blocks_alone and only_multiplies", "leaves_bias = only_multiplies", LAID_OUT, False),
     Mutant("gradients of the last batch alone", "fastgpt/training/step.py", "Step.batch", "model.set_requires_gradient_sync(last)", "model.set_requires_gradient_sync(not last)", WORLD, False),
     # what does more than its class, and what only looks like it
     Mutant("a Decoder trusts the count of writes", READ, "Sources.changed", "not torch.equal(now, self._sample)", "False", KEPT + "test_a_decoder_is_no_longer_that_of_a_model_that_was_trained", False),
@@ -516,8 +517,8 @@ MUTANTS = [
     Mutant("GPT passes by a hooked projection", MODEL, "Block.forward", "leaves_bias = only_multiplies(self.attn.c_proj)", "leaves_bias = True", HOOKED, False),
     Mutant("GPT passes by a hooked MLP", MODEL, "MLP.forward", "if not (free_linear(self.c_fc) and free_linear(self.c_proj)):", "if False:", HOOKED, False),
     Mutant("GPT passes by a hooked embedding", MODEL, "GPT.embed", "if free_embedding(self.wte) and free_embedding(self.wpe):", "if True:", HOOKED, False),
-    Mutant("GPT adds a bias twice", MODEL, "GPT.features", "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
-    Mutant("GPT does not hear positions", MODEL, "GPT.features", "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
+    Mutant("GPT adds a bias twice", MODEL, "GPT.stream", "branch_bias = block.mlp.c_proj.bias if leaves_bias else None", "branch_bias = block.mlp.c_proj.bias", HOOKED + "[h.1.mlp.c_proj-off]", False),
+    Mutant("GPT does not hear positions", MODEL, "GPT.stream", "x = self.embed(idx, positions)", "x = self.embed(idx)", HOOKED, False),
     Mutant("GPT does not hear the scale of the scores", MODEL, "CausalSelfAttention.forward", "cache.attend(self.layer, qkv, self.scale)", "cache.attend(self.layer, qkv, None)", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
     Mutant("all layers in one layer's cache", MODEL, "GPT.__init__", "Block(config, layer) for layer", "Block(config) for layer", "test_decoder.py::test_a_gpts_own_features_with_a_cache", False),
     Mutant("a subclass is walked through as ours", READ, "is_plain_gpt", "    if own_type(model) is not GPT:\n        return False\n", "    if not isinstance(model, GPT):\n        return False\n", "test_model_parts.py::test_a_model_of_ones_own_is_not_walked_through_as_ours", False),
@@ -595,7 +596,7 @@ MUTANTS = [
     # strides, one operand at a time
     Mutant("residual read with x's strides", NORM, "_layer_norm_fwd_kernel", "residual_ptr, rows, stride_rm, stride_rc", "residual_ptr, rows, stride_xm, stride_xc", VIEWS),
     Mutant("wide: s read with dy's strides", NORM, "_layer_norm_sums_kernel", "sum_ptr + rows64 * stride_sm + cols64 * stride_sc", "sum_ptr + rows64 * stride_gm + cols64 * stride_gc", VIEWS),
-    Mutant("x_bias taken for contiguous", NORM, "layer_norm_fwd", "x_bias.contiguous()", "x_bias", VIEWS),
+    Mutant("x_bias taken for contiguous", NORM, "copied_layer_norm_fwd", "x_bias.contiguous()", "x_bias", VIEWS),
     Mutant("few rows: rows of the weight taken for adjacent", "kernels/few_rows.py", "_linear_kernel", "units.to(tl.int64)[:, None] * stride_wn", "units.to(tl.int64)[:, None] * K", "test_views.py::test_few_rows"),
     Mutant("channels may be far apart", TILES, "addressable", "max(tensor.stride()[2:])", "tensor.stride(2)", VIEWS),
     Mutant("decoding: far channels of q are not copied", DECODE, "_attend", "q = addressable(q)", "q = q", VIEWS),
@@ -604,7 +605,7 @@ MUTANTS = [
     Mutant("history's rows taken for adjacent", "kernels/greedy.py", "write_token", "history_ptr + row * stride_h + length", "history_ptr + row * 6 + length", "test_views.py::test_greedy"),
     Mutant("a cache's far heads", DECODE, "_append_kernel", "(channels // D).to(tl.int64)", "channels // D", "test_views.py::test_append_past_an_offset_of_32_bits"),
     # options in pairs, and exact boundaries
-    Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.features", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
+    Mutant("documents are lost by checkpointing", "fastgpt/model.py", "GPT.stream", "given = x, branch, branch_bias, documents,", "given = x, branch, branch_bias, None if again else documents,", "test_model_pairs.py::test_a_step_is_the_references", False),
     Mutant("z_loss of ignored rows, differentiated twice", "fastgpt/ops/loss.py", "of_all_logits", "losses.masked_fill(targets == settings.ignore_index, 0)", "losses.masked_fill((targets == settings.ignore_index) & (settings.z_loss == 0), 0)", "test_pairs.py::test_second_derivatives_of_the_loss", False),
     Mutant("a draft one token too short", "fastgpt/generation/__init__.py", "stream", "helper.context < longest + max_new_tokens - 1:", "helper.context < longest + max_new_tokens - 2:", "test_boundaries.py::test_a_draft_whose_context_just_fits", False),
     Mutant("a stop id as the last token is a length", "fastgpt/generation/__init__.py", "_Row.take", "if self.reason is None and len(self.tokens) == self.limit:", "if len(self.tokens) == self.limit:", "test_boundaries.py::test_a_stop_id_at_the_last_token_asked_for", False),
@@ -728,4 +729,19 @@ MUTANTS = [
     Mutant("token: several rows", DECODER, "Decoder.cache", "rows == 1 and", "", TOKEN_KEEPS + "test_a_longer_cache_than_the_context_and_several_rows_take_many_launches", False),
     Mutant("turns: always the first one's", "fastgpt/sanitizer/turns.py", "Turns", "self._random.choice(self._alive)", "self._alive[0]", "test_sanitizer_turns.py::test_those_that_wait_for_later_ones_come_to_an_end"),
     Mutant("turns: behind is everything", "fastgpt/sanitizer/launch.py", "Launch.tagged", "view.holds(plain, 1) &", "", "test_sanitizer_turns.py::test_a_pointer_made_of_a_number_is_held_to_the_tensors_behind_it"),
+    Mutant("fp8: cut off at twice the largest", "kernels/fp8.py", "eight_bits", "-LARGEST), LARGEST)", "-LARGEST), 2 * LARGEST)", COPIES + "test_a_cast"),
+    Mutant("fp8: infinity is cut off", "kernels/fp8.py", "eight_bits", 'tl.abs(x) < float("inf")', "x == x", COPIES + "test_a_cast"),
+    Mutant("fp8: what is not there has a magnitude", "kernels/fp8.py", "magnitudes", "mask & (tl.abs(x) < float(\"inf\"))", 'tl.abs(x) < float("inf")', COPIES + "test_layer_norm"),
+    Mutant("fp8: the least is noted", "kernels/fp8.py", "note", "tl.max(", "tl.min(", COPIES + "test_a_cast"),
+    Mutant("fp8: a weight's transpose is not one", "kernels/fp8.py", "_cast_weight_kernel", "tl.trans(copy)", "copy", COPIES + "test_a_weight"),
+    Mutant("fp8: the norm's copy is of what was not rounded", NORM, "_layer_norm_fwd_kernel", "y.to(y_ptr.dtype.element_ty).to(ACC)", "y.to(ACC)", COPIES + "test_layer_norm"),
+    Mutant("fp8: a program's last rows alone are noted", MLP, "_gelu_bwd_kernel", "tl.maximum(tops, magnitudes(dz, mask))", "magnitudes(dz, mask)", COPIES + "test_gelu_backward"),
+    Mutant("fp8: the gradient's copy without its padding", LOSS, "_cross_entropy_kernel", "gradient8 + row * width + cols", "gradient8 + row * V + cols", COPIES + "test_cross_entropy"),
+    Mutant("fp8: no room to grow", EIGHT, "scales", "exponent + 1)", "exponent + 0)", "test_fp8.py::test_scales_are_powers_of_two_that_leave_room", False),
+    Mutant("fp8: the fallback cuts infinity off", EIGHT, "rounded", "cut.sub_(wide - wide)", "cut", "test_fp8.py::test_what_is_not_finite_is_nan", False),
+    Mutant("fp8: the oldest pass is kept", SCALES, "Fp8.begin", "self.history[:-1]", "self.history[1:]", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
+    Mutant("fp8: magnitudes are never forgotten", SCALES, "Fp8.begin", "self.amax.zero_()", "pass", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
+    Mutant("fp8: a resumed run begins with its own scales", SCALES, "Fp8.load", 'int(state["passes"])', "0", "test_train_fp8.py::test_resumed_is_uninterrupted_to_the_bit", False),
+    Mutant("fp8: evaluated in 8 bits", MODEL, "GPT.forward", "self.training and self.fp8 is not None", "self.fp8 is not None", "test_model_fp8.py::test_evaluation_and_what_is_saved_are_as_ever", False),
+    Mutant("fp8: captured with scales of its own", "fastgpt/training/optimizer.py", "TrainingStep.__call__", "or _scales_of_now(self.model)", "", CAPTURED + "test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed", False),
 ]  # fmt: skip

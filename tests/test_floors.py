@@ -18,7 +18,7 @@ KERNELS = Path(fastgpt.kernels.__path__[0])  # which lie beside the package in a
 FLOORS = (  # from the ground up: a file imports of its own floor and of those below
     {"kernels", "atomic", "memory", "fields", "cuda_graph", "private"},
     {"ops"},
-    {"modules", "families", "model"},
+    {"modules", "families", "fp8", "model"},
     {"swap", "weights", "data"},
     {"generation", "training"},
     {"cli", "verify", "doctor", "pytest_plugin", "testing", "sanitizer"},

@@ -17,7 +17,7 @@ GROUPS = [  # each about a minute's work
     ["test_autograd.py", "test_mlp.py", "test_explain.py", "test_several_gradients.py"],
     ["test_layernorm.py", "test_decode.py", "test_few_rows.py", "test_generation.py", "test_decoder.py"],
     ["test_views.py", "test_pairs.py"],
-    ["test_token.py", "test_words.py", "test_sanitizer_turns.py"],
+    ["test_token.py", "test_words.py", "test_sanitizer_turns.py", "test_fp8_copies.py"],
     ["test_windows.py", "test_rings.py", "test_qkv_bias.py", "test_draw.py", "test_sanitizer_edges.py",
      "test_families_gpt2.py"],
     ["test_cross_entropy.py", "test_swap.py", "test_large.py", "test_holes.py", "test_other_defaults.py"],

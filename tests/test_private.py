@@ -111,3 +111,16 @@ def test_compiled_modules():
     assert not private.is_compiled(vars(module))
     module.compile()
     assert private.is_compiled(vars(module))
+
+
+def test_the_largest_magnitude_of_each_of_a_list():
+    found = private.magnitudes([torch.tensor([1.0, -3.0]), torch.tensor([[2.0]])], torch.inf)
+    assert [float(each) for each in found] == [3.0, 2.0]
+
+
+def test_a_product_of_8_bit_floats_has_two_scales_and_a_bias():
+    """By both names that PyTorch has for it: test_fp8.py takes away the public one."""
+    a, b = torch.eye(16).to(torch.float8_e4m3fn), torch.full((16, 16), 2.0).to(torch.float8_e5m2)
+    two, four, bias = torch.tensor(2.0), torch.tensor(4.0), torch.ones(16, dtype=torch.bfloat16)
+    found = private.scaled_mm(a, b.t(), two, four, bias, torch.bfloat16, False)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, torch.full((16, 16), 17.0, dtype=torch.bfloat16))

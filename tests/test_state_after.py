@@ -146,6 +146,8 @@ FUNCTIONS = {
     "fastgpt.ops.explain_token": Row(here(lambda w: ops.explain_token(torch.ones(50, 8), 2, 32, 16))),
     "fastgpt.ops.interpreted": Row(here(lambda w: ops.interpreted())),
     "fastgpt.ops.kernels_run_on": Row(here(lambda w: ops.kernels_run_on(torch.device("cpu")))),
+    "fastgpt.ops.fp8_obstacle": Row(here(lambda w: ops.fp8_obstacle(torch.device("cpu")))),
+    "fastgpt.ops.fp8_producers": Row(here(lambda w: ops.fp8_producers("auto", torch.ones(2)))),
     "fastgpt.ops.no_triton": Row(here(lambda w: ops.no_triton())),
     "fastgpt.ops.watcher": Row(here(lambda w: ops.watcher())),
     "fastgpt.training.TrainConfig": Row(here(lambda w: TrainConfig())),
@@ -196,7 +198,8 @@ FUNCTIONS = {
     "fastgpt verify": Row(command("verify", "@checkpoint", "--tokens=5", "--device=cpu")),
     "fastgpt doctor": Row(command("doctor", "--json")),
 }
-NOT_CALLED = {"fastgpt.ops.FUNCTIONS", "fastgpt.ops.Backend", "fastgpt.ops.autograd"}  # data, types, a module
+# Data, types, modules.
+NOT_CALLED = {"fastgpt.ops.FUNCTIONS", "fastgpt.ops.Backend", "fastgpt.ops.autograd", "fastgpt.ops.eight_bits"}
 
 
 def test_every_public_name_has_its_row():

@@ -22,6 +22,7 @@ from torch import nn
 import fastgpt
 from fastgpt import ops
 from fastgpt.data.windows import windows
+from fastgpt.fp8 import Fp8
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.distributed import World
 from fastgpt.training.optimizer import adamw
@@ -68,6 +69,14 @@ def _train(_, size: str = "124M", autocast: torch.dtype | None = BF16, end: int 
     model.eval()
     with torch.no_grad():
         step.loss(model, idx, targets)
+
+
+def _train_fp8(_, exact: int = 0, **changes) -> None:
+    """exact: passes with scales of their own tensors; without them those are known beforehand. Cards below 8.9 have no
+    such matmuls."""
+    if torch.cuda.get_device_capability() >= (8, 9):
+        with mock.patch.object(Fp8, "exact_passes", exact):
+            _train(None, **changes)
 
 
 # The families
@@ -298,6 +307,12 @@ def ways() -> dict[str, Way]:
     add("train, windows, dropout", _train, window=256, dropout=0.1)
     add("train, windows, document masks", _train, window=256, end=50256)
     add("train, windows, float32", _train, autocast=None, window=256)
+    for mode in ("forward", "all"):
+        add(f"train, fp8 {mode}", _train_fp8, fp8=mode)
+    add("train, fp8 all, first passes", _train_fp8, exact=1, fp8="all")
+    add("train, fp8 all, dropout", _train_fp8, fp8="all", dropout=0.1)
+    add("train, fp8 all, hidden units again", _train_fp8, fp8="all", activation_checkpointing="mlp")
+    add("train 1558M, fp8 all", _train_fp8, size="1558M", fp8="all")
     for family in FAMILIES:
         for p in (0.0, 0.1):
             for loss in (False, True):

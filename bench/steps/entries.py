@@ -12,6 +12,7 @@ from bench.baselines import Unavailable
 from bench.families import BOOK, FAMILIES, HUGGING_FACE, NANOGPT, Family
 from bench.machine import Machine
 from bench.models import with_backend
+from fastgpt import ops
 from fastgpt.families import nanogpt
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.optimizer import TrainingStep, adamw
@@ -38,6 +39,7 @@ class Entry(NamedTuple):
     whose: str  # who trains so
     gelu: str = "tanh"
     ours: bool = True
+    eight_bits: bool = False  # whether its matmuls are of 8-bit floats
 
 
 _LOOPS = {  # whose loop it is, and what it is called with where it compiles
@@ -55,6 +57,9 @@ def entries(shape: GPTConfig) -> list[Entry]:
         Entry(BASELINE, _own, V, "fastgpt train --cuda_graph false"),
         Entry(GRAPH, functools.partial(_own, graph=True), V, "fastgpt train on one GPU"),
     ]
+    for mode in ("head", "forward", "all"):
+        build = functools.partial(_own, graph=True, fp8=mode)
+        found.append(Entry(f"{GRAPH}, fp8 {mode}", build, V, f"fastgpt train --fp8 {mode}", eight_bits=True))
     for name in (NANOGPT, HUGGING_FACE, BOOK):
         ways = {
             f"{name}, eager": {},
@@ -74,10 +79,14 @@ def entries(shape: GPTConfig) -> list[Entry]:
     return found
 
 
-def _own(p: Problem, machine: Machine, graph: bool = False) -> Step:
+def _own(p: Problem, machine: Machine, graph: bool = False, fp8: str = "none") -> Step:
     if graph and machine.device != "cuda":
         raise Unavailable("a CUDA graph needs an NVIDIA GPU")
-    model = with_backend(p.model, "auto").train()
+    if fp8 != "none" and (obstacle := ops.fp8_obstacle(p.idx.device)):
+        raise Unavailable(obstacle)
+    model = with_backend(p.model, "auto", fp8=fp8).train()
+    if model.fp8 is not None:
+        model.fp8.exact_passes = 2  # as many as the graph lets pass, and not sixteen: the steps are alike
     optimizer = adamw(model, LEARNING_RATE, WEIGHT_DECAY, BETAS, graph)
     step = TrainingStep(model, optimizer, CLIP, p.autocast, graph)
     return lambda: step(p.idx, p.targets)

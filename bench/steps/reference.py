@@ -78,11 +78,14 @@ ALLOWED = {
     torch.bfloat16: Allowed(5e-4, 0.02, 0.1),
     torch.float16: Allowed(5e-4, 0.02, 0.1),
 }
+EIGHT_BITS = Allowed(4e-3, 0.02, 0.12)  # simulated, 4 layers of 768: 4e-4 of the loss, 0.17% and 1.2%
 
 
-def wrong(losses: list[float], norm: float, expected: Expected, autocast: torch.dtype | None) -> str:
+def wrong(
+    losses: list[float], norm: float, expected: Expected, autocast: torch.dtype | None, eight_bits: bool = False
+) -> str:
     """Why a row's first losses and gradients are not the reference's, or ""."""
-    allowed = ALLOWED[autocast]
+    allowed = EIGHT_BITS if eight_bits else ALLOWED[autocast]
     theirs = expected.losses
     found = []
     if not abs(losses[0] - theirs[0]) <= allowed.loss * abs(theirs[0]):  # NaN is wrong too

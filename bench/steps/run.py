@@ -163,7 +163,7 @@ class Bench:
             one()
         losses, norms = zip(*found, strict=True)
         row.loss, row.expected_loss = losses[0], expected.losses[0]
-        reason = wrong(list(losses), norms[0], expected, self.problem.autocast)
+        reason = wrong(list(losses), norms[0], expected, self.problem.autocast, entry.eight_bits)
         if reason:
             row.status, row.note, row.first_call = "WRONG", reason, None
             return None

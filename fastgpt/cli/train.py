@@ -36,6 +36,8 @@ _MODEL = {
     "window": "tokens that a token sees in a windowed layer (default: none has one)",
     "window_pattern": "of layers, over and over: S has the window, L and the last see all",
     "backend": "of fastgpt's functions: Triton's kernels or PyTorch",
+    "fp8": "matmuls of 8-bit floats in training; forward adds the blocks' forward to head, all their gradients",
+    "fp8_simulate": "the same numbers without the hardware for it, slowly",
 }
 _TRAINING = {
     "init_from": "a file, folder or hub's name of weights to start from, or scratch, or resume",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops import checks
+from fastgpt.ops import fp8 as eight_bits
 from fastgpt.ops.choice import (
     Backend,
     autograd,
@@ -24,6 +25,8 @@ from fastgpt.ops.choice import (
     decoding_steps,
     explain,
     explain_token,
+    fp8_obstacle,
+    fp8_producers,
     interpreted,
     kernels_run_on,
     no_triton,
@@ -43,9 +46,12 @@ __all__ = [
     "decode_attention",
     "decoding_steps",
     "document_ids",
+    "eight_bits",
     "embedding",
     "explain",
     "explain_token",
+    "fp8_obstacle",
+    "fp8_producers",
     "gelu_mlp",
     "interpreted",
     "kernels_run_on",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastgpt.ops import checks, decoding, loss, plain, pytorch
+from fastgpt.ops import checks, decoding, fp8, loss, plain, pytorch
 from fastgpt.ops.cpu import logits, mlp
 from fastgpt.ops.transforms import watcher
 
@@ -48,6 +48,28 @@ def decoding_steps(backend: Backend, operand: Tensor) -> decoding.OnPyTorch:
         return backend_for(name, backend, operand, **arguments)
 
     return decoding.OnKernels(autograd, choose)
+
+
+_FP8 = (8, 9)  # the least compute capability that multiplies 8-bit floats
+
+
+def fp8_obstacle(device: torch.device) -> str | None:
+    """Why tensors of that device are not multiplied as 8-bit floats, or None."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"the weights are on {device}, and the matmuls of 8-bit floats need an NVIDIA GPU"
+    if (capability := torch.cuda.get_device_capability(device)) < _FP8:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, matmuls of 8-bit floats need 8.9"
+    return None
+
+
+def fp8_producers(backend: Backend, operand: Tensor) -> fp8.OnPyTorch:
+    """What makes the copies of a model in 8-bit floats, for a tensor of its device."""
+    kernels = backend_for("layer_norm", backend, operand) is autograd
+    if kernels and (interpreted() or fp8_obstacle(operand.device) is None):
+        from fastgpt.ops.fp8_kernels import OnKernels  # of autograd, which only a Triton has
+
+        return OnKernels()
+    return fp8.OnPyTorch()
 
 
 def explain_token(head: Tensor, heads: int, hidden: int, context: int) -> str:

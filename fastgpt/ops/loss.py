@@ -141,7 +141,7 @@ def padded(vocab: int) -> int:
     return -(-vocab // 64) * 64
 
 
-def _outputs(x, weight, dtype, needs_x, needs_weight, pads):
+def outputs(x, weight, dtype, needs_x, needs_weight, pads):
     """What a chunked op gives; a gradient that is not needed is empty. With `pads` dweight's memory goes on to the
     padded vocabulary."""
     statistics = _statistics_dtype(dtype)
@@ -213,7 +213,7 @@ def chunked_op(name: str, go_over: Callable[..., None], pads: bool = False):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, C), weight (V, C), targets (N,) -> losses (N,); and with row_grads (N,), what reaches each loss from
         above, dx (N, C) in x's dtype and dweight (V, C) in float32, each only if needed."""
-        losses, dx, dweight = _outputs(x, weight, dtype, needs_x, needs_weight, pads)
+        losses, dx, dweight = outputs(x, weight, dtype, needs_x, needs_weight, pads)
         settings = LossSettings(ignore_index, label_smoothing, z_loss, dtype)
         wanted = (dx if needs_x else None, dweight if needs_weight else None)
         go_over(x, weight, targets, row_grads, settings, losses, *wanted)
@@ -221,7 +221,7 @@ def chunked_op(name: str, go_over: Callable[..., None], pads: bool = False):
 
     @chunked_losses.register_fake
     def _(x, weight, targets, row_grads, ignore_index, label_smoothing, z_loss, dtype, needs_x, needs_weight):
-        return _outputs(x, weight, dtype, needs_x, needs_weight, pads)
+        return outputs(x, weight, dtype, needs_x, needs_weight, pads)
 
     chunked_losses.register_vmap(functools.partial(one_by_one, chunked_losses))
     return chunked_losses
@@ -269,7 +269,7 @@ def by_rows(
     buffer = torch.empty(min(rows_at_once, len(x)), width, dtype=dtype, device=x.device)
     if pads:
         weight = F.pad(weight, (0, 0, 0, width - vocab)) if width > vocab else weight
-        dweight = None if dweight is None else dweight.as_strided(weight.shape, dweight.stride())  # as _outputs made it
+        dweight = None if dweight is None else dweight.as_strided(weight.shape, dweight.stride())  # as outputs made it
     elif not x.is_cuda:  # oneDNN's bfloat16 product on AMX multiplies one number past an odd row by zero: may be NaN
         buffer[:, vocab:].zero_()
     for start in range(0, len(x), rows_at_once):

@@ -26,13 +26,15 @@ def why_no_graph(shape: GPTConfig, config: TrainConfig, world: World, model: nn.
     reason = _obstacle(shape, config, world, model)
     if reason is not None and config.cuda_graph is True:
         raise ValueError(f"cuda_graph is true, and a CUDA graph can't be: {reason}")
-    if reason is None and config.cuda_graph == "auto" and (untried := _untried(config, world)) is not None:
+    if reason is None and config.cuda_graph == "auto" and (untried := _untried(shape, config, world)) is not None:
         return f"{untried}, with which a graph was not tried on a GPU yet; cuda_graph = true takes both"
     return reason
 
 
-def _untried(config: TrainConfig, world: World) -> str | None:
+def _untried(shape: GPTConfig, config: TrainConfig, world: World) -> str | None:
     """What nobody has seen run in a graph on a card: that is not done unasked."""
+    if shape.fp8 != "none":
+        return "fp8"
     if config.compile:
         return "torch.compile"
     if autocast_dtype(config, world.device) == torch.float16:

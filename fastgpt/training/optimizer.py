@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.cuda_graph import captured, warmed
+from fastgpt.fp8 import Fp8
 from fastgpt.model import GPT
 from fastgpt.private import multiply_
 
@@ -128,15 +129,21 @@ def clipped_step(optimizer: torch.optim.AdamW | MuonAdamW, max_norm: float, skip
     return norm
 
 
+def _scales_of_now(model: nn.Module) -> bool:
+    """Whether the next pass makes its scales of 8-bit floats as a graph must not hold it."""
+    fp8 = getattr(model, "fp8", None)
+    return isinstance(fp8, Fp8) and fp8.exact
+
+
 class TrainingStep:
     """One optimizer step on batches of windows: step(idx, targets) -> (loss, norm), float32 scalars on the device.
 
     idx, targets: (B, T), or (N, B, T) for N batches one after another whose mean loss is followed. autocast: the dtype
     of matmuls, None for the weights' own. max_norm: of all gradients together, None leaves them; the norm is then NaN.
-    graph: after two calls that run as usual, the third one captures the step, all N batches of it, in a CUDA graph,
-    which it and all later ones replay: the host then launches once a step. Shapes must stay, the optimizer comes from
-    adamw(graph=True), and ValueError says what stands in the way. The loss that is returned is overwritten by the next
-    replay.
+    graph: after two calls that run as usual, or with 8-bit floats as many as have scales of their own, the next one
+    captures the step, all N batches of it, in a CUDA graph, which it and all later ones replay: the host then launches
+    once a step. Shapes must stay, the optimizer comes from adamw(graph=True), and ValueError says what stands in the
+    way. The loss that is returned is overwritten by the next replay.
     """
 
     def __init__(
@@ -169,7 +176,7 @@ class TrainingStep:
                 shapes = f"{tuple(given.shape)}, the graph is for {tuple(static.shape)}"
                 raise ValueError(f"TrainingStep: a batch of shape {shapes}")
             static.copy_(given)
-        if self._calls < 2:
+        if self._calls < 2 or _scales_of_now(self.model):
             self._calls += 1
             with warnings.catch_warnings():  # that an optimizer for a graph runs without one: it is about to
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)

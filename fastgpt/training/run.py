@@ -24,7 +24,7 @@ from fastgpt.training.checkpoint import Checkpoints
 from fastgpt.training.distributed import World, leave, replicate, reshard, shard
 from fastgpt.training.optimizer import adamw, muon, set_learning_rate
 from fastgpt.training.saving import BackgroundSaver, Saver
-from fastgpt.training.settings import TrainConfig, autocast_dtype
+from fastgpt.training.settings import TrainConfig, autocast_dtype, check_fp8
 from fastgpt.training.signals import Signals
 from fastgpt.training.step import Step, first_bad
 from fastgpt.training.tracking import trackers
@@ -52,6 +52,7 @@ class Run:
         world: World,
         signals: Signals,
     ):
+        check_fp8(model.config, config, world.size)
         self.model, self.config, self.encoding, self.corpus = model, config, encoding, corpus
         self.folder, self.world, self.signals, self.device = folder, world, signals, world.device
         where = Checkpoints(folder / CHECKPOINTS), folder, world, self.say
@@ -111,6 +112,9 @@ class Run:
     def description(self) -> str:
         block, train, val = self.model.config.block_size, self.corpus.train, self.corpus.val
         serves = ops.backend_in_words(self.model.config.backend, self.model.wte.weight)
+        if self.model.fp8 is not None:
+            how = "simulated" if self.model.config.fp8_simulate else "by the hardware"
+            serves += f", matmuls of 8-bit floats ({self.model.config.fp8}) {how}"
         where = "the CPU" if self.device.type == "cpu" else self.device
         batches = self.windows // self.world.size // self.batch
         graph = "one CUDA graph a step\n" if self.why_no_graph is None else f"no CUDA graph: {self.why_no_graph}\n"

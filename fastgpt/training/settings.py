@@ -125,6 +125,15 @@ class TrainConfig:
         return self.min_lr + (self.learning_rate - self.min_lr) * share
 
 
+def check_fp8(model: GPTConfig, config: TrainConfig, processes: int) -> None:
+    """ValueError for what 8-bit floats do not go together with yet."""
+    if model.fp8 == "none":
+        return
+    if config.compile or processes > 1:
+        what = "compile = true" if config.compile else f"{processes} processes"
+        raise ValueError(f"fp8 = {model.fp8!r} does not go together with {what} yet; fp8 = 'none' does")
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The options in a TOML file, by their names; ValueError for one that is none, with the nearest that is."""
     try:

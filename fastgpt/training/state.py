@@ -4,6 +4,7 @@
                            with windows, which that has not, as fastgpt's own folder
     optimizer.safetensors  AdamW's moments and step counts, Muon's momenta, by parameter
     shards/                where several processes train, in its place: each one's part of weights and moments
+    fp8.safetensors        the magnitudes that scales of 8-bit floats come from, where training multiplies those
     random.safetensors     the states of torch's generators, a tensor for each rank and device
     state.json             the step, the position in the data, the settings, the metrics
     manifest.json          sizes and SHA-256 of the others (checkpoint.py)
@@ -16,6 +17,7 @@ import json
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +33,10 @@ from fastgpt.weights import from_pretrained, save_model, save_pretrained, stream
 from fastgpt.weights.files import read_tensors, write_tensors
 
 MODEL, OPTIMIZER, RANDOM, STATE = "model", "optimizer.safetensors", "random.safetensors", "state.json"
+FP8 = "fp8.safetensors"
 MOMENTS = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
-FREE = ("dropout", "residual", "activation_checkpointing", "backend")  # fields of GPTConfig that a resume may change
+# Fields of GPTConfig that a resume may change.
+FREE = ("dropout", "residual", "activation_checkpointing", "backend", "fp8", "fp8_simulate")
 
 
 class Snapshot(NamedTuple):
@@ -41,6 +45,7 @@ class Snapshot(NamedTuple):
     weights: dict[str, Tensor]
     moments: dict[str, Tensor]  # h.0.attn.c_attn.weight/exp_avg, …
     random: dict[str, Tensor]  # cpu.0, cuda.0, …: uint8
+    fp8: Mapping[str, Tensor] = MappingProxyType({})  # as Fp8.state has it, where training multiplies such floats
 
     def size(self) -> int:
         """Bytes on the disk, about."""
@@ -55,7 +60,8 @@ def size(tensors: Iterable[Tensor]) -> int:
 def snapshot(model: GPT, optimizer: torch.optim.Optimizer, world: World) -> Snapshot:
     """Of a process that is alone."""
     moments = moments_of(model, optimizer)
-    return Snapshot(whole(model.state_dict().items(), True), whole(moments.items(), True), generators(world))
+    fp8 = {} if model.fp8 is None else model.fp8.state()
+    return Snapshot(whole(model.state_dict().items(), True), whole(moments.items(), True), generators(world), fp8)
 
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -92,6 +98,8 @@ def write(folder: Path, config: GPTConfig, taken: Snapshot, facts: dict) -> None
         save_pretrained(model, folder / MODEL)
     write_tensors(taken.moments, folder / OPTIMIZER)
     write_tensors(taken.random, folder / RANDOM)
+    if taken.fp8:
+        write_tensors(dict(taken.fp8), folder / FP8)
     (folder / STATE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
@@ -130,6 +138,7 @@ class Saved(NamedTuple):
     random: dict[str, Tensor]
     facts: dict[str, Any]
     shards: Any = None  # a sharded.Shards, which holds weights and moments instead
+    fp8: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
@@ -170,7 +179,8 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
     for name, tensor in (*weights.items(), *moments.items()):
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite")
-    return Saved(weights, moments, random, facts)
+    fp8 = _read(path / FP8) if (path / FP8).is_file() else {}
+    return Saved(weights, moments, random, facts, fp8=fp8)
 
 
 def optimizer_in(facts: dict[str, Any]) -> str:
@@ -197,8 +207,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(saved: Saved, model: GPT, optimizer: torch.optim.Optimizer, world: World, group: Any = None) -> None:
-    """Put weights and moments in place, sharded where the model is. Of several processes, all call it with a group of
-    theirs over the hosts."""
+    """Put weights and moments in place, sharded where the model is, and what scales of 8-bit floats come from. Of
+    several processes, all call it with a group of theirs over the hosts."""
+    if model.fp8 is not None:
+        model.fp8.load(saved.fp8, model.wte.weight.device)
     if saved.shards is not None:
         _restore_shards(saved, model, optimizer, world, group)
         return

@@ -17,7 +17,7 @@ def rows_at_once(rows: int, vocab: int, dtype: torch.dtype) -> int:
 
 def _go_over_logits(x, weight, targets, row_grads, settings, *outputs):
     rows = rows_at_once(len(x), weight.shape[0], settings.dtype)
-    loss.by_rows(_pass_over_rows, rows, False, x, weight, targets, row_grads, settings, *outputs)
+    loss.by_rows(pass_over_rows, rows, False, x, weight, targets, row_grads, settings, *outputs)
 
 
 class _Rows:
@@ -59,7 +59,7 @@ class _Rows:
         e.scatter_(1, self.place, at_target)  # one place a row: scatter_add_ would be refused as nondeterministic
 
 
-def _pass_over_rows(logits, vocab, targets, row_grads, ignore_index, label_smoothing, z_loss, losses):
+def pass_over_rows(logits, vocab, targets, row_grads, ignore_index, label_smoothing, z_loss, losses):
     """loss.by_rows' pass, in place."""
     settings = loss.LossSettings(ignore_index, label_smoothing, z_loss, logits.dtype)
     step = max(1, _IN_CACHE // (vocab * losses.dtype.itemsize)) if logits.is_cpu else max(1, len(logits))
