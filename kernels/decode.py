@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .attention_tiles import addressable, card_of, head_of, load_rows, strides
-from .launch import accumulator, cdiv, matmul_precision, next_power_of_2, statistics_dtype
+from .launch import accumulator, cdiv, launch, matmul_precision, next_power_of_2, statistics_dtype
 
 MAX_STEPS = 16  # new tokens at once
 
@@ -223,7 +223,9 @@ def append(
     takes the place of what is Tmax tokens older."""
     batch, steps, _ = qkv.shape
     heads, slots, dim = k_cache.shape[1:]
-    _append_kernel[(batch * steps,)](
+    launch(
+        _append_kernel,
+        (batch * steps,),
         qkv.contiguous(),
         k_cache,
         v_cache,
@@ -292,7 +294,9 @@ def _attend(q, k_cache, v_cache, lengths, new, scale, window):
         "SPLITS": splits,
     }
     lengths = lengths.contiguous()
-    _decode_kernel[(cdiv(group * steps, tiles.block_m) * batch * key_heads, splits)](
+    launch(
+        _decode_kernel,
+        (cdiv(group * steps, tiles.block_m) * batch * key_heads, splits),
         q,
         k_cache,
         v_cache,
@@ -317,7 +321,9 @@ def _attend(q, k_cache, v_cache, lengths, new, scale, window):
     )
     if splits == 1:
         return out
-    _merge_kernel[(batch * heads * steps,)](
+    launch(
+        _merge_kernel,
+        (batch * heads * steps,),
         partial,
         lse,
         lengths,

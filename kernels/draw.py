@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .greedy import PIECE, highest_of_pieces, keys_of, place_of, reversed_if_negative, take_highest, write_token
-from .launch import capability, cdiv, next_power_of_2
+from .launch import capability, cdiv, launch, next_power_of_2
 
 MOST = 128  # the likeliest that are found, half of a batch
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -221,7 +221,9 @@ def draw(
     spoiled = torch.empty((rows, pieces), dtype=torch.float32, device=device)
     ids = torch.empty((rows, groups), dtype=torch.int32, device=device)
     found = torch.empty((rows, most + vocabulary), dtype=width, device=device)
-    _groups_kernel[(pieces, rows)](
+    launch(
+        _groups_kernel,
+        (pieces, rows),
         logits,
         highest,
         spoiled,
@@ -232,7 +234,9 @@ def draw(
         HALF=half,
         num_warps=4,
     )
-    _draw_kernel[(rows,)](
+    launch(
+        _draw_kernel,
+        (rows,),
         logits,
         highest,
         spoiled,
@@ -282,7 +286,9 @@ def race(
     rows, vocabulary = logits.shape
     highest, spoiled = highest_of_pieces(logits)
     pieces, keys = highest.shape[1], torch.empty_like(highest)
-    _race_kernel[(pieces, rows)](
+    launch(
+        _race_kernel,
+        (pieces, rows),
         logits,
         clocks,
         highest,

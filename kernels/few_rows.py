@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .gelu import gelu
-from .launch import accumulator, cdiv, next_power_of_2
+from .launch import accumulator, cdiv, launch, next_power_of_2
 
 MAX_ROWS = 4  # every row costs as many multiplications again; only one row has been measured
 MAX_NORMED = 4096  # channels under a LayerNorm: a row is held in registers
@@ -132,7 +132,9 @@ def _launch(x, branch, branch_bias, norm_weight, norm_bias, eps, w, b, gelu, dty
     y = torch.empty((rows, units), dtype=dtype or w.dtype, device=x.device)
     stream = x if branch is None else torch.empty_like(x)
     tiles = _tiles(channels, norm_weight is not None)
-    _linear_kernel[(cdiv(units, tiles.block_n),)](
+    launch(
+        _linear_kernel,
+        (cdiv(units, tiles.block_n),),
         x,
         None if branch is None else branch.contiguous(),
         None if branch is None else _dense(branch_bias),

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv
+from .launch import cdiv, launch
 
 PLACES = 64
 
@@ -105,7 +105,7 @@ def cast(x: torch.Tensor, y8: torch.Tensor | None, inverse: torch.Tensor | None,
     """Write the copy y8 of x, both in one piece and of one shape, and note x's magnitudes in amax (PLACES,); without a
     y8 note them alone."""
     if x.numel():
-        _cast_kernel[(cdiv(x.numel(), 2048),)](x, y8, inverse, amax, x.numel(), BLOCK=2048, num_warps=4)
+        launch(_cast_kernel, (cdiv(x.numel(), 2048),), x, y8, inverse, amax, x.numel(), BLOCK=2048, num_warps=4)
 
 
 def cast_weight(w: torch.Tensor, w8: torch.Tensor, turned: torch.Tensor | None, inverse: torch.Tensor) -> None:
@@ -113,4 +113,4 @@ def cast_weight(w: torch.Tensor, w8: torch.Tensor, turned: torch.Tensor | None, 
     rows, columns = w.shape
     stride = 0 if turned is None else turned.stride(0)
     grid = (cdiv(rows, 64), cdiv(columns, 64))
-    _cast_weight_kernel[grid](w, w8, turned, inverse, rows, columns, *w.stride(), stride, BLOCK=64, num_warps=4)
+    launch(_cast_weight_kernel, grid, w, w8, turned, inverse, rows, columns, *w.stride(), stride, BLOCK=64, num_warps=4)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 
 PIECE, _NUM_WARPS = 2048, 4
 
@@ -96,8 +96,16 @@ def highest_of_pieces(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     pieces = cdiv(vocabulary, PIECE)
     keys = torch.empty((rows, pieces), dtype=torch.int64, device=logits.device)
     spoiled = torch.empty((rows, pieces), dtype=torch.float32, device=logits.device)
-    _piece_kernel[(pieces, rows)](
-        logits, keys, spoiled, logits.stride(0), vocabulary, PIECE=PIECE, num_warps=_NUM_WARPS
+    launch(
+        _piece_kernel,
+        (pieces, rows),
+        logits,
+        keys,
+        spoiled,
+        logits.stride(0),
+        vocabulary,
+        PIECE=PIECE,
+        num_warps=_NUM_WARPS,
     )
     return keys, spoiled
 
@@ -112,7 +120,9 @@ def take_highest(
 ) -> None:
     """The token of each row's highest key (B, pieces), written down."""
     rows, pieces = keys.shape
-    _greedy_kernel[(rows,)](
+    launch(
+        _greedy_kernel,
+        (rows,),
         keys,
         spoiled,
         history,
