@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import triton.language as tl
 
-# By launch's key: the kernel, which keeps its id its own, what Triton compiled, and names of arguments by place.
-COMPILED: dict[tuple, tuple[Any, Any, list[str]]] = {}
+# By launch's key: the kernel, which keeps its id its own; what Triton compiled; the names of the arguments that follow
+# those by place, in the kernel's order, and their defaults.
+COMPILED: dict[tuple, tuple[Any, Any, list[tuple[str, Any]]]] = {}
 _MOST = 16_384  # a thousand bytes each: lengths that never come again must not fill the memory
 _PLAIN = (int, NoneType, bool, str, tl.dtype)
 
@@ -45,15 +46,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **named: Any) -> None
         key += [v.data_ptr() & 15 for v in (*args, *named.values()) if isinstance(v, torch.Tensor)]
     found = COMPILED.get(whole := tuple(key))
     if found is not None:
-        _, compiled, names = found
-        compiled[(*grid, 1, 1)](*args, *[named[name] for name in names])
+        _, compiled, rest = found
+        compiled[(*grid, 1, 1)](*args, *[named.get(name, default) for name, default in rest])
         return
     compiled = kernel[grid](*args, **named)
     if compiled is None:  # in the interpreter, and where launches are only recorded
         return
     if len(COMPILED) >= _MOST:
         COMPILED.clear()
-    COMPILED[whole] = kernel, compiled, kernel.arg_names[len(args) :]
+    rest = list(kernel.signature.parameters.values())[len(args) :]
+    COMPILED[whole] = kernel, compiled, [(each.name, each.default) for each in rest]
 
 
 def cdiv(a: int, b: int) -> int:

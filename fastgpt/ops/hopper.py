@@ -23,7 +23,7 @@ TRITONS = ("3.6.0", "3.7.1")  # that `python -m bench compile` compiles these ke
 RAN: dict[str, tuple[str, ...]] = {
     "attention_fwd": ("3.6.0",),
     "attention_bwd": ("3.6.0",),
-    "attention_bwd_sums": (),  # the same with the sums of a packed projection's gradient, for its bias
+    "attention_bwd_sums": ("3.6.0",),  # the same with the sums of a packed projection's gradient, for its bias
     "linear_gelu_fwd": ("3.6.0",),
     "linear_gelu_bwd": ("3.6.0",),
 }

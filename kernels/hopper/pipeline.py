@@ -116,7 +116,7 @@ def launch(
         return
     compiled = kernel[(programs,)](*(each.checked() for each in maps), *rest, **constants, **options)
     if compiled is not None:  # as where launches are only recorded
-        COMPILED[key] = kernel, compiled, list(constants)
+        COMPILED[key] = kernel, compiled, []
 
 
 @functools.cache

@@ -198,6 +198,56 @@ def test_what_gluon_compiled_before_is_noted_again_and_not_launched(name, monkey
     assert launched, "and so it is again when nothing is noted any more"
 
 
+def launched_past_triton(name, monkeypatch):
+    """How often, in the second and third run of a way; held to what Triton was asked in the first one, by place."""
+    past = []
+
+    class Compiled:
+        def __init__(self, kernel, asked):
+            self.kernel, self.asked = kernel, asked
+
+        def __getitem__(self, grid):
+            assert len(grid) >= 3
+            return self.launch
+
+        def launch(self, *args):
+            past.append(self.kernel.__name__)
+            for label, given, asked in zip(self.kernel.signature.parameters, args, self.asked, strict=True):
+                assert type(given) is type(asked), (self.kernel.__name__, label)
+                if isinstance(given, torch.Tensor):
+                    assert given.dtype == asked.dtype, (self.kernel.__name__, label)
+                elif not isinstance(given, float):
+                    assert given == asked, (self.kernel.__name__, label)
+
+    def run(kernel, *args, grid, warmup, **named):
+        asked = kernel.signature.bind(*args, **{k: v for k, v in named.items() if k in kernel.signature.parameters})
+        asked.apply_defaults()
+        return None if kernel.is_gluon() else Compiled(kernel, [*asked.arguments.values()])
+
+    if "the book" in name:
+        models.book_package("ch04")
+    way = ways()[name]
+    prepared = way.prepare()
+    monkeypatch.setattr(JITFunction, "run", run)
+    with record.afresh(), feign.card(90):
+        for _ in range(3):
+            way.run(prepared)
+    return len(past)
+
+
+@pytest.mark.parametrize("name", ["train 124M", "train, fp8 all", "generate 64, sampled"])
+def test_what_goes_past_triton_is_what_triton_was_asked_for(name, monkeypatch):
+    assert launched_past_triton(name, monkeypatch) > 10
+
+
+@pytest.mark.slow
+def test_whatever_goes_past_triton_is_what_triton_was_asked_for(monkeypatch):
+    for name in ways():
+        with monkeypatch.context() as patched:
+            found = launched_past_triton(name, patched)
+        assert found or name.startswith("Hopper's"), name
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ways())
 def test_a_card_launches_what_was_recorded(name):

@@ -1,5 +1,6 @@
 """A launch that goes past Triton's questions must be the launch that Triton would have made."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ class Kernel:
     """Stands for a compiled kernel: what Triton is asked, and what is launched, with all arguments by place."""
 
     def __init__(self):
-        self.arg_names = ["x_ptr", "y_ptr", "rows", "eps", "FLAG", "BLOCK"]
+        self.signature = inspect.signature(lambda x_ptr, y_ptr, rows, eps, FLAG, BLOCK, more_ptr=None, WIDE=2: None)
         self.asked, self.launched = [], []
 
     def __getitem__(self, grid):
@@ -54,7 +55,7 @@ def test_the_second_launch_has_its_own_grid_tensors_and_floats(kernel):
     x, y = torch.ones(64), torch.ones(4)
     assert made(kernel, (9,), (x, y, 7, 0.25)) == 1
     ((grid, args),) = kernel.launched
-    assert grid[:3] == (9, 1, 1) and args[0] is x and args[1] is y and args[2:] == (7, 0.25, True, 16)
+    assert grid[:3] == (9, 1, 1) and args[0] is x and args[1] is y and args[2:] == (7, 0.25, True, 16, None, 2)
 
 
 def test_arguments_by_name_are_put_in_place(kernel):
@@ -63,7 +64,7 @@ def test_arguments_by_name_are_put_in_place(kernel):
     for eps in (0.5, 0.125):
         launch.launch(kernel, (1,), X, **(named | dict(eps=eps)))
     ((_, args),) = kernel.launched
-    assert args[0] is X and args[1] is named["y_ptr"] and args[2:] == (7, 0.125, True, 16)
+    assert args[0] is X and args[1] is named["y_ptr"] and args[2:] == (7, 0.125, True, 16, None, 2)
 
 
 @pytest.mark.parametrize(
