@@ -706,7 +706,7 @@ MUTANTS = [
     Mutant("launch: any kernel", "kernels/launch.py", "launch", "id(kernel), ", "", "test_launch.py::test_another_kernel_is_another", False),
     Mutant("launch: the first one's grid", "kernels/launch.py", "launch", "(*grid, 1, 1)", "(1, 1, 1)", "test_launch.py::test_the_second_launch_has_its_own_grid_tensors_and_floats", False),
     Mutant("launch: arguments by name in their own order", "kernels/launch.py", "launch", "[named.get(name, default) for name, default in rest]", "list(named.values())[: len(rest)]", "test_launch.py::test_arguments_by_name_are_put_in_place", False),
-    Mutant("launch: no defaults", "kernels/launch.py", "launch", "named.get(name, default)", "named[name]", "test_record.py::test_what_goes_past_triton_is_what_triton_was_asked_for", False),
+    Mutant("launch: no defaults", "kernels/launch.py", "launch", "named.get(name, default)", "named.get(name, 0)", "test_record.py::test_what_goes_past_triton_is_what_triton_was_asked_for", False),
     Mutant("launch: what is kept has no end", "kernels/launch.py", "launch", "COMPILED.clear()", "pass", "test_launch.py::test_what_is_kept_has_an_end", False),
     Mutant("autocast stays off after a launch", "fastgpt/ops/autograd.py", "_on_its_device", "torch.set_autocast_enabled(kind, True)", "pass", "test_autograd.py::test_a_launch_is_out_of_autocast_which_stays_on", False),
     Mutant("what Gluon compiled is launched with feigned tensors", "bench/gates/record.py", "afresh", "clear=True", "clear=False", "test_record.py::test_what_gluon_compiled_before_is_noted_again_and_not_launched", False),

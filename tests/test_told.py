@@ -149,14 +149,15 @@ def test_the_token_whose_loss_is_not_finite(place, stride, batch_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("draft", [None, 1, 3])
 def test_the_memory_that_is_refused(monkeypatch, draft, dtype):
-    """A byte less than the caches, the tokens and the logits take is too little, and no byte more is asked for."""
+    """A byte less than the caches, the tokens, the logits and their clocks take is too little, and no byte more is
+    asked for."""
     rows, prompt, new, context = 6, 3, 4, 64
     model = gpt(context)
     more = {} if draft is None else dict(draft=gpt(context, n_layer=draft))
     slots = prompt + new - 1 + (0 if draft is None else 16)
     layers = 2 + (draft or 0)
     tokens = prompt + new + (0 if draft is None else 16)
-    needed = rows * (2 * layers * 16 * slots * dtype.itemsize + tokens * 8 + VOCABULARY * 4)
+    needed = rows * (2 * layers * 16 * slots * dtype.itemsize + tokens * 8 + 2 * VOCABULARY * 4)
     ids = torch.tensor([[3, 1, 4]])
 
     def ask(there, rows=rows):

@@ -143,7 +143,7 @@ def test_families_launch_the_head_where_their_loss_is_asked_for():
         assert "cross_entropy_kernel" in launches(f"{family}, loss=True, autocast")
     plain = launches("the book, bfloat16")
     assert {launch.pointers["q_ptr"] for launch in plain["attention_dkdv_kernel"]} == {"bf16"}
-    assert "append_kernel" in launches("generate 1, the book") and "linear_kernel" in launches("generate 4, bfloat16")
+    assert "decode_kernel" in launches("generate 1, the book") and "linear_kernel" in launches("generate 4, bfloat16")
     assert "linear_kernel" not in launches("generate 64, bfloat16")
     assert "greedy_kernel" not in launches("generate 1, sampled")
 

@@ -43,8 +43,8 @@ def test_a_greedy_token_in_one_launch_is_three():
 
 
 def test_a_greedy_token_in_many_launches():
-    """Seven a layer; the embedding with its positions, the last norm, the head and the likeliest are the others."""
-    expected = {"linear_kernel": 4 * LAYERS + 1, "append_kernel": LAYERS, "decode_kernel": LAYERS}
+    """Six a layer; the embedding with its positions, the last norm, the head and the likeliest are the others."""
+    expected = {"linear_kernel": 4 * LAYERS + 1, "decode_kernel": LAYERS}
     expected |= {"merge_kernel": LAYERS, "embedding_fwd_kernel": 1, "layer_norm_fwd_kernel": 1, "greedy_kernel": 1}
     expected |= {"piece_kernel": 1}
     assert kernels(tokens.Way(1, tokens.GREEDY)) == expected | {"sub": 1}
