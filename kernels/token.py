@@ -88,8 +88,6 @@ def _token_kernel(
     HID: tl.constexpr = OUT + C
     PROJ: tl.constexpr = HID + F // 2
     W: tl.constexpr = PROJ + C
-    FEW: tl.constexpr = max(2, SMAX // 4)
-    HALF_OF_THEM: tl.constexpr = max(2, SMAX // 2)
     NORM: tl.constexpr = gain_ptr.dtype.element_ty
     HALF: tl.constexpr = tl.bfloat16
     qkv_first, qkv_last = pid * (3 * C) // P, (pid + 1) * (3 * C) // P
@@ -131,10 +129,6 @@ def _token_kernel(
         b_proj = of_rows(address(table_ptr, layer, _PROJ + 1, HALF), c_first, c_last, 1, T_PROJ, TRE)
         if splits == 1:
             y = merged(words + O, words + LSE, tag, splits, 1, C, H, HP, ASM, WARPS)
-        elif splits <= FEW:  # a quarter of the words to be read by every program
-            y = merged(words + O, words + LSE, tag, splits, FEW, C, H, HP, ASM, WARPS)
-        elif splits <= HALF_OF_THEM:
-            y = merged(words + O, words + LSE, tag, splits, HALF_OF_THEM, C, H, HP, ASM, WARPS)
         else:
             y = merged(words + O, words + LSE, tag, splits, SMAX, C, H, HP, ASM, WARPS)
         phase_c_or_e(w_out, (y,), b_out, words + OUT, tag, pid, P, C, TRC, T_OUT, 1, ASM)
