@@ -281,7 +281,6 @@ MUTANTS = [
     Mutant("appended: in every split", DECODE, "_decode_kernel", "(newest >= begin) & (newest < tl.minimum(begin + SPLIT, length))", "(newest >= 0)", "test_decode.py::test_a_token_is_appended_and_attends_in_one_launch"),
     Mutant("appended: a ring not wrapped", DECODE, "_decode_kernel", "(newest % slots).to(tl.int64)", "newest.to(tl.int64)", "test_decode.py::test_a_token_is_appended_and_attends_in_one_launch"),
     Mutant("appended: values for keys", DECODE, "_decode_kernel", "tl.load(new_ptr + key_heads * D + channels, channels < D, 0.0)", "k_new", "test_decode.py::test_a_token_is_appended_and_attends_in_one_launch"),
-    Mutant("token: a split too few", TOKEN, "_token_kernel", "tag, splits, FEW,", "tag, splits - 1, FEW,", TOKENS),
     Mutant("draw: top_p counts the token itself", "kernels/draw.py", "_draw_kernel", "tl.cumsum(counts, axis=0) - counts < most", "tl.cumsum(counts, axis=0) < most", TAKEN + "test_the_token_that_reaches_top_p_is_left_and_none_after_it"),
     Mutant("draw: infinities go unseen", "kernels/draw.py", "_groups_kernel", "tl.where(there, z * 0.0, 0.0)", "tl.where(there & (z != z), z, 0.0)", TAKEN + "test_a_row_that_is_not_finite_is_told_and_goes_on"),
     # cross entropy
