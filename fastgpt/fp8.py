@@ -79,9 +79,10 @@ class Fp8(nn.Module):
         return self
 
     @property
-    def exact(self) -> bool:
-        """Whether the next pass's scales are still of the tensors themselves; no CUDA graph may hold such a pass."""
-        return self.passes < self.exact_passes
+    def settled(self) -> bool:
+        """Whether the last pass had delayed scales, as all that follow: a CUDA graph may hold the next one, for which
+        every kernel has been compiled then."""
+        return self.passes > self.exact_passes
 
     @property
     def makes(self) -> Any:
