@@ -79,9 +79,10 @@ class Fp8(nn.Module):
         return self
 
     @property
-    def exact(self) -> bool:
-        """Whether the next pass's scales are still of the tensors themselves; no CUDA graph may hold such a pass."""
-        return self.passes < self.exact_passes
+    def settled(self) -> bool:
+        """Whether the last pass had delayed scales, as all that follow: a CUDA graph may hold the next one, for which
+        every kernel has been compiled then."""
+        return self.passes > self.exact_passes
 
     @property
     def makes(self) -> Any:
@@ -134,6 +135,7 @@ class Fp8(nn.Module):
         format = ops.eight_bits.E4M3
         tensors = [weight.detach() for weight, _ in weights.values()]
         scales, inverses = ops.eight_bits.scales(torch.stack(private.magnitudes(tensors, torch.inf)), format.largest)
+        makes = self.makes
         for number, (name, (_, transposes)) in enumerate(weights.items()):
             weight, old = tensors[number], self.weights.get(name)
             if old is None:
@@ -141,25 +143,21 @@ class Fp8(nn.Module):
                 rows, columns = ops.eight_bits.padded(len(weight)), weight.shape[1]
                 old = ops.eight_bits.Weight(made(rows, columns), made(columns, rows) if transposes else None, scales)
             self.weights[name] = old._replace(scale=scales[number])
-            self.makes.weight(weight, inverses[number], format, old.values, old.transposed)
+            makes.weight(weight, inverses[number], format, old.values, old.transposed)
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint, on the CPU: with it and the weights training goes on to the bit."""
-        names = [f"amax/{name}" for name in self.formats]
-        found = dict(zip(names, self.amax.amax(1).cpu().unbind(), strict=True))
-        found |= {f"history/{name}": each for name, each in zip(self.formats, self.history.cpu().t(), strict=True)}
-        found["passes"] = torch.tensor(self.passes, dtype=torch.int64, device="cpu")
-        return {name: each.clone() for name, each in found.items()}
+        passes = torch.tensor(self.passes, dtype=torch.int64, device="cpu")
+        found = {"amax": self.amax.amax(1), "history": self.history, "passes": passes}
+        return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
 
     def load(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """What `state` gave; without it, or of another mode or number of layers, the scales begin anew."""
+        """What `state` gave; without it, or of another mode, which has other slots, the scales begin anew."""
         self._reset(device)
-        names = list(self.formats)
-        if {f"history/{name}" for name in names} != {name for name in state if name.startswith("history/")}:
-            return
-        self.amax[:, 0] = torch.stack([state[f"amax/{name}"] for name in names]).to(device)
-        self.history.copy_(torch.stack([state[f"history/{name}"] for name in names], 1))
-        self.passes = int(state["passes"])
+        if {name: tensor.shape for name, tensor in state.items()} == {n: t.shape for n, t in self.state().items()}:
+            self.amax[:, 0] = state["amax"].to(device)
+            self.history.copy_(state["history"])
+            self.passes = int(state["passes"])
 
 
 def check_sizes(config: Any) -> None:

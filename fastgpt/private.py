@@ -81,8 +81,8 @@ def compiled_from(module: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-# The product of 8-bit floats (M, K) and (K, N), the second in columns, with a scale each: a public function since
-# PyTorch 2.10, and under a private name everywhere.
+# The product of 8-bit floats (M, K) and (K, N), the second in columns, with a scale each: a public function of newer
+# PyTorches, and under a private name everywhere.
 _scaled_mm = torch._scaled_mm
 magnitudes = torch._foreach_norm  # of each of a list of tensors, with ord inf the largest; one pass for all
 

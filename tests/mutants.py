@@ -743,5 +743,5 @@ MUTANTS = [
     Mutant("fp8: magnitudes are never forgotten", SCALES, "Fp8.begin", "self.amax.zero_()", "pass", "test_model_fp8.py::test_scales_are_of_the_tensors_first_and_then_of_the_passes_before", False),
     Mutant("fp8: a resumed run begins with its own scales", SCALES, "Fp8.load", 'int(state["passes"])', "0", "test_train_fp8.py::test_resumed_is_uninterrupted_to_the_bit", False),
     Mutant("fp8: evaluated in 8 bits", MODEL, "GPT.forward", "self.training and self.fp8 is not None", "self.fp8 is not None", "test_model_fp8.py::test_evaluation_and_what_is_saved_are_as_ever", False),
-    Mutant("fp8: captured with scales of its own", "fastgpt/training/optimizer.py", "TrainingStep.__call__", "or _scales_of_now(self.model)", "", CAPTURED + "test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed", False),
+    Mutant("fp8: captured with scales of its own", "fastgpt/training/optimizer.py", "TrainingStep.__call__", "or not _settled(self.model)", "", CAPTURED + "test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed", False),
 ]  # fmt: skip

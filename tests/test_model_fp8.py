@@ -226,9 +226,12 @@ def test_sizes_that_are_no_multiple_of_16(field, value):
     GPTConfig(**{**SHAPE, field: value})
 
 
-def test_what_it_does_not_go_together_with():
+def test_what_it_does_not_go_together_with(monkeypatch):
     model, function = gpt("all"), torch.func.functional_call
     with pytest.raises(RuntimeError, match=r"fp8='all' can't be had: a transform of torch\.func"):
         torch.func.grad(lambda p: function(model, p, batch()))(dict(model.named_parameters()))
     with pytest.raises(Exception, match=r"does not run under torch\.compile yet"):
         torch.compile(model, backend="eager", fullgraph=True)(*batch())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(RuntimeError, match=r"fp8='all' does not run under torch\.compile yet"):
+        model(*batch())

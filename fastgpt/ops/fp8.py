@@ -298,7 +298,7 @@ def _chunked_losses(x, weight, targets, row_grads, *more, copy, w, gradient, mak
     scale, inverse = copy.scale, None
     if row_grads is not None and needs_x:
         scale, inverse = scales(magnitude(row_grads), gradient.largest)
-    at_once = max(256, 8 * -(-len(x) // 96))
+    at_once = max(256, MULTIPLE * -(-len(x) // (12 * MULTIPLE)))  # a twelfth
     for start in range(0, len(x), at_once):
         rows = slice(start, start + at_once)
         with _no_autocast(x):

@@ -111,6 +111,7 @@ class LayerNorm(torch.autograd.Function):
         given = x, None, weight, bias, None, None, eps, 0.0, x.dtype
         y, _, stats = layernorm.copied_layer_norm_fwd(*given, **copy)
         ctx.save_for_backward(x, weight, bias, stats)
+        ctx.set_materialize_grads(False)  # of the copy, which has none
         ctx.mark_non_differentiable(values)
         return y, values
 
@@ -126,7 +127,7 @@ class AddLayerNorm(torch.autograd.Function):
         given = x, residual, weight, bias, x_bias, seed, eps, dropout_p, residual_dtype
         y, s, stats = layernorm.copied_layer_norm_fwd(*given, **copy)
         ctx.save_for_backward(s, weight, bias, x_bias, stats, seed)
-        ctx.set_materialize_grads(False)  # either output may go unused
+        ctx.set_materialize_grads(False)  # of the copy, and either output may go unused
         ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype = dropout_p, x.dtype, residual.dtype
         ctx.mark_non_differentiable(values)
         return y, s, values

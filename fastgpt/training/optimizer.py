@@ -129,10 +129,10 @@ def clipped_step(optimizer: torch.optim.AdamW | MuonAdamW, max_norm: float, skip
     return norm
 
 
-def _scales_of_now(model: nn.Module) -> bool:
-    """Whether the next pass makes its scales of 8-bit floats as a graph must not hold it."""
+def _settled(model: nn.Module) -> bool:
+    """Whether a graph may hold how the next pass makes its scales of 8-bit floats, if it makes any."""
     fp8 = getattr(model, "fp8", None)
-    return isinstance(fp8, Fp8) and fp8.exact
+    return not isinstance(fp8, Fp8) or fp8.settled
 
 
 class TrainingStep:
@@ -140,7 +140,7 @@ class TrainingStep:
 
     idx, targets: (B, T), or (N, B, T) for N batches one after another whose mean loss is followed. autocast: the dtype
     of matmuls, None for the weights' own. max_norm: of all gradients together, None leaves them; the norm is then NaN.
-    graph: after two calls that run as usual, or with 8-bit floats as many as have scales of their own, the next one
+    graph: after two calls that run as usual, with 8-bit floats some twenty until their scales are delayed, the next one
     captures the step, all N batches of it, in a CUDA graph, which it and all later ones replay: the host then launches
     once a step. Shapes must stay, the optimizer comes from adamw(graph=True), and ValueError says what stands in the
     way. The loss that is returned is overwritten by the next replay.
@@ -176,7 +176,7 @@ class TrainingStep:
                 shapes = f"{tuple(given.shape)}, the graph is for {tuple(static.shape)}"
                 raise ValueError(f"TrainingStep: a batch of shape {shapes}")
             static.copy_(given)
-        if self._calls < 2 or _scales_of_now(self.model):
+        if self._calls < 2 or not _settled(self.model):
             self._calls += 1
             with warnings.catch_warnings():  # that an optimizer for a graph runs without one: it is about to
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True", UserWarning)

@@ -176,10 +176,10 @@ def read(checkpoint: Checkpoint, config: GPTConfig) -> Saved:
         if moments[name].shape != shape or moments[name].dtype != torch.float32:
             found = f"{moments[name].dtype} of shape {tuple(moments[name].shape)}"
             raise ValueError(f"{path / OPTIMIZER}: {name} is {found}, not float32 of {tuple(shape)}")
-    for name, tensor in (*weights.items(), *moments.items()):
+    fp8 = _read(path / FP8) if (path / FP8).is_file() else {}
+    for name, tensor in (*weights.items(), *moments.items(), *fp8.items()):
         if not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} is not finite")
-    fp8 = _read(path / FP8) if (path / FP8).is_file() else {}
     return Saved(weights, moments, random, facts, fp8=fp8)
 
 

@@ -110,7 +110,7 @@ def step_on_a_card(autocast=None, end=None, skips=False, **changes):
     ids=["bfloat16, documents, dropout", "float16", "float16, PyTorch's functions", "float32", "fp8"],
 )
 def test_no_captured_step_needs_the_host(unlaunched, monkeypatch, how):
-    monkeypatch.setattr(Fp8, "exact_passes", 4)  # of which each step has two
+    monkeypatch.setattr(Fp8, "exact_passes", 3)  # of which each step has two
     with feign.card(90):
         step, idx = step_on_a_card(**how)
         for number in range(4):
@@ -241,7 +241,7 @@ def test_the_first_steps_warn_of_nothing(replayed, monkeypatch):
 
 
 def test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed(replayed, monkeypatch):
-    """What it holds is every later step; with it and without, the weights are the same to the bit."""
+    """And one pass had such, whose kernels no capture could compile. With it and without, the weights are the same."""
     monkeypatch.setattr(Fp8, "exact_passes", 5)
     idx, weights, calls = torch.randint(257, (1, 2, 16)), [], []
     for graph in (False, True):
@@ -254,7 +254,7 @@ def test_a_graph_waits_until_scales_of_8_bit_floats_are_delayed(replayed, monkey
         for _ in range(8):
             step(idx, idx.roll(-1))
         weights.append([p.detach() for p in model.parameters()])
-    assert calls == [5] and all(map(torch.equal, *weights))
+    assert calls == [6] and all(map(torch.equal, *weights))
 
 
 @pytest.mark.gpu

@@ -48,6 +48,7 @@ def test_a_run_goes_on_with_8_bits_and_without(run, capsys):
     run(max_iters=3)
     run(resume=True, model=FP8, max_iters=4)
     assert "fp8 was none, is all" in capsys.readouterr().out
+    run(resume=True, model=dataclasses.replace(FP8, fp8="forward"), max_iters=5)
     run(resume=True, max_iters=6)
     files = Checkpoint(run.out / "checkpoints/step-00000006", 6).verify()["files"]
     assert "fp8.safetensors" not in files
