@@ -733,7 +733,7 @@ MUTANTS = [
     Mutant("fp8: infinity is cut off", "kernels/fp8.py", "eight_bits", 'tl.abs(x) < float("inf")', "x == x", COPIES + "test_a_cast"),
     Mutant("fp8: what is not there has a magnitude", "kernels/fp8.py", "magnitudes", "mask & (tl.abs(x) < float(\"inf\"))", 'tl.abs(x) < float("inf")', COPIES + "test_layer_norm"),
     Mutant("fp8: the least is noted", "kernels/fp8.py", "note", "tl.max(", "tl.min(", COPIES + "test_a_cast"),
-    Mutant("fp8: a weight's transpose is not one", "kernels/fp8.py", "_cast_weight_kernel", "tl.trans(copy)", "copy", COPIES + "test_a_weight"),
+    Mutant("fp8: a weight's transpose is not one", "kernels/fp8.py", "_cast_weight_kernel", "tl.trans(w)", "w", COPIES + "test_a_weight"),
     Mutant("fp8: the norm's copy is of what was not rounded", NORM, "_layer_norm_fwd_kernel", "y.to(y_ptr.dtype.element_ty).to(ACC)", "y.to(ACC)", COPIES + "test_layer_norm"),
     Mutant("fp8: a program's last rows alone are noted", MLP, "_gelu_bwd_kernel", "tl.maximum(tops, magnitudes(dz, mask))", "magnitudes(dz, mask)", COPIES + "test_gelu_backward"),
     Mutant("fp8: the gradient's copy without its padding", LOSS, "_cross_entropy_kernel", "gradient8 + row * width + cols", "gradient8 + row * V + cols", COPIES + "test_cross_entropy"),
