@@ -692,7 +692,7 @@ MUTANTS = [
     Mutant("Hopper: queries' sums in keys' place", "kernels/hopper/pipeline.py", "store_sums", "* 3 + part)", "* 3 + 1)", BIAS_BACK, False),
     Mutant("Hopper: dq's sums without its scale", DQ, "_dq_consumer", "head, dq, scale, D", "head, dq, 1.0, D", BIAS_BACK, False),
     Mutant("Hopper: dv's last keys are not summed", DKDV, "_dkdv_consumer", "2, heads, head, dv, 1.0", "2, heads, head, dv * (gl.expand_dims(keys + first, 1) + 1 < 64 * stat_tiles), 1.0", BIAS_BACK, False),
-    Mutant("Hopper: sums that have not run where the backward has", HOPPER_CHOICE, "attention_qkv_bwd", 'RAN["attention_bwd_sums"]', 'RAN["attention_bwd"]', KEEPS + "test_the_sums_for_a_bias_are_served_by_themselves", False),
+    Mutant("Hopper: sums that have not run where the backward has", HOPPER_CHOICE, "_sums_inside", 'RAN["attention_bwd_sums"]', 'RAN["attention_bwd"]', KEEPS + "test_the_sums_for_a_bias_are_served_by_themselves", False),
     Mutant("Hopper: any gradient", HOPPER_CHOICE, "attention_form", "(q, k, v, *others)", "(q, k, v)", SIDEWAYS, False),
     Mutant("Hopper: any gradient of the packed", HOPPER_CHOICE, "attention_qkv_form", "(qkv, *others)", "(qkv,)", SIDEWAYS, False),
     Mutant("Hopper: the backward has run where the forward has", HOPPER_CHOICE, "_lookup", "RAN[kernel]", 'RAN["attention_fwd"]', KEEPS + "test_forward_and_backward_are_served_each_by_itself", False),

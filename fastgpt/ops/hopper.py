@@ -262,7 +262,7 @@ def attention_qkv_bwd(
         form = attention_qkv_form("attention_bwd", qkv, key_mask, documents, heads, dropout_p, window, dout, out)
         if form.row is not None:
             dqkv, sums = attention_backward.attention_qkv_bwd_outputs(dout, qkv, out, lse, *options)
-            inside = needs_bias and triton.__version__ in RAN["attention_bwd_sums"]
+            inside = needs_bias and _sums_inside(*form.row.sizes)
             partials = _kernels("attention_backward").attention_qkv_bwd(dout, qkv, out, lse, dqkv, heads, scale, inside)
             if needs_bias:  # by a pass over dqkv where they are not there: the kernel is worth more than that
                 torch.sum(dqkv.flatten(0, 1) if partials is None else partials, dim=0, dtype=sums.dtype, out=sums)
@@ -354,13 +354,25 @@ def in_words(name: str, operands: tuple, arguments: dict) -> str:
             form_of = attention_qkv_form
             asked.insert(2, arguments["heads"])
         forward, backward = (form_of(kernel, *operands, *asked) for kernel in ("attention_fwd", "attention_bwd"))
-        return "; ".join(filter(None, (_said("its forward", forward), _said("its backward", backward))))
+        said = _said("its forward", forward), _said("its backward", backward)
+        if backward.row is not None and arguments.get("qkv_bias") is not None:
+            said += ("which sums the bias's gradient too" if _sums_inside(*backward.row.sizes) else _SUMMED_AFTER,)
+        return "; ".join(filter(None, said))
     x, w_in, b_in, w_out, _ = operands
     tanh, x = arguments["approximate"] == "tanh", x.reshape(-1, x.shape[-1])
     backward = linear_gelu_bwd_form(x, w_out, tanh, arguments["recompute"])
     forward = linear_gelu_form(x, w_in, b_in, tanh)
     said = _said("its first matmul with the GELU", forward), _said("that of its backward", backward)
     return "; ".join(filter(None, said))
+
+
+_SUMMED_AFTER = "the bias's gradient is summed by PyTorch after it"
+
+
+def _sums_inside(head_dim: int) -> bool:
+    """Whether the backward's kernels that have run make the sums for a packed projection's bias."""
+    has_room = _kernels("attention_backward").FORMS[head_dim].sums
+    return has_room and triton.__version__ in RAN["attention_bwd_sums"]
 
 
 def _said(what: str, form: Form) -> str:

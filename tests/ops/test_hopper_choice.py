@@ -143,13 +143,22 @@ def biased(heads=12):
     return {launch.name + "*" * ("sums_ptr" in launch.pointers) for launch in record.launches(run, 90)}
 
 
+def told_of_the_bias(heads=12):
+    """What explain says last of such a call."""
+    with feign.card(90):
+        function, arguments, _ = qkv(heads=heads)
+        return ops.explain(function, *arguments, qkv_bias=tensor(3 * 768, dtype=FP32)).rpartition("; ")[2]
+
+
 def test_the_sums_for_a_bias_are_served_by_themselves(monkeypatch):
     """Until those forms have run on a card, and for heads of 128, whose form has no room for them, the kernel that has
     run is launched, and its result is summed."""
+    inside, after = "which sums the bias's gradient too", "the bias's gradient is summed by PyTorch after it"
     assert biased() == {"hopper_attention_fwd_kernel", "hopper_attention_dq_kernel*", "hopper_attention_dkdv_kernel*"}
-    assert biased(heads=6) == HOPPERS
+    assert told_of_the_bias() == inside
+    assert biased(heads=6) == HOPPERS and told_of_the_bias(heads=6) == after
     monkeypatch.setitem(hopper.RAN, "attention_bwd_sums", ())
-    assert biased() == HOPPERS
+    assert biased() == HOPPERS and told_of_the_bias() == after
     monkeypatch.setitem(hopper.RAN, "attention_bwd", ())
     assert biased() == {"hopper_attention_fwd_kernel", "attention_dq_kernel*", "attention_dkdv_kernel*"}
 
