@@ -38,6 +38,7 @@ class Entry(NamedTuple):
     vocabulary: int
     whose: str  # who trains so
     gelu: str = "tanh"
+    tied: bool = True  # whether the head's weight is the embedding's
     ours: bool = True
     eight_bits: bool = False  # whether its matmuls are of 8-bit floats
 
@@ -75,7 +76,7 @@ def entries(shape: GPTConfig) -> list[Entry]:
         for what, how in ways.items():
             build = functools.partial(_theirs, name, vocabulary, **how)
             whose = _LOOPS[name][bool(how.get("compiles"))]
-            found.append(Entry(what, build, vocabulary, whose, gelu, "swap" in how))
+            found.append(Entry(what, build, vocabulary, whose, gelu, name != BOOK, "swap" in how))
     return found
 
 

@@ -22,10 +22,13 @@ class Expected(NamedTuple):
     norm: float  # of all gradients of the first
 
 
-def reference(model: GPT, p: Problem, vocabulary: int, gelu: str, dtype: torch.dtype) -> Expected:
-    """The first COMPARED steps in `dtype`, without autocast."""
+def reference(model: GPT, p: Problem, vocabulary: int, gelu: str, tied: bool, dtype: torch.dtype) -> Expected:
+    """The first COMPARED steps in `dtype`, without autocast. tied: the head's weight is the embedding's, and not
+    another one that begins as it does."""
     weights = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
     weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, vocabulary - model.config.vocab_size))
+    if not tied:
+        weights["lm_head.weight"] = weights["wte.weight"]
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     optimizer = torch.optim.AdamW(leaves.values(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY)
     count = int((p.targets >= 0).sum())
@@ -60,7 +63,8 @@ def _summed_loss(weights: dict[str, Tensor], config: GPTConfig, gelu: str, idx: 
         x = x + linear(attended, f"{name}.attn.c_proj")
         hidden = naive.gelu(linear(norm(x, f"{name}.ln_2"), f"{name}.mlp.c_fc"), gelu)
         x = x + linear(hidden, f"{name}.mlp.c_proj")
-    return naive.linear_cross_entropy(norm(x, "ln_f"), weights["wte.weight"], targets, reduction="sum")
+    head = weights.get("lm_head.weight", weights["wte.weight"])
+    return naive.linear_cross_entropy(norm(x, "ln_f"), head, targets, reduction="sum")
 
 
 class Allowed(NamedTuple):

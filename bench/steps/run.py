@@ -55,10 +55,10 @@ class Bench:
         self.problem = Problem(model, idx, targets, autocast)
         self.entries = entries(config)
         self.baseline: Step | None = None
-        self._expected: dict[tuple[int, str], Expected] = {}
+        self._expected: dict[tuple[int, str, bool], Expected] = {}
 
     def expected(self, entry: Entry) -> Expected:
-        key = (entry.vocabulary, entry.gelu)
+        key = (entry.vocabulary, entry.gelu, entry.tied)
         if key not in self._expected:
             # in float32 on a GPU, for few have float64 worth waiting for: a thousandth of what a half is off by
             dtype = torch.float32 if self.machine.kind == "cuda" else torch.float64

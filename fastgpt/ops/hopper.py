@@ -354,15 +354,15 @@ def in_words(name: str, operands: tuple, arguments: dict) -> str:
             form_of = attention_qkv_form
             asked.insert(2, arguments["heads"])
         forward, backward = (form_of(kernel, *operands, *asked) for kernel in ("attention_fwd", "attention_bwd"))
-        said = _said("its forward", forward), _said("its backward", backward)
+        said = [_said("its forward", forward), _said("its backward", backward)]
         if backward.row is not None and arguments.get("qkv_bias") is not None:
-            said += ("which sums the bias's gradient too" if _sums_inside(*backward.row.sizes) else _SUMMED_AFTER,)
+            said.append("which sums the bias's gradient too" if _sums_inside(*backward.row.sizes) else _SUMMED_AFTER)
         return "; ".join(filter(None, said))
     x, w_in, b_in, w_out, _ = operands
     tanh, x = arguments["approximate"] == "tanh", x.reshape(-1, x.shape[-1])
     backward = linear_gelu_bwd_form(x, w_out, tanh, arguments["recompute"])
     forward = linear_gelu_form(x, w_in, b_in, tanh)
-    said = _said("its first matmul with the GELU", forward), _said("that of its backward", backward)
+    said = [_said("its first matmul with the GELU", forward), _said("that of its backward", backward)]
     return "; ".join(filter(None, said))
 
 

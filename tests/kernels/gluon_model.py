@@ -168,7 +168,7 @@ def modelled(seed=0, multiprocessors=2):
         return Again(functools.partial(run, kernel))
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(pipeline._COMPILED, clear=True))
+        stack.enter_context(mock.patch.dict(pipeline.COMPILED, clear=True))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         for module in (attention, attention_backward, linear_gelu_tiles):
             stack.enter_context(mock.patch.object(module, "multiprocessors", lambda device: multiprocessors))
