@@ -23,6 +23,7 @@ import fastgpt
 from fastgpt import ops
 from fastgpt.data.windows import windows
 from fastgpt.fp8 import Fp8
+from fastgpt.generation.decoder import Decoder
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.training.distributed import World
 from fastgpt.training.optimizer import adamw
@@ -178,6 +179,13 @@ def _generate(model: Any, rows: int, prompt: int = 16, dtype: torch.dtype | None
 def _generate_windowed(_, rows: int, prompt: int, **how) -> None:
     """From rings, which the prompts fill."""
     _generate(_gpt("124M", window=256), rows, prompt, **how)
+
+
+def _several_at_once(_, **changes) -> None:
+    """Tokens of a row that a draft proposed."""
+    decoder = Decoder(_gpt("124M", **changes), dtype=BF16)
+    ids = torch.zeros(1, 5, dtype=torch.int64, device="cuda")
+    decoder.decode(ids, torch.full((1,), 5, device="cuda"), decoder.cache(1, 512))
 
 
 def _token_in_one_launch(model: Any, dtype: torch.dtype | None = BF16) -> None:
@@ -374,6 +382,8 @@ def ways() -> dict[str, Way]:
     )
     add("decode_attention D 128 window", _decoding, 128, BF16, window=256)
     add("decode_attention window, 5 tokens", _decoding, 64, BF16, 5, window=900)
+    add("generate 1, a draft's tokens", _several_at_once)
+    add("generate 1, a draft's tokens, windows", _several_at_once, window=256)
     add("generate 1, windows", _generate_windowed, 1, 600, dtype=BF16, temperature=0.0)
     for name, dtype in _DTYPES.items():
         for approximate in ("tanh", "none"):
