@@ -94,7 +94,7 @@ def _on_its_device(launcher):
     def out_of_autocast(kind, first, args):
         if not torch.is_autocast_enabled(kind):
             return launcher(first, *args)
-        torch.set_autocast_enabled(kind, False)  # torch.autocast itself takes 8 µs, and empties the cache of casts
+        torch.set_autocast_enabled(kind, False)  # torch.autocast itself takes ten times as long
         try:
             return launcher(first, *args)
         finally:

@@ -1,7 +1,7 @@
 """Matmuls of 8-bit floats: e4m3 for activations and weights, e5m2 for gradients, one scale a tensor.
 
 A copy of a tensor x is values = x / scale, rounded, and the product of two copies is multiplied by both scales. Scales
-are powers of two: dividing by one loses no digit, so the same scale gives the same copy on every road. What is too
+are powers of two: dividing by one loses no digit, so the same scale gives the same copy on every backend. What is too
 large is cut off at the format's largest number; what is not finite becomes NaN, so it reaches the loss.
 
 The copies come from whatever makes the tensor (`OnPyTorch`, or kernels in fp8_kernels.py), which notes the largest
